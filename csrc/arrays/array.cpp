@@ -1,0 +1,104 @@
+#include "arrays/array.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <utility>
+
+#include "arrays/numpy.h"
+#include "core/errors.h"
+
+namespace py = pybind11;
+
+namespace fusestep::arrays {
+
+void Array::swap(Array& other) noexcept {
+  std::swap(data, other.data);
+  std::swap(dtype, other.dtype);
+  std::swap(writable, other.writable);
+  std::swap(c_contiguous, other.c_contiguous);
+  std::swap(size, other.size);
+  std::swap(shape_, other.shape_);
+  std::swap(strides_, other.strides_);
+  std::swap(ndim_, other.ndim_);
+  owned_.swap(other.owned_);
+  std::swap(owner_, other.owner_);
+  std::swap(managed_, other.managed_);
+  std::swap(delete_managed_, other.delete_managed_);
+}
+
+void Array::release() noexcept {
+  Py_XDECREF(owner_);
+  if (managed_ && delete_managed_) delete_managed_(managed_);
+  owner_ = nullptr;
+  managed_ = nullptr;
+}
+
+void Array::pin() {
+  if (owned_.empty()) {
+    owned_.assign(shape_, shape_ + ndim_);
+    owned_.insert(owned_.end(), strides_, strides_ + ndim_);
+  }
+  shape_ = owned_.data();
+  strides_ = owned_.data() + ndim_;
+}
+
+bool Array::is_current() const {
+  if (!owner_) return true;  // DLPack pins the memory
+  const NumpyFields now = numpy_fields(owner_);
+  return now.data == data && now.writable == writable && now.ndim == ndim_ &&
+         std::equal(shape_, shape_ + ndim_, now.shape) &&
+         std::equal(strides_, strides_ + ndim_, now.strides);
+}
+
+Array::Interval Array::interval() const {
+  auto first = reinterpret_cast<std::uintptr_t>(data);
+  if (size == 0) return {first, first};
+  auto last = first + static_cast<std::uintptr_t>(item_size(dtype));
+  if (c_contiguous)
+    return {first, first + static_cast<std::uintptr_t>(size * item_size(dtype))};
+  for (std::size_t axis = 0; axis < ndim_; ++axis) {
+    const std::int64_t reach = strides_[axis] * (shape_[axis] - 1);
+    (reach < 0 ? first : last) += static_cast<std::uintptr_t>(reach);
+  }
+  return {first, last};
+}
+
+Array from_object(PyObject* object, const Label& label) {
+  if (is_numpy(object)) return from_numpy(object, label);
+  if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack(object, label);
+  throw TypeError(label.text() + " is a " + Py_TYPE(object)->tp_name +
+                  "; expected a NumPy array or another array that supports DLPack");
+}
+
+bool is_array(PyObject* object) {
+  return is_numpy(object) || PyObject_HasAttrString(object, "__dlpack__");
+}
+
+bool share_memory(const Array& a, const Array& b) {
+  const auto [a_first, a_last] = a.interval();
+  const auto [b_first, b_last] = b.interval();
+  if (a.size == 0 || b.size == 0 || a_last <= b_first || b_last <= a_first) return false;
+  if (a.c_contiguous && b.c_contiguous) return true;
+  // Interleaved views: an integer-programming question that NumPy has solved.
+  const auto view = [](const Array& array) {
+    const auto [shape, strides] = array.geometry();
+    const py::dtype dtype("V" + std::to_string(item_size(array.dtype)));
+    return py::array(dtype, std::vector<py::ssize_t>(shape.begin(), shape.end()),
+                     std::vector<py::ssize_t>(strides.begin(), strides.end()), array.data,
+                     py::none());
+  };
+  return py::module_::import("numpy").attr("shares_memory")(view(a), view(b)).cast<bool>();
+}
+
+std::string shape_text(const Array& array) {
+  const auto shape = array.geometry().shape;
+  std::string text = "(";
+  for (std::size_t axis = 0; axis < shape.size(); ++axis)
+    text += (axis ? ", " : "") + std::to_string(shape[axis]);
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+}  // namespace fusestep::arrays

@@ -1,0 +1,92 @@
+// From a Python object to a pointer, a dtype, a shape and strides.
+//
+// NumPy arrays are read through the fields of the array object (a few nanoseconds, where the
+// buffer protocol takes 40 and does not know bfloat16); everything else through DLPack.
+// All functions need the GIL.
+#pragma once
+
+#include <Python.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/layout.h"
+#include "core/operand.h"
+
+namespace fusestep::arrays {
+
+// How error messages call an array, put together only when one is raised: "the gradient of " and
+// "parameter 'W'".
+struct Label {
+  const char* role;
+  const std::string& name;
+
+  std::string text() const { return role + name; }
+};
+
+// A borrowed view of an array's memory that keeps the memory's owner alive.
+class Array {
+ public:
+  Array() = default;
+  Array(Array&& other) noexcept { swap(other); }
+  Array& operator=(Array&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  ~Array() { release(); }
+
+  std::byte* data = nullptr;
+  DType dtype = DType::float32;
+  bool writable = false;
+  bool c_contiguous = false;
+  std::int64_t size = 0;  // elements
+
+  Geometry geometry() const { return {{shape_, ndim_}, {strides_, ndim_}}; }
+  Operand operand() const { return {data, dtype}; }
+
+  // Copies shape and strides, so that the view outlives an in-place reshape of its owner.
+  void pin();
+
+  // False where the owner has since been resized, reshaped, made read-only or moved. Only a pinned
+  // view can tell.
+  bool is_current() const;
+
+  // The bytes the array reaches over: [first, last).
+  struct Interval {
+    std::uintptr_t first, last;
+  };
+  Interval interval() const;
+
+ private:
+  friend Array from_object(PyObject* object, const Label& label);
+  friend Array from_numpy(PyObject* object, const Label& label);
+  friend Array from_dlpack(PyObject* object, const Label& label);
+
+  void swap(Array& other) noexcept;
+  void release() noexcept;
+
+  const std::int64_t* shape_ = nullptr;
+  const std::int64_t* strides_ = nullptr;
+  std::size_t ndim_ = 0;
+  std::vector<std::int64_t> owned_;  // shape and strides, where the object has none of our kind
+  PyObject* owner_ = nullptr;        // a reference, or
+  void* managed_ = nullptr;          // a DLPack tensor with
+  void (*delete_managed_)(void*) = nullptr;
+};
+
+// Throws TypeError for something that is not an array of a supported dtype on the CPU.
+Array from_object(PyObject* object, const Label& label);
+
+// True where two arrays share at least one byte. Exact: interleaved slices of one array do not.
+bool share_memory(const Array& a, const Array& b);
+
+std::string shape_text(const Array& array);
+
+// The library's opinion of whether an object is an array at all (and not, say, a list of arrays).
+bool is_array(PyObject* object);
+
+}  // namespace fusestep::arrays

@@ -1,0 +1,26 @@
+// NumPy arrays, by the fields of the array object.
+#pragma once
+
+#include <Python.h>
+
+#include <string>
+
+#include "arrays/array.h"
+
+namespace fusestep::arrays {
+
+struct NumpyFields {
+  std::byte* data;
+  std::size_t ndim;
+  const std::int64_t* shape;
+  const std::int64_t* strides;
+  bool writable, c_contiguous;
+};
+
+NumpyFields numpy_fields(PyObject* array);
+
+bool is_numpy(PyObject* object);
+Array from_numpy(PyObject* object, const Label& label);
+Array from_dlpack(PyObject* object, const Label& label);
+
+}  // namespace fusestep::arrays

@@ -1,0 +1,122 @@
+#include "engine/optimizer.h"
+
+#include <pybind11/stl.h>
+
+#include "bind/register.h"
+#include "core/errors.h"
+
+namespace py = pybind11;
+
+namespace fusestep::bind {
+namespace {
+
+using engine::Optimizer;
+using engine::StepArguments;
+using Options = std::map<std::string, double>;
+
+std::unique_ptr<rules::AnyRule> make_rule(const std::string& name, const Options& options) {
+  auto rule = rules::make_rule(name);
+  for (const auto& [option, value] : options) rule->set(option, value);
+  return rule;
+}
+
+std::vector<PyObject*> pointers(const py::sequence& objects) {
+  std::vector<PyObject*> result;  // borrowed from the sequence, a list or tuple of Python's
+  for (const py::handle object : objects) result.push_back(object.ptr());
+  return result;
+}
+
+std::unique_ptr<Optimizer> make_optimizer(const std::string& rule, const Options& options,
+                                          const std::vector<std::string>& names,
+                                          const py::list& parameters, const py::list& states) {
+  auto optimizer = std::make_unique<Optimizer>(make_rule(rule, options));
+  for (std::size_t i = 0; i < names.size(); ++i)
+    optimizer->add(names[i], py::handle(parameters[i]).ptr(), pointers(states[i].cast<py::list>()));
+  optimizer->seal();
+  return optimizer;
+}
+
+void step(Optimizer& optimizer, const py::handle& gradients, double lr, double grad_scale,
+          bool zero_grad) {
+  PyObject* sequence = gradients.ptr();
+  if (!PyList_Check(sequence) && !PyTuple_Check(sequence))
+    throw TypeError(std::string("gradients are a ") + Py_TYPE(sequence)->tp_name +
+                    "; expected a list or tuple with one array (or None) for each parameter");
+  // A copy of the references: another thread may change the list while a custom array exports itself.
+  const auto fixed = py::reinterpret_steal<py::object>(PySequence_Tuple(sequence));
+  optimizer.step(PySequence_Fast_ITEMS(fixed.ptr()),
+                 static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())),
+                 {lr, grad_scale, zero_grad});
+}
+
+// (state names, initial value of the state) of a rule with these options.
+py::tuple describe_rule(const std::string& name, const Options& options) {
+  const auto rule = make_rule(name, options);
+  std::vector<std::string> names;
+  for (const std::string_view state : rule->state_names()) names.emplace_back(state);
+  return py::make_tuple(names, rule->initial_state());
+}
+
+// One step of arrays whose state the caller keeps; returns the momentum product after it.
+double apply(const std::string& rule, const Options& options, const py::object& parameter,
+             const py::object& gradient, const py::list& states, std::int64_t step,
+             double momentum_product, double lr, double grad_scale, bool maximize) {
+  if (step < 1)
+    throw ValueError("step is " + std::to_string(step) +
+                     "; expected the number of this update, counted from 1");
+  Optimizer optimizer(make_rule(rule, options));
+  optimizer.add("the parameter", parameter.ptr(), pointers(states));
+  optimizer.settings.maximize = maximize;
+  optimizer.slot(0).progress = {step - 1, momentum_product};
+  PyObject* gradients[] = {gradient.ptr()};
+  optimizer.step(gradients, 1, {lr, grad_scale, false});
+  return optimizer.slot(0).progress.momentum_product;
+}
+
+}  // namespace
+
+void register_optimizer(py::module_& module) {
+  using namespace py::literals;
+  py::class_<Optimizer>(module, "Optimizer")
+      .def(py::init(&make_optimizer), "rule"_a, "options"_a, "names"_a, "parameters"_a, "states"_a)
+      .def("step", &step, "gradients"_a, "lr"_a, "grad_scale"_a, "zero_grad"_a)
+      .def("set_option",
+           [](Optimizer& self, const std::string& name, double value) {
+             self.rule().set(name, value);
+           },
+           "name"_a, "value"_a)
+      .def("progress",
+           [](Optimizer& self, std::size_t i) {
+             const rules::Progress& progress = self.slot(i).progress;
+             return py::make_tuple(progress.step, progress.momentum_product);
+           },
+           "index"_a)
+      .def("set_progress",
+           [](Optimizer& self, std::size_t i, std::int64_t step, double momentum_product) {
+             self.slot(i).progress = {step, momentum_product};
+           },
+           "index"_a, "step"_a, "momentum_product"_a)
+      .def("exclusively",
+           [](Optimizer& self, const py::function& function) {
+             const engine::Turnstile::Turn turn(self.turnstile);
+             return function();
+           },
+           "function"_a)
+      .def_property(
+          "maximize", [](const Optimizer& self) { return self.settings.maximize; },
+          [](Optimizer& self, bool value) { self.settings.maximize = value; })
+      .def_property(
+          "skip_nonfinite", [](const Optimizer& self) { return self.settings.skip_nonfinite; },
+          [](Optimizer& self, bool value) { self.settings.skip_nonfinite = value; })
+      .def_property(
+          "max_norm", [](const Optimizer& self) { return self.settings.max_norm; },
+          [](Optimizer& self, std::optional<double> value) { self.settings.max_norm = value; })
+      .def_readwrite("steps", &Optimizer::steps)
+      .def_readwrite("skipped_steps", &Optimizer::skipped_steps);
+
+  module.def("describe_rule", &describe_rule, "rule"_a, "options"_a);
+  module.def("apply", &apply, "rule"_a, "options"_a, "parameter"_a, "gradient"_a, "states"_a,
+             "step"_a, "momentum_product"_a, "lr"_a, "grad_scale"_a, "maximize"_a);
+}
+
+}  // namespace fusestep::bind

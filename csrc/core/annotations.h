@@ -1,0 +1,10 @@
+// Words that mean one thing to a C++ compiler and another to a CUDA compiler.
+#pragma once
+
+// A function both sides may call. It is always inlined: a tier's object file must not leave a
+// weak copy behind, or the linker could keep the AVX-512 one for every machine.
+#if defined(__CUDACC__)
+#define FUSESTEP_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FUSESTEP_HOST_DEVICE __attribute__((always_inline)) inline
+#endif

@@ -1,0 +1,40 @@
+// The element types an array may have, and the C++ type of each.
+#pragma once
+
+#include <cstdint>
+
+#include "core/half.h"
+
+namespace fusestep {
+
+enum class DType : std::uint8_t { float32, float64, float16, bfloat16 };
+inline constexpr int kDTypes = 4;
+
+template <DType>
+struct ElementOf;
+template <>
+struct ElementOf<DType::float32> { using type = float; };
+template <>
+struct ElementOf<DType::float64> { using type = double; };
+template <>
+struct ElementOf<DType::float16> { using type = Float16; };
+template <>
+struct ElementOf<DType::bfloat16> { using type = BFloat16; };
+
+template <DType dtype>
+using Element = typename ElementOf<dtype>::type;
+
+constexpr std::int64_t item_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+constexpr const char* name_of(DType dtype) {
+  constexpr const char* names[kDTypes] = {"float32", "float64", "float16", "bfloat16"};
+  return names[static_cast<int>(dtype)];
+}
+
+// The type a rule computes in: float64 where the parameter or its state is, else float32.
+template <class T>
+inline constexpr DType kComputeType = sizeof(T) == 8 ? DType::float64 : DType::float32;
+
+}  // namespace fusestep

@@ -1,0 +1,45 @@
+// Sums whose order is fixed, so that they have the same bits on any number of threads, on every
+// instruction set and on a GPU.
+//
+// A group of up to 1,024 values is summed in 32 lanes: lane j takes values j, j + 32, j + 64, ...,
+// then lanes are added in pairs (j and j + 16, j and j + 8, ...). Groups are summed in groups again
+// until one value is left. 32 lanes are a GPU's warp, and whole vectors of every CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "core/annotations.h"
+
+namespace fusestep {
+
+inline constexpr std::int64_t kReductionGroup = 1024;
+
+// The sum of value(0) ... value(size - 1), for size <= kReductionGroup.
+template <class Value>
+FUSESTEP_HOST_DEVICE double sum_in_lanes(std::int64_t size, Value value) {
+  constexpr int kLanes = 32;
+  double lane[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lane[j] += value(i + j);
+  for (int j = 0; i + j < size; ++j) lane[j] += value(i + j);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  return lane[0];
+}
+
+// Sums `values`, which it overwrites.
+inline double sum_in_groups(double* values, std::int64_t size) {
+  while (size > 1) {
+    std::int64_t groups = 0;
+    for (std::int64_t begin = 0; begin < size; begin += kReductionGroup) {
+      const std::int64_t count =
+          size - begin < kReductionGroup ? size - begin : kReductionGroup;
+      values[groups++] = sum_in_lanes(count, [&](std::int64_t i) { return values[begin + i]; });
+    }
+    size = groups;
+  }
+  return size == 1 ? values[0] : 0;
+}
+
+}  // namespace fusestep

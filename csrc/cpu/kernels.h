@@ -1,0 +1,53 @@
+// What one instruction-set tier offers: the innermost loops, nothing else.
+//
+// tier_kernels.cpp is compiled once per tier and fills one of these tables. Everything around the
+// loops (tiles, threads, conversions of odd layouts) is compiled once, for every machine.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "core/dtypes.h"
+#include "core/layout.h"
+#include "gradients/dense.h"
+#include "rules/registry.h"
+
+namespace fusestep::cpu {
+
+// One run of elements in the type a rule computes in. The arrays do not overlap.
+template <class T>
+struct Run {
+  std::int64_t size;
+  T* parameter;
+  gradients::Dense<T> gradient;
+  T* state[kMaxStates];
+};
+
+template <class T>
+struct Kernels {
+  using Update = void (*)(const void* rule, const Run<T>& run);
+  using Load = void (*)(const void* from, T* to, std::int64_t size);
+  using Store = void (*)(const T* from, void* to, std::int64_t size);
+
+  std::array<Update, rules::Loops::size> update;
+  std::array<Load, kDTypes> load;    // by stored type; `from` need not be aligned
+  std::array<Store, kDTypes> store;  // by stored type; `to` need not be aligned
+
+  // The sum of (prescale * x)^2 over at most kTileSize elements, in a fixed order.
+  double (*sum_of_squares)(const T* x, std::int64_t size, double prescale);
+};
+
+struct KernelTable {
+  Kernels<float> float32;
+  Kernels<double> float64;
+
+  template <class T>
+  const Kernels<T>& of() const {
+    if constexpr (sizeof(T) == 8)
+      return float64;
+    else
+      return float32;
+  }
+};
+
+}  // namespace fusestep::cpu

@@ -1,0 +1,37 @@
+// A step over a list of parameters, on this machine's threads: one parallel region for all of them.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "core/dtypes.h"
+#include "core/layout.h"
+#include "rules/registry.h"
+
+namespace fusestep::cpu {
+
+// One parameter's share of a step.
+struct Work {
+  Iteration iteration;
+  DType compute;  // the type the rule computes in
+  const rules::Coefficients* rule;
+};
+
+struct StepOptions {
+  double gradient_factor = 1;   // multiplies every gradient
+  bool clear_gradients = false;
+};
+
+// Moves every parameter and its state.
+void update(std::span<const Work> list, const StepOptions& options);
+
+struct GradientNorm {
+  double value;  // the L2 norm of all gradients together
+  bool finite;   // no gradient holds a NaN or an infinity
+};
+
+GradientNorm gradient_norm(std::span<const Work> list);
+
+void clear_gradients(std::span<const Work> list);
+
+}  // namespace fusestep::cpu

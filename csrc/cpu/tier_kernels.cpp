@@ -1,0 +1,81 @@
+// The innermost loops, compiled once per instruction-set tier (see CMakeLists.txt).
+//
+// Plain loops over plain functions: with the flags of the build g++ turns each into the tier's
+// widest vectors, and writing them once is what makes the tiers agree to the last bit. Everything
+// lives in an anonymous namespace, and only the table has a name, different in each tier: a symbol
+// shared between tiers could be resolved to the AVX-512 copy on a machine that has no AVX-512.
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "core/reduction.h"
+#include "cpu/kernels.h"
+
+namespace fusestep::cpu {
+namespace {
+
+// Moves `size` elements: one loop for every rule, every kind of gradient and every number of state
+// arrays. ivdep: the arrays do not overlap; the caller has checked it.
+template <class T, class Rule, class Gradient, class... State>
+void move(const Rule rule, std::int64_t size, T* parameter, const Gradient gradient,
+          State*... state) {
+#pragma GCC ivdep
+  for (std::int64_t i = 0; i < size; ++i) rule(parameter[i], gradient(i), state[i]...);
+}
+
+template <class T, class Rule, std::size_t... S>
+void update(const void* rule, const Run<T>& run, std::index_sequence<S...>) {
+  move(*static_cast<const Rule*>(rule), run.size, run.parameter, run.gradient, run.state[S]...);
+}
+
+template <class T, class Loop>
+void update(const void* rule, const Run<T>& run) {
+  update<T, typename Loop::template Of<T>>(rule, run, std::make_index_sequence<Loop::kStates>{});
+}
+
+// memcpy, because an array of a packed record may start anywhere; it costs nothing.
+template <class T, class Stored>
+void load(const void* from, T* __restrict to, std::int64_t size) {
+  const auto* bytes = static_cast<const unsigned char*>(from);
+  for (std::int64_t i = 0; i < size; ++i) {
+    Stored x;
+    memcpy(&x, bytes + i * static_cast<std::int64_t>(sizeof x), sizeof x);
+    to[i] = cast<T>(x);
+  }
+}
+
+template <class T, class Stored>
+void store(const T* __restrict from, void* to, std::int64_t size) {
+  auto* bytes = static_cast<unsigned char*>(to);
+  for (std::int64_t i = 0; i < size; ++i) {
+    const Stored x = cast<Stored>(from[i]);
+    memcpy(bytes + i * static_cast<std::int64_t>(sizeof x), &x, sizeof x);
+  }
+}
+
+// Squares of floats are exact in double: the norm of a float gradient can neither overflow nor lose
+// its small values.
+template <class T>
+double sum_of_squares(const T* x, std::int64_t size, double prescale) {
+  return sum_in_lanes(size, [=](std::int64_t i) {
+    const double scaled = prescale * static_cast<double>(x[i]);
+    return scaled * scaled;
+  });
+}
+
+template <class T, class... Loop>
+constexpr Kernels<T> table(rules::LoopList<Loop...>) {
+  return {{update<T, Loop>...},
+          {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},
+          {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
+          sum_of_squares<T>};
+}
+
+}  // namespace
+
+extern const KernelTable FUSESTEP_TIER_TABLE;
+const KernelTable FUSESTEP_TIER_TABLE = {table<float>(rules::Loops{}),
+                                         table<double>(rules::Loops{})};
+
+}  // namespace fusestep::cpu

@@ -1,0 +1,90 @@
+#include "cpu/tile_access.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace fusestep::cpu {
+namespace {
+
+// Calls f(C++ element type) for a dtype.
+template <class Function>
+void with_element(DType dtype, Function f) {
+  switch (dtype) {
+    case DType::float32: return f(Element<DType::float32>{});
+    case DType::float64: return f(Element<DType::float64>{});
+    case DType::float16: return f(Element<DType::float16>{});
+    case DType::bfloat16: return f(Element<DType::bfloat16>{});
+  }
+}
+
+// Calls f(address, index in the buffer) for every element, along the shorter stride first: the
+// array is in slow memory, the buffer in the first-level cache.
+template <class Function>
+void for_each_element(const Block& block, Function f) {
+  const bool rows_inside = std::abs(block.row_stride) < std::abs(block.column_stride);
+  const std::int64_t outer = rows_inside ? block.columns : block.rows;
+  const std::int64_t inner = rows_inside ? block.rows : block.columns;
+  const std::int64_t outer_stride = rows_inside ? block.column_stride : block.row_stride;
+  const std::int64_t inner_stride = rows_inside ? block.row_stride : block.column_stride;
+  const std::int64_t outer_step = rows_inside ? 1 : block.columns;
+  const std::int64_t inner_step = rows_inside ? block.columns : 1;
+  for (std::int64_t i = 0; i < outer; ++i)
+    for (std::int64_t j = 0; j < inner; ++j)
+      f(block.data + i * outer_stride + j * inner_stride, i * outer_step + j * inner_step);
+}
+
+bool has_contiguous_rows(const Block& block) {
+  return block.column_stride == item_size(block.dtype);
+}
+
+}  // namespace
+
+template <class T>
+void TileAccess<T>::load(const Block& block, T* buffer) const {
+  if (has_contiguous_rows(block)) {
+    const auto load_run = kernels_.load[static_cast<int>(block.dtype)];
+    for (std::int64_t r = 0; r < block.rows; ++r)
+      load_run(block.data + r * block.row_stride, buffer + r * block.columns, block.columns);
+    return;
+  }
+  with_element(block.dtype, [&](auto element) {
+    for_each_element(block, [&](const std::byte* at, std::int64_t i) {
+      std::memcpy(&element, at, sizeof element);
+      buffer[i] = cast<T>(element);
+    });
+  });
+}
+
+template <class T>
+void TileAccess<T>::store(const T* buffer, const Block& block) const {
+  if (has_contiguous_rows(block)) {
+    const auto store_run = kernels_.store[static_cast<int>(block.dtype)];
+    for (std::int64_t r = 0; r < block.rows; ++r)
+      store_run(buffer + r * block.columns, block.data + r * block.row_stride, block.columns);
+    return;
+  }
+  with_element(block.dtype, [&](auto element) {
+    for_each_element(block, [&](std::byte* at, std::int64_t i) {
+      element = cast<decltype(element)>(buffer[i]);
+      std::memcpy(at, &element, sizeof element);
+    });
+  });
+}
+
+template <class T>
+void TileAccess<T>::clear(const Block& block) const {
+  const std::int64_t item = item_size(block.dtype);
+  if (has_contiguous_rows(block)) {
+    for (std::int64_t r = 0; r < block.rows; ++r)
+      std::memset(block.data + r * block.row_stride, 0, static_cast<std::size_t>(block.columns * item));
+    return;
+  }
+  for_each_element(block, [&](std::byte* at, std::int64_t) {
+    std::memset(at, 0, static_cast<std::size_t>(item));
+  });
+}
+
+template class TileAccess<float>;
+template class TileAccess<double>;
+
+}  // namespace fusestep::cpu

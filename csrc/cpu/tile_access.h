@@ -1,0 +1,36 @@
+// Reading and writing tiles of arrays of any layout and type, in the type a rule computes in.
+#pragma once
+
+#include "core/operand.h"
+#include "cpu/kernels.h"
+
+namespace fusestep::cpu {
+
+template <class T>
+class TileAccess {
+ public:
+  explicit TileAccess(const Kernels<T>& kernels) : kernels_(kernels) {}
+
+  // The block's own memory where a loop can use it as it is, else null.
+  static T* in_place(const Block& block) {
+    const bool usable = block.dtype == kComputeType<T> && block.contiguous() &&
+                        reinterpret_cast<std::uintptr_t>(block.data) % alignof(T) == 0;
+    return usable ? reinterpret_cast<T*>(block.data) : nullptr;
+  }
+
+  // The block's elements, row after row: where they are, or copied to `buffer`.
+  T* read(const Block& block, T* buffer) const {
+    if (T* elements = in_place(block)) return elements;
+    load(block, buffer);
+    return buffer;
+  }
+
+  void load(const Block& block, T* buffer) const;         // block -> buffer
+  void store(const T* buffer, const Block& block) const;  // buffer -> block
+  void clear(const Block& block) const;                   // zeros -> block
+
+ private:
+  const Kernels<T>& kernels_;
+};
+
+}  // namespace fusestep::cpu

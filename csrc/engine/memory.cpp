@@ -1,0 +1,43 @@
+#include "engine/memory.h"
+
+#include <algorithm>
+
+#include "core/errors.h"
+
+namespace fusestep::engine {
+
+void OccupiedMemory::add(const arrays::Array& array, const std::string& name) {
+  if (array.size > 0) entries_.push_back({array.interval(), 0, &array, &name});
+}
+
+void OccupiedMemory::seal() {
+  std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) {
+    return a.interval.first < b.interval.first;
+  });
+  std::uintptr_t reach = 0;
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    Entry& entry = entries_[i];
+    for (std::size_t k = i; reach > entry.interval.first && k-- > 0;) {
+      if (arrays::share_memory(*entries_[k].array, *entry.array))
+        throw ValueError(*entries_[k].name + " and " + *entry.name + " share memory");
+      if (entries_[k].reach <= entry.interval.first) break;
+    }
+    entry.reach = reach = std::max(reach, entry.interval.last);
+  }
+}
+
+const std::string* OccupiedMemory::overlapping(const arrays::Array& array) const {
+  const auto [first, last] = array.interval();
+  if (first == last) return nullptr;
+  auto entry = std::partition_point(entries_.begin(), entries_.end(), [last = last](const Entry& e) {
+    return e.interval.first < last;
+  });
+  while (entry != entries_.begin()) {
+    --entry;
+    if (entry->reach <= first) break;  // neither this one nor any before it gets this far
+    if (arrays::share_memory(*entry->array, array)) return entry->name;
+  }
+  return nullptr;
+}
+
+}  // namespace fusestep::engine

@@ -1,0 +1,152 @@
+#include "engine/optimizer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "core/errors.h"
+#include "cpu/fp_environment.h"
+
+namespace fusestep::engine {
+namespace {
+
+// A step shorter than this keeps the GIL: giving it away and taking it back costs more.
+constexpr std::int64_t kElementsWorthReleasingGil = 1 << 14;
+
+class GilRelease {
+ public:
+  explicit GilRelease(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
+  ~GilRelease() {
+    if (state_) PyEval_RestoreThread(state_);
+  }
+  GilRelease(const GilRelease&) = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+struct ClearAtExit {
+  std::vector<arrays::Array>& arrays;
+  ~ClearAtExit() { arrays.clear(); }
+};
+
+void check_scalars(const StepArguments& arguments) {
+  if (!(arguments.lr >= 0) || !std::isfinite(arguments.lr))
+    throw ValueError("lr is " + std::to_string(arguments.lr) +
+                     "; expected a finite number that is not negative");
+  if (!std::isfinite(arguments.grad_scale))
+    throw ValueError("grad_scale is " + std::to_string(arguments.grad_scale) +
+                     "; expected a finite number");
+}
+
+}  // namespace
+
+void Optimizer::add(std::string name, PyObject* parameter, const std::vector<PyObject*>& states) {
+  std::vector<std::string> state_names;
+  for (const std::string_view state : rule_->state_names()) state_names.emplace_back(state);
+  if (states.size() != state_names.size())
+    throw ValueError(name + " came with " + std::to_string(states.size()) +
+                     " state arrays; expected " + std::to_string(state_names.size()));
+  slots_.emplace_back(std::move(name), parameter, state_names, states);
+  memory_.reset();  // it points into slots_, which may have moved
+}
+
+OccupiedMemory& Optimizer::occupied_memory() {
+  if (!memory_) {
+    memory_.emplace();
+    for (const Slot& slot : slots_) slot.occupy(*memory_);
+    memory_->seal();
+  }
+  return *memory_;
+}
+
+void Optimizer::step(PyObject* const* gradients, std::size_t count,
+                     const StepArguments& arguments) {
+  const Turnstile::Turn turn(turnstile);
+  check_scalars(arguments);
+  const ClearAtExit release_references{gradients_};
+  prepare(gradients, count, arguments.zero_grad);
+  if (!moves_.empty()) {
+    add_coefficients(arguments.lr);
+    if (run(arguments)) {
+      for (const Move& move : moves_) move.slot->progress = move.next;
+      ++steps;
+    } else {
+      ++skipped_steps;
+    }
+  }
+}
+
+void Optimizer::prepare(PyObject* const* gradients, std::size_t count, bool zero_grad) {
+  if (count != slots_.size())
+    throw ValueError("got " + std::to_string(count) + " gradients for " +
+                     std::to_string(slots_.size()) + " parameters; give None for a parameter " +
+                     "that should not move");
+  const OccupiedMemory& memory = occupied_memory();
+  moves_.clear();
+  work_.clear();
+  gradients_.clear();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (gradients[i] == Py_None) continue;
+    Slot& slot = slots_[i];
+    gradients_.push_back(slot.prepare(gradients[i], memory, zero_grad));
+    moves_.push_back({&slot, rule_->advance(slot.progress)});
+    work_.push_back(slot.work);
+  }
+  if (zero_grad) check_gradients_are_disjoint();
+}
+
+// A gradient cleared for one parameter must not still be wanted by another.
+void Optimizer::check_gradients_are_disjoint() const {
+  OccupiedMemory memory;
+  static const std::string kGradient = "a gradient";
+  for (const arrays::Array& gradient : gradients_) memory.add(gradient, kGradient);
+  try {
+    memory.seal();
+  } catch (const ValueError&) {
+    throw ValueError("two gradients share memory, so zero_grad=True would clear one unused");
+  }
+}
+
+// Parameters that have had the same number of updates share their coefficients.
+void Optimizer::add_coefficients(double lr) {
+  const cpu::IeeeEnvironment ieee;
+  coefficients_.clear();
+  coefficients_.reserve(moves_.size());  // work_ points into it
+  for (std::size_t i = 0; i < moves_.size(); ++i) {
+    const bool shared = i > 0 && moves_[i].next == moves_[i - 1].next &&
+                        work_[i].compute == work_[i - 1].compute;
+    if (!shared)
+      coefficients_.push_back(rule_->coefficients(moves_[i].next, work_[i].compute, lr));
+    work_[i].rule = &coefficients_.back();
+  }
+}
+
+// The arithmetic. False where a gradient was not finite and the step was therefore left out.
+bool Optimizer::run(const StepArguments& arguments) {
+  std::int64_t elements = 0;
+  for (const cpu::Work& work : work_) elements += work.iteration.size;
+  const GilRelease release(elements >= kElementsWorthReleasingGil);
+  const cpu::IeeeEnvironment ieee;
+
+  cpu::StepOptions options;
+  options.clear_gradients = arguments.zero_grad;
+  options.gradient_factor = settings.maximize ? -arguments.grad_scale : arguments.grad_scale;
+  if (settings.max_norm || settings.skip_nonfinite) {
+    const cpu::GradientNorm norm = cpu::gradient_norm(work_);
+    if (settings.skip_nonfinite && !norm.finite) {
+      if (arguments.zero_grad) cpu::clear_gradients(work_);
+      return false;
+    }
+    if (settings.max_norm) {
+      // As torch.nn.utils.clip_grad_norm_, with its 1e-6.
+      const double clip = *settings.max_norm / (norm.value * std::abs(arguments.grad_scale) + 1e-6);
+      options.gradient_factor *= clip < 1 || std::isnan(clip) ? clip : 1;
+    }
+  }
+  cpu::update(work_, options);
+  return true;
+}
+
+}  // namespace fusestep::engine

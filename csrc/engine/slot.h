@@ -1,0 +1,46 @@
+// One parameter of an optimizer: its array, its state, and how far it has come.
+#pragma once
+
+#include <Python.h>
+
+#include <string>
+#include <vector>
+
+#include "arrays/array.h"
+#include "cpu/step.h"
+#include "engine/memory.h"
+#include "rules/rule.h"
+
+namespace fusestep::engine {
+
+class Slot {
+ public:
+  // Throws TypeError or ValueError for arrays that a step could not update.
+  Slot(std::string name, PyObject* parameter, const std::vector<std::string>& state_names,
+       const std::vector<PyObject*>& states);
+
+  // Adds the parameter and its state to the memory that gradients must not touch.
+  void occupy(OccupiedMemory& memory) const;
+
+  // Checks everything about a gradient and works out how to walk it together with the parameter.
+  // Changes nothing that a caller can see. The returned view must live until the step is over.
+  arrays::Array prepare(PyObject* gradient, const OccupiedMemory& memory, bool clears_gradient);
+
+  cpu::Work work;  // what prepare() found; its coefficients are the caller's to add
+  rules::Progress progress;
+
+ private:
+  void check_parameter_is_current() const;
+  void check_gradient(const arrays::Array& gradient, const OccupiedMemory& memory,
+                      bool clears_gradient);
+  void plan(const arrays::Array& gradient);
+
+  std::string name_;
+  arrays::Array parameter_;
+  std::vector<arrays::Array> states_;
+  std::vector<std::string> state_labels_;
+  bool all_in_c_order_ = true;             // the parameter and its state
+  arrays::Array::Interval disjoint_{0, 0};  // a gradient's memory that was found disjoint from ours
+};
+
+}  // namespace fusestep::engine

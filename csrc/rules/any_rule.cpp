@@ -1,0 +1,82 @@
+#include "rules/any_rule.h"
+
+#include <string>
+#include <utility>
+
+#include "core/errors.h"
+
+namespace fusestep::rules {
+namespace {
+
+template <template <class> class Rule>
+class Chosen final : public AnyRule {
+  using Options = typename Rule<float>::Options;
+
+ public:
+  void set(std::string_view option, double value) override {
+    visit(option, [&](auto member) {
+      options_.*member = static_cast<std::decay_t<decltype(options_.*member)>>(value);
+    });
+  }
+
+  double get(std::string_view option) const override {
+    double value = 0;
+    visit(option, [&](auto member) { value = static_cast<double>(options_.*member); });
+    return value;
+  }
+
+  std::vector<std::string_view> state_names() const override {
+    return Rule<float>::state_names(options_);
+  }
+
+  double initial_state() const override { return Rule<float>::initial_state(options_); }
+
+  Progress advance(const Progress& progress) const override {
+    return Rule<float>::advance(options_, progress);
+  }
+
+  Coefficients coefficients(const Progress& at, DType compute, double lr) const override {
+    Options options = options_;
+    options.lr = lr;
+    const std::size_t loop = loop_with(state_names().size());
+    return compute == DType::float64 ? Coefficients::of(loop, Rule<double>(options, at))
+                                     : Coefficients::of(loop, Rule<float>(options, at));
+  }
+
+ private:
+  template <class Visitor>
+  static void visit(std::string_view option, Visitor visitor) {
+    const bool found = std::apply(
+        [&](auto... field) {
+          return ((field.name == option && (visitor(field.member), true)) || ...);
+        },
+        Options::fields());
+    if (!found) throw ValueError("unknown option '" + std::string(option) + "'");
+  }
+
+  static std::size_t loop_with(std::size_t states) {
+    static constexpr std::size_t index[] = {
+        Loops::index<Loop<Rule, 0>>(), Loops::index<Loop<Rule, 1>>(),
+        Loops::index<Loop<Rule, 2>>(), Loops::index<Loop<Rule, 3>>()};
+    return index[states];
+  }
+
+  Options options_;
+};
+
+template <template <class> class Rule>
+std::unique_ptr<AnyRule> make(Named<Rule>) {
+  return std::make_unique<Chosen<Rule>>();
+}
+
+}  // namespace
+
+std::unique_ptr<AnyRule> make_rule(std::string_view name) {
+  std::unique_ptr<AnyRule> rule;
+  std::apply([&](auto... named) { ((named.name == name && (rule = make(named), true)) || ...); },
+             kRules);
+  if (!rule) throw ValueError("unknown rule '" + std::string(name) + "'");
+  return rule;
+}
+
+}  // namespace fusestep::rules

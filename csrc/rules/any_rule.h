@@ -1,0 +1,32 @@
+// A rule chosen at run time: the host's handle on Options, names and coefficients.
+#pragma once
+
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "core/dtypes.h"
+#include "rules/registry.h"
+
+namespace fusestep::rules {
+
+class AnyRule {
+ public:
+  virtual ~AnyRule() = default;
+
+  // Options by name; an unknown name throws ValueError. Booleans are 0 or 1.
+  virtual void set(std::string_view option, double value) = 0;
+  virtual double get(std::string_view option) const = 0;
+
+  virtual std::vector<std::string_view> state_names() const = 0;
+  virtual double initial_state() const = 0;
+  virtual Progress advance(const Progress&) const = 0;
+
+  // The coefficients of the update that `at` counts, for the loop over this rule's state.
+  virtual Coefficients coefficients(const Progress& at, DType compute, double lr) const = 0;
+};
+
+// Throws ValueError for a name that is not in kRules.
+std::unique_ptr<AnyRule> make_rule(std::string_view name);
+
+}  // namespace fusestep::rules

@@ -1,0 +1,88 @@
+"""The arrays an optimizer was given: one, a list, or a dict from names to arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, Union
+
+from . import _cpu
+
+Array: TypeAlias = Any
+"""A NumPy array, or anything with ``__dlpack__`` whose memory the CPU can write."""
+
+Params: TypeAlias = Union[Array, Iterable[Array], Mapping[str, Array]]
+Gradients: TypeAlias = Union[Array, Sequence[Union[Array, None]], Mapping[str, Union[Array, None]]]
+
+
+class Parameters:
+    """Parameters in a fixed order, with the keys by which the user knows them.
+
+    Attributes
+    ----------
+    given
+        What the user passed, as it was (a generator becomes a list).
+    keys
+        Names of a dict; positions otherwise.
+    arrays, labels
+        In the same order; labels are for error messages.
+    """
+
+    def __init__(self, given: Params) -> None:
+        self.given: Any = given
+        self.keys: list[str] | list[int]
+        if isinstance(given, Mapping):
+            for key in given:
+                if not isinstance(key, str):
+                    raise TypeError(
+                        f"params has the key {key!r} ({type(key).__name__}); expected names (str)"
+                    )
+            self.keys = list(given)
+            self.arrays = list(given.values())
+            self.labels = [f"parameter {key!r}" for key in given]
+            self.in_order = self._from_mapping
+        elif _cpu.is_array(given):
+            self.keys = [0]
+            self.arrays = [given]
+            self.labels = ["the parameter"]
+            self.in_order = self._from_one
+        elif isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
+            self.arrays = list(given)
+            if not isinstance(given, Sequence):
+                self.given = self.arrays
+            self.keys = list(range(len(self.arrays)))
+            self.labels = [f"parameter {key}" for key in self.keys]
+            self.in_order = self._from_sequence
+        else:
+            raise TypeError(
+                f"params is a {type(given).__name__}; expected an array, a list of arrays or a "
+                "dict from names to arrays"
+            )
+        if not self.arrays:
+            raise ValueError("params is empty; expected at least one array")
+        if isinstance(self.arrays[0], Mapping):
+            raise TypeError(
+                "params is a list of parameter groups; create one optimizer for each group instead"
+            )
+
+    @staticmethod
+    def _from_sequence(gradients: Any) -> Any:
+        return gradients  # the kernel checks type and length
+
+    @staticmethod
+    def _from_one(gradient: Any) -> Any:
+        return gradient if isinstance(gradient, (list, tuple)) else (gradient,)
+
+    def _from_mapping(self, gradients: Any) -> Any:
+        if not isinstance(gradients, Mapping):
+            raise TypeError(
+                f"gradients are a {type(gradients).__name__}; expected a dict with the names of "
+                f"the parameters, since params was one"
+            )
+        in_order = [gradients.get(key) for key in self.keys]  # type: ignore[call-overload]
+        if len(gradients) > len(in_order) or any(key not in self.given for key in gradients):
+            unknown = next(key for key in gradients if key not in self.keys)
+            raise ValueError(
+                f"gradients has {unknown!r}, which is not a parameter; parameters: "
+                + ", ".join(map(repr, self.keys))
+            )
+        return in_order

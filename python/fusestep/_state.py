@@ -1,0 +1,82 @@
+"""State arrays: allocated like the parameter, checked when they come from outside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from ._cpu import ArrayDescription
+
+_CACHE_LINE = 64  # bytes
+
+
+def state_dtype_for(state_dtype: Any, parameter: ArrayDescription) -> np.dtype[Any]:
+    """Return the dtype of a parameter's state: float64 for float64, float32 for all others."""
+    if state_dtype is None:
+        return np.dtype("float64" if parameter.dtype == "float64" else "float32")
+    return np.dtype(state_dtype)
+
+
+def check_state_dtype(value: Any) -> str | None:
+    """Return None or the name of a supported dtype."""
+    if value is None:
+        return None
+    try:
+        name = np.dtype(value).name
+    except TypeError:
+        name = str(value)
+    if name in ("float32", "float64"):
+        return name
+    raise ValueError(f"state_dtype is {value!r}; expected None, 'float32' or 'float64'")
+
+
+def allocate(parameter: ArrayDescription, dtype: np.dtype[Any], fill: float) -> npt.NDArray[Any]:
+    """Return an array of the parameter's shape that a kernel can walk in step with it.
+
+    It has the parameter's order of axes in memory (a transposed parameter gets transposed state),
+    so that both are one dense run, and starts at the same place in a cache line, so that vectors
+    which are aligned in the one are aligned in the other.
+    """
+    axes = sorted(range(len(parameter.shape)), key=lambda axis: -abs(parameter.strides[axis]))
+    shape_in_memory = [parameter.shape[axis] for axis in axes]
+    nbytes = int(np.prod(shape_in_memory, dtype=np.int64)) * dtype.itemsize
+
+    memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
+    start = (parameter.address - memory.ctypes.data) % _CACHE_LINE
+    if (memory.ctypes.data + start) % dtype.itemsize:
+        start = -memory.ctypes.data % _CACHE_LINE  # a parameter off its own alignment
+    array: npt.NDArray[Any] = memory[start : start + nbytes].view(dtype)
+    array.fill(fill)
+    return array.reshape(shape_in_memory).transpose(np.argsort(axes))
+
+
+def as_state(value: Any, label: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a loaded value as an array that can be copied into `like` without loss.
+
+    Raises
+    ------
+    TypeError
+        If it is not an array of floats, or copying would round it.
+    ValueError
+        If its shape is not that of `like`.
+    """
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{label} is a {type(value).__name__}; expected a float array ({error})"
+        ) from None
+    if array.dtype.kind not in "fV" or array.dtype == object:
+        raise TypeError(f"{label} has dtype {array.dtype}; expected floats")
+    if not np.can_cast(array.dtype, like.dtype, "safe"):
+        raise TypeError(
+            f"{label} has dtype {array.dtype}, which would be rounded to {like.dtype}; create the "
+            f"optimizer with state_dtype={array.dtype.name!r}"
+        )
+    if array.shape != like.shape:
+        raise ValueError(f"{label} has shape {array.shape}; expected {like.shape}")
+    return array

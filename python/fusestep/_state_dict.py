@@ -1,0 +1,202 @@
+"""State dicts: torch.optim's form, checked whole before any of it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._hyperparameters import number
+from ._state import as_state
+from ._version import __version__
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from .optimizer import Optimizer
+
+# Entries of torch's groups that say how a step is computed, or belong to its schedulers.
+_IGNORED_OPTIONS = frozenset(
+    {"foreach", "fused", "capturable", "differentiable", "initial_lr", "state_dtype", "params"}
+)
+
+
+def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
+    """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones."""
+    state = {
+        key: {
+            name: value.copy(order="K") if copy and isinstance(value, np.ndarray) else value
+            for name, value in entry.items()
+        }
+        for key, entry in optimizer.state.items()
+    }
+    lr = optimizer._hyperparameters["lr"]
+    group = {
+        **optimizer._hyperparameters,
+        **optimizer._fixed,
+        "lr": None if callable(lr) else lr,
+        "state_dtype": optimizer._state_dtype,
+        "params": list(optimizer._parameters.keys),
+    }
+    counters = {
+        "version": __version__,
+        "rule": type(optimizer).__name__,
+        "steps": optimizer.steps,
+        "skipped_steps": optimizer.skipped_steps,
+    }
+    return {"state": state, "param_groups": [group], "fusestep": counters}
+
+
+@dataclass
+class _Entry:
+    """What one parameter is to be given: arrays in the order of the rule's state."""
+
+    step: int
+    momentum_product: float
+    arrays: list[npt.NDArray[Any] | None]  # None: the rule's initial value
+
+
+@dataclass
+class Plan:
+    """A checked state dict: nothing in it can be refused any more."""
+
+    entries: list[_Entry]
+    hyperparameters: dict[str, Any]
+    steps: int
+    skipped_steps: int
+
+
+def check(optimizer: Optimizer, state_dict: Any) -> Plan:
+    """Check every part of a state dict against `optimizer`, changing nothing."""
+    mapping(state_dict, "the state dict")
+    expect_keys(state_dict, "the state dict", {"state", "param_groups"}, {"fusestep"})
+    counters = mapping(state_dict.get("fusestep", {}), "'fusestep'")
+    expect_keys(counters, "'fusestep'", set(), {"version", "rule", "steps", "skipped_steps"})
+    rule, expected = counters.get("rule"), type(optimizer).__name__
+    if rule is not None and rule != expected:
+        raise ValueError(f"the state dict is of {rule}; this optimizer is {expected}")
+
+    groups = state_dict["param_groups"]
+    if not isinstance(groups, (list, tuple)):
+        raise TypeError(f"'param_groups' is a {type(groups).__name__}; expected a list")
+    if len(groups) != 1:
+        raise ValueError(
+            f"the state dict has {len(groups)} parameter groups; expected 1 (one optimizer for "
+            "each group)"
+        )
+    group = mapping(groups[0], "the parameter group")
+    hyperparameters = _check_group(optimizer, group)
+
+    saved_keys = _match_keys(optimizer, group)
+    state = mapping(state_dict["state"], "'state'")
+    expect_keys(state, "'state'", set(), set(saved_keys))
+    entries = [_check_entry(optimizer, i, state.get(key)) for i, key in enumerate(saved_keys)]
+
+    most = max((entry.step for entry in entries), default=0)
+    return Plan(
+        entries,
+        hyperparameters,
+        count("steps", counters.get("steps", most)),
+        count("skipped_steps", counters.get("skipped_steps", 0)),
+    )
+
+
+def apply(optimizer: Optimizer, plan: Plan) -> None:
+    """Make the optimizer what the plan says."""
+    optimizer._set_hyperparameters(plan.hyperparameters)
+    initial = optimizer._initial_state()
+    for i, entry in enumerate(plan.entries):
+        for target, source in zip(optimizer._arrays[i].values(), entry.arrays, strict=True):
+            target[...] = initial if source is None else source
+        optimizer._native.set_progress(i, entry.step, entry.momentum_product)
+    optimizer._native.steps = plan.steps
+    optimizer._native.skipped_steps = plan.skipped_steps
+
+
+def mapping(value: Any, what: str) -> Mapping[Any, Any]:
+    """Return `value` if it is a mapping."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} is a {type(value).__name__}; expected a dict")
+    return value
+
+
+def expect_keys(found: Iterable[Any], what: str, required: set[Any], optional: set[Any]) -> None:
+    """Raise ValueError unless `found` has all required keys and no unknown ones."""
+    present = set(found)
+    if missing := required - present:
+        raise ValueError(f"{what} lacks {_listed(missing)}")
+    if unknown := present - required - optional:
+        raise ValueError(
+            f"{what} has unknown keys: {_listed(unknown)}; expected "
+            f"{_listed(required | optional) or 'none'}"
+        )
+
+
+def count(name: str, value: Any) -> int:
+    """Return a whole number >= 0, which torch keeps as a float tensor."""
+    result = number(name, value)
+    if not (math.isfinite(result) and result >= 0 and result == int(result)):
+        raise ValueError(f"{name} is {value!r}; expected a whole number that is not negative")
+    return int(result)
+
+
+def _listed(keys: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(repr, keys)))
+
+
+def _check_group(optimizer: Optimizer, group: Mapping[Any, Any]) -> dict[str, Any]:
+    known = set(optimizer._hyperparameters) | set(optimizer._fixed)
+    expect_keys(group, "the parameter group", {"params"}, known | _IGNORED_OPTIONS)
+    for name, value in optimizer._fixed.items():
+        if name in group and group[name] != value:
+            raise ValueError(
+                f"the parameter group has {name}={group[name]!r}; "
+                f"{type(optimizer).__name__} has {name}={value!r}"
+            )
+    changes = {name: group[name] for name in optimizer._hyperparameters if name in group}
+    if changes.get("lr", 0) is None:
+        del changes["lr"]
+    return optimizer._checked_hyperparameters(changes)
+
+
+def _match_keys(optimizer: Optimizer, group: Mapping[Any, Any]) -> list[Any]:
+    """Return the saved key of each of the optimizer's parameters, in the optimizer's order."""
+    saved, own = list(group["params"]), list(optimizer._parameters.keys)
+    both_named = all(isinstance(key, str) for key in saved + own)
+    if both_named:
+        expect_keys(saved, "the state dict", set(own), set())
+        return own
+    if len(saved) != len(own):
+        raise ValueError(
+            f"the state dict is of {len(saved)} parameters; this optimizer has {len(own)}"
+        )
+    return saved
+
+
+def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
+    names = optimizer._state_names
+    if entry is None or not entry:  # torch has no entry for a parameter that never moved
+        return _Entry(0, 1.0, [None] * len(names))
+    label = f"the state of {optimizer._parameters.labels[i]}"
+    mapping(entry, label)
+
+    entry = {name: value for name, value in entry.items() if value is not None}
+    scalars = {"step", "mu_product"} if optimizer._rule == "nadam" else {"step"}
+    has_state = bool(names) and names[0] in entry
+    # torch's SGD keeps no step: a momentum buffer says that there was one, and no more is needed.
+    implied_step = {"step"} if optimizer._rule == "sgd" else set()
+    optional = implied_step | (set(names) if optimizer._rule == "sgd" else set())
+    expect_keys(entry, label, (scalars | set(names)) - optional, optional)
+
+    like = optimizer._arrays[i]
+    arrays = [
+        as_state(entry[name], f"the {name} of {optimizer._parameters.labels[i]}", like[name])
+        if name in entry
+        else None
+        for name in names
+    ]
+    step = count("step", entry.get("step", int(has_state)))
+    return _Entry(step, number("mu_product", entry.get("mu_product", 1.0)), arrays)

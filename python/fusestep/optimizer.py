@@ -1,0 +1,344 @@
+"""What every optimizer can do, whatever its rule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+
+import numpy as np
+
+from . import _cpu, _state, _state_dict, checkpoint
+from ._hyperparameters import Hyperparameter, as_native_options, flag, max_norm, non_negative
+from ._parameters import Gradients, Parameters, Params
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+
+class CommonOptions(TypedDict, total=False):
+    """The keyword arguments that every rule takes; see :class:`Optimizer`."""
+
+    maximize: bool
+    max_norm: float | None
+    skip_nonfinite: bool
+    state_dtype: Any
+
+
+class Optimizer:
+    """Base class of all optimizers; create one of its subclasses.
+
+    Parameters
+    ----------
+    params
+        Float arrays (float64, float32, float16 or bfloat16) to update in place, of any shape and
+        strides: one array, an iterable of arrays, or a dict from names to arrays. They must be
+        writable and must not overlap.
+    maximize
+        Move up the gradient instead of down.
+    max_norm
+        Clip the L2 norm of all gradients of a step together, as
+        ``torch.nn.utils.clip_grad_norm_`` does: gradients are multiplied by
+        ``min(1, max_norm / (norm + 1e-6))``. The arrays that hold the gradients are not changed.
+    skip_nonfinite
+        Leave out a step in which any gradient holds a NaN or an infinity: no parameter, no state
+        and no counter changes but :attr:`skipped_steps`.
+    state_dtype
+        Dtype of the state: None (float64 for float64 parameters, float32 for all others),
+        "float32" or "float64". A parameter is computed in float64 if it or its state is float64,
+        in float32 otherwise.
+
+    Raises
+    ------
+    TypeError
+        Something is not an array, not of a supported dtype, or a hyper-parameter is not a number.
+    ValueError
+        A hyper-parameter is out of range; an array is read-only, overlaps itself or another one;
+        there are no parameters.
+
+    Notes
+    -----
+    Every hyper-parameter is an attribute that may be read and, where it does not decide which
+    state is kept, assigned: ``opt.lr = 0.01``. An assignment is checked like an argument.
+
+    An optimizer may be used from several threads: steps of one optimizer wait for each other, steps
+    of different optimizers run side by side. Its result does not depend on the number of threads
+    nor on the instruction set.
+    """
+
+    _rule: ClassVar[str]
+    _fixed: ClassVar[dict[str, Any]] = {}
+    """Options of the rule that this class has settled."""
+
+    maximize = Hyperparameter(flag)
+    max_norm = Hyperparameter(max_norm)
+    skip_nonfinite = Hyperparameter(flag)
+
+    def __init__(
+        self,
+        params: Params,
+        own: dict[str, Any],
+        *,
+        maximize: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        state_dtype: Any = None,
+    ) -> None:
+        common = {"maximize": maximize, "max_norm": max_norm, "skip_nonfinite": skip_nonfinite}
+        fields = self._fields()
+        self._hyperparameters: dict[str, Any] = {
+            name: fields[name].checked(value) for name, value in {**own, **common}.items()
+        }
+        self._check_together(self._hyperparameters)
+        self._state_dtype = _state.check_state_dtype(state_dtype)
+
+        self._parameters = Parameters(params)
+        options = self._native_options(self._hyperparameters)
+        self._state_names, fill = _cpu.describe_rule(self._rule, options)
+        self._arrays: list[dict[str, npt.NDArray[Any]]] = [
+            self._new_state(array, label, fill)
+            for array, label in zip(
+                self._parameters.arrays, self._parameters.labels, strict=True
+            )
+        ]
+        self._native = _cpu.Optimizer(
+            self._rule,
+            options,
+            self._parameters.labels,
+            self._parameters.arrays,
+            [list(state.values()) for state in self._arrays],
+        )
+        self._push_common()
+
+    # ---- stepping -------------------------------------------------------------------------------
+
+    def step(
+        self,
+        grads: Gradients,
+        *,
+        lr: float | None = None,
+        grad_scale: float = 1.0,
+        zero_grad: bool = False,
+    ) -> None:
+        """Update the parameters, and the state, in place.
+
+        Parameters
+        ----------
+        grads
+            A float array of the parameter's shape for each parameter, in the form that `params`
+            had: a list or tuple, a dict with any subset of the names, or one array. The dtype
+            (float64, float32, float16, bfloat16) and the strides may differ from the parameter's.
+            A parameter whose gradient is None, or not in the dict, does not move, and its state
+            does not age.
+        lr
+            Learning rate of this step, in place of :attr:`lr`.
+        grad_scale
+            Multiplies all gradients before anything else: 1 / loss scale to unscale.
+        zero_grad
+            Set the gradients to zero in the same pass, also when ``skip_nonfinite`` leaves the
+            step out.
+
+        Raises
+        ------
+        TypeError
+            A gradient is not an array of a supported dtype, or `grads` has the wrong form.
+        ValueError
+            A gradient has the wrong shape, or shares memory with a parameter or its state; there
+            are too few or too many; a name is unknown; with `zero_grad`, a gradient is read-only
+            or shares memory with another.
+
+        Notes
+        -----
+        All arguments are checked before anything is written: a step that raises has changed
+        nothing.
+        """
+        rate = self._hyperparameters["lr"] if lr is None else lr
+        if callable(rate):
+            rate = non_negative("lr(step)", rate(self._native.steps))
+        self._native.step(self._parameters.in_order(grads), rate, grad_scale, zero_grad)
+
+    @property
+    def steps(self) -> int:
+        """Steps that moved at least one parameter; what a callable ``lr`` is given."""
+        return self._native.steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because ``skip_nonfinite`` found a NaN or an infinity."""
+        return self._native.skipped_steps
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> Any:
+        """The parameters, as they were given."""
+        return self._parameters.given
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """The state of each parameter, by name or position: ``step`` and the arrays themselves.
+
+        The arrays are the ones the next step updates, not copies; :meth:`state_dict` copies.
+        """
+        return {
+            key: {**self._scalars(i), **self._arrays[i]}
+            for i, key in enumerate(self._parameters.keys)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of everything but the parameters, in the form of ``torch.optim``.
+
+        Returns
+        -------
+        dict
+            ``"state"``: for each parameter, by name or position, ``step`` (the updates it has had)
+            and its state arrays under torch's names; ``"param_groups"``: a list of one dict with
+            the hyper-parameters and the keys of the parameters; ``"fusestep"``: the rule and the
+            counters. A callable ``lr`` is stored as None.
+        """
+        return self._native.exclusively(lambda: _state_dict.export(self, copy=True))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict`, or the torch class of this name, returned.
+
+        Hyper-parameters are taken over, too; an ``lr`` of None leaves the present one (a callable)
+        in place. Parameters are matched by name if both have names, by position otherwise. State
+        is converted to a wider dtype where the optimizer's is wider, never to a narrower one.
+
+        Parameters
+        ----------
+        state_dict
+            The dictionary; it is copied.
+
+        Raises
+        ------
+        TypeError
+            An entry is not what it should be, or its dtype would have to be narrowed.
+        ValueError
+            Keys are missing or unknown, shapes differ, or it belongs to another rule. Nothing has
+            been changed then.
+        """
+        plan = _state_dict.check(self, state_dict)
+        self._native.exclusively(lambda: _state_dict.apply(self, plan))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        path
+            Replaced if it exists. Until the new file is complete and on disk, the old one stays.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written.
+        """
+        self._native.exclusively(
+            lambda: checkpoint.write(path, _state_dict.export(self, copy=False))
+        )
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Continue from a file that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path
+            The file.
+
+        Raises
+        ------
+        OSError
+            The file cannot be read (FileNotFoundError: there is none).
+        ValueError
+            The file is truncated, damaged, or not one of ours; or as :meth:`load_state_dict`.
+        """
+        self.load_state_dict(checkpoint.read(path))
+
+    # ---- Python's own protocols -----------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        values = {**self._hyperparameters, **self._fixed, "state_dtype": self._state_dtype}
+        arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        count = len(self._parameters.arrays)
+        elements = sum(int(np.prod(np.shape(array))) for array in self._parameters.arrays)
+        plural = "" if count == 1 else "s"
+        return (
+            f"{type(self).__name__}({count} parameter{plural}, {elements:,} elements; {arguments})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "params": self._parameters.given,
+            "hyperparameters": dict(self._hyperparameters),
+            "state_dtype": self._state_dtype,
+            "state_dict": self.state_dict(),
+        }
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        own = dict(pickled["hyperparameters"])
+        common = {name: own.pop(name) for name in ("maximize", "max_norm", "skip_nonfinite")}
+        Optimizer.__init__(
+            self, pickled["params"], own, **common, state_dtype=pickled["state_dtype"]
+        )
+        self.load_state_dict(pickled["state_dict"])
+
+    # ---- for this package -----------------------------------------------------------------------
+
+    @classmethod
+    def _fields(cls) -> dict[str, Hyperparameter[Any]]:
+        """The class's hyper-parameters by name, its own before those of every rule."""
+        return {
+            name: field
+            for owner in cls.__mro__
+            for name, field in vars(owner).items()
+            if isinstance(field, Hyperparameter)
+        }
+
+    @classmethod
+    def _check_together(cls, hyperparameters: dict[str, Any]) -> None:
+        """Raise ValueError for values that are fine one by one but not together."""
+
+    def _native_options(self, hyperparameters: dict[str, Any]) -> dict[str, float]:
+        options: dict[str, float] = {}
+        for name, value in {**hyperparameters, **self._fixed}.items():
+            if name not in vars(Optimizer):
+                options.update(as_native_options(name, value))
+        return options
+
+    def _set_hyperparameters(self, changes: dict[str, Any]) -> None:
+        """Check all changes, then make all of them."""
+        checked = self._checked_hyperparameters(changes)
+        self._hyperparameters = checked
+        for option, value in self._native_options(checked).items():
+            self._native.set_option(option, value)
+        self._push_common()
+
+    def _checked_hyperparameters(self, changes: dict[str, Any]) -> dict[str, Any]:
+        fields = self._fields()
+        present = self._hyperparameters
+        checked = present | {
+            name: fields[name].checked(value, present[name]) for name, value in changes.items()
+        }
+        self._check_together(checked)
+        return checked
+
+    def _push_common(self) -> None:
+        self._native.maximize = self._hyperparameters["maximize"]
+        self._native.max_norm = self._hyperparameters["max_norm"]
+        self._native.skip_nonfinite = self._hyperparameters["skip_nonfinite"]
+
+    def _new_state(self, array: Any, label: str, fill: float) -> dict[str, npt.NDArray[Any]]:
+        parameter = _cpu.describe_array(array, label)
+        dtype = _state.state_dtype_for(self._state_dtype, parameter)
+        return {name: _state.allocate(parameter, dtype, fill) for name in self._state_names}
+
+    def _initial_state(self) -> float:
+        return _cpu.describe_rule(self._rule, self._native_options(self._hyperparameters))[1]
+
+    def _scalars(self, i: int) -> dict[str, Any]:
+        step, momentum_product = self._native.progress(i)
+        if self._rule == "nadam":
+            return {"step": step, "mu_product": momentum_product}
+        return {"step": step}
