@@ -16,12 +16,20 @@ namespace fusestep::cpu {
 namespace {
 
 // Moves `size` elements: one loop for every rule, every kind of gradient and every number of state
-// arrays. ivdep: the arrays do not overlap; the caller has checked it.
+// arrays. The rule works on copies, so that its branches become selects rather than conditional
+// stores, which are not vectorised. ivdep: the arrays do not overlap; the caller has checked it.
 template <class T, class Rule, class Gradient, class... State>
 void move(const Rule rule, std::int64_t size, T* parameter, const Gradient gradient,
           State*... state) {
 #pragma GCC ivdep
-  for (std::int64_t i = 0; i < size; ++i) rule(parameter[i], gradient(i), state[i]...);
+  for (std::int64_t i = 0; i < size; ++i) {
+    const auto move_one = [&](T w, State... s) {
+      rule(w, gradient(i), s...);
+      parameter[i] = w;
+      ((state[i] = s), ...);
+    };
+    move_one(parameter[i], state[i]...);
+  }
 }
 
 template <class T, class Rule, std::size_t... S>

@@ -34,15 +34,15 @@ struct Sgd {
   using Options = SgdOptions;
   WeightDecay<T> decay;
   T lr, momentum, undamped;
-  bool first, nesterov;
+  T first, nesterov;  // 1 or 0
 
   Sgd(const Options& o, const Progress& at)
       : decay(WeightDecay<T>::l2(o.weight_decay)),
         lr(static_cast<T>(o.lr)),
         momentum(static_cast<T>(o.momentum)),
         undamped(static_cast<T>(1 - o.dampening)),
-        first(at.step == 1),
-        nesterov(o.nesterov) {}
+        first(at.step == 1 ? T{1} : T{0}),
+        nesterov(o.nesterov ? T{1} : T{0}) {}
 
   FUSESTEP_HOST_DEVICE void operator()(T& w, T g) const {
     g = decay(w, g);
@@ -51,8 +51,8 @@ struct Sgd {
 
   FUSESTEP_HOST_DEVICE void operator()(T& w, T g, T& b) const {
     g = decay(w, g);
-    b = first ? g : momentum * b + undamped * g;
-    w -= lr * (nesterov ? g + momentum * b : b);
+    b = first != T{0} ? g : momentum * b + undamped * g;
+    w -= lr * (nesterov != T{0} ? g + momentum * b : b);
   }
 
   static std::vector<std::string_view> state_names(const Options& o) {

@@ -11,19 +11,21 @@ namespace fusestep::rules {
 template <class T>
 struct WeightDecay {
   T coupled;  // lambda, or 0
-  T keep;     // 1 - lr lambda, or 1
+  T shrink;   // lr lambda, or 0
 
-  static WeightDecay l2(double lambda) { return {static_cast<T>(lambda), T{1}}; }
+  static WeightDecay l2(double lambda) { return {static_cast<T>(lambda), T{0}}; }
 
   static WeightDecay of(double lambda, bool decoupled, double lr) {
-    return decoupled ? WeightDecay{T{0}, static_cast<T>(1.0 - lr * lambda)} : l2(lambda);
+    return decoupled ? WeightDecay{T{0}, static_cast<T>(lr * lambda)} : l2(lambda);
   }
 
   // Shrinks w where the decay is decoupled; returns the gradient with the decay that is coupled.
+  //
+  // Tests, not multiplications by zero: 0 * Inf would turn an infinite weight into NaN. And
+  // w - shrink w, not (1 - shrink) w: rounding 1 - shrink to float32 errs the same way every step.
   FUSESTEP_HOST_DEVICE T operator()(T& w, T g) const {
-    // A test, not a multiplication by zero: 0 * Inf would turn an infinite weight into NaN.
     const T decayed = coupled != T{0} ? g + coupled * w : g;
-    w *= keep;
+    w = shrink != T{0} ? w - shrink * w : w;
     return decayed;
   }
 };
