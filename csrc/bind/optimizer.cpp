@@ -36,17 +36,32 @@ std::unique_ptr<Optimizer> make_optimizer(const std::string& rule, const Options
   return optimizer;
 }
 
-void step(Optimizer& optimizer, const py::handle& gradients, double lr, double grad_scale,
-          bool zero_grad) {
+// pybind11 would list every signature where a sentence helps more.
+double number(const char* name, PyObject* object) {
+  const double value = PyBool_Check(object) ? -1 : PyFloat_AsDouble(object);
+  if (!PyBool_Check(object) && !(value == -1 && PyErr_Occurred())) return value;
+  PyErr_Clear();
+  throw TypeError(std::string(name) + " is a " + Py_TYPE(object)->tp_name + "; expected a number");
+}
+
+bool flag(const char* name, PyObject* object) {
+  if (object == Py_True || object == Py_False) return object == Py_True;
+  throw TypeError(std::string(name) + " is a " + Py_TYPE(object)->tp_name +
+                  "; expected True or False");
+}
+
+void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& lr,
+          const py::handle& grad_scale, const py::handle& zero_grad) {
   PyObject* sequence = gradients.ptr();
   if (!PyList_Check(sequence) && !PyTuple_Check(sequence))
     throw TypeError(std::string("gradients are a ") + Py_TYPE(sequence)->tp_name +
                     "; expected a list or tuple with one array (or None) for each parameter");
+  const StepArguments arguments{number("lr", lr.ptr()), number("grad_scale", grad_scale.ptr()),
+                                flag("zero_grad", zero_grad.ptr())};
   // A copy of the references: another thread may change the list while a custom array exports itself.
   const auto fixed = py::reinterpret_steal<py::object>(PySequence_Tuple(sequence));
   optimizer.step(PySequence_Fast_ITEMS(fixed.ptr()),
-                 static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())),
-                 {lr, grad_scale, zero_grad});
+                 static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())), arguments);
 }
 
 // (state names, initial value of the state) of a rule with these options.

@@ -67,6 +67,16 @@ class Optimizer:
     nor on the instruction set.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_arrays",
+        "_hyperparameters",
+        "_native",
+        "_parameters",
+        "_state_dtype",
+        "_state_names",
+    )
+
     _rule: ClassVar[str]
     _fixed: ClassVar[dict[str, Any]] = {}
     """Options of the rule that this class has settled."""

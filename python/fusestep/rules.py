@@ -60,6 +60,7 @@ class SGD(Optimizer):
     deep learning", equations 1-4.
     """
 
+    __slots__ = ()
     _rule = "sgd"
 
     lr = Hyperparameter(learning_rate)
@@ -115,6 +116,7 @@ class NAG(Optimizer):
     Nesterov (1983); Sutskever et al. (2013), equations 3-4.
     """
 
+    __slots__ = ()
     _rule = "sgd"
     _fixed = {"dampening": 0.0, "nesterov": True}
 
@@ -168,6 +170,7 @@ class Adam(Optimizer):
     Kumar (2018), "On the convergence of Adam and beyond", Algorithm 2.
     """
 
+    __slots__ = ()
     _rule = "adam"
 
     lr = Hyperparameter(learning_rate)
@@ -214,6 +217,7 @@ class AdamW(Optimizer):
     Loshchilov & Hutter (2019), "Decoupled weight decay regularization", Algorithm 2.
     """
 
+    __slots__ = ()
     _rule = "adam"
     _fixed = {"decoupled_weight_decay": True}
 
@@ -266,6 +270,7 @@ class NAdam(Optimizer):
     Dozat (2016), "Incorporating Nesterov momentum into Adam", Algorithm 2.
     """
 
+    __slots__ = ()
     _rule = "nadam"
 
     lr = Hyperparameter(learning_rate)
@@ -321,6 +326,7 @@ class Adagrad(Optimizer):
     optimization", Figure 1 (diagonal).
     """
 
+    __slots__ = ()
     _rule = "adagrad"
 
     lr = Hyperparameter(learning_rate)
