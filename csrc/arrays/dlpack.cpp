@@ -21,6 +21,14 @@ py::object detached(PyObject* object) {
   return PyObject_IsTrue(requires_grad.ptr()) == 1 ? py::object(handle.attr("detach")()) : handle;
 }
 
+// torch before 2.8 speaks the old DLPack, and its memory can be written. JAX speaks it too, and its
+// arrays are immutable: who else cannot say is taken to be like JAX.
+bool is_torch(PyObject* object) {
+  const py::object module =
+      py::getattr(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__module__", py::str());
+  return py::isinstance<py::str>(module) && module.cast<std::string>().starts_with("torch");
+}
+
 py::object export_capsule(PyObject* object, const Label& label) {
   using namespace py::literals;
   try {
@@ -80,7 +88,7 @@ Array from_dlpack(PyObject* object, const Label& label) {
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");
     array.managed_ = managed;
     array.delete_managed_ = destroy<dlpack::Managed>;
-    array.writable = true;
+    array.writable = is_torch(object);  // before version 1, DLPack cannot say
     tensor = &managed->tensor;
   } else {
     throw TypeError(label.text() + ": __dlpack__ did not return a DLPack capsule");

@@ -37,6 +37,7 @@ class Parameters:
                         f"params has the key {key!r} ({type(key).__name__}); expected names (str)"
                     )
             self.keys = list(given)
+            self._names = dict.fromkeys(given)  # in order, and quick to look up
             self.arrays = list(given.values())
             self.labels = [f"parameter {key!r}" for key in given]
             self.in_order = self._from_mapping
@@ -78,11 +79,9 @@ class Parameters:
                 f"gradients are a {type(gradients).__name__}; expected a dict with the names of "
                 f"the parameters, since params was one"
             )
-        in_order = [gradients.get(key) for key in self.keys]  # type: ignore[call-overload]
-        if len(gradients) > len(in_order) or any(key not in self.given for key in gradients):
-            unknown = next(key for key in gradients if key not in self.keys)
+        if unknown := gradients.keys() - self._names:
             raise ValueError(
-                f"gradients has {unknown!r}, which is not a parameter; parameters: "
-                + ", ".join(map(repr, self.keys))
+                f"gradients has {', '.join(sorted(map(repr, unknown)))}, which is not a parameter; "
+                f"parameters: {', '.join(map(repr, self.keys))}"
             )
-        return in_order
+        return [gradients.get(key) for key in self._names]

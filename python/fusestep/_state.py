@@ -72,11 +72,11 @@ def as_state(value: Any, label: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]
         ) from None
     if array.dtype.kind not in "fV" or array.dtype == object:
         raise TypeError(f"{label} has dtype {array.dtype}; expected floats")
+    if array.shape != like.shape:
+        raise ValueError(f"{label} has shape {array.shape}; expected {like.shape}")
     if not np.can_cast(array.dtype, like.dtype, "safe"):
         raise TypeError(
             f"{label} has dtype {array.dtype}, which would be rounded to {like.dtype}; create the "
             f"optimizer with state_dtype={array.dtype.name!r}"
         )
-    if array.shape != like.shape:
-        raise ValueError(f"{label} has shape {array.shape}; expected {like.shape}")
     return array

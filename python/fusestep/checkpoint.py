@@ -69,7 +69,7 @@ def _split(state_dict: dict[str, Any]) -> tuple[dict[str, np.ndarray[Any, Any]],
     entries = []
     for key, entry in state_dict["state"].items():
         arrays = {name: x for name, x in entry.items() if isinstance(x, np.ndarray)}
-        tensors.update({f"{key}/{name}": np.ascontiguousarray(x) for name, x in arrays.items()})
+        tensors.update({f"{key}/{name}": np.asarray(x, order="C") for name, x in arrays.items()})
         scalars = {name: x for name, x in entry.items() if name not in arrays}
         entries.append({"key": key, "arrays": list(arrays), "scalars": scalars})
     header = {name: part for name, part in state_dict.items() if name != "state"}

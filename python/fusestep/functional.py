@@ -16,12 +16,18 @@ All raise TypeError and ValueError as :meth:`fusestep.Optimizer.step` does, and 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from . import _cpu, rules
 from ._hyperparameters import as_native_options, finite, flag
 from ._state_dict import count
-from .optimizer import Optimizer
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from .optimizer import Optimizer
 
 __all__ = ["adagrad_", "adam_", "adamw_", "nadam_", "nag_", "sgd_"]
 
@@ -232,7 +238,9 @@ def _apply(
     )
 
 
-def _one_float64(array: Any) -> Any:
-    if str(getattr(array, "dtype", None)) != "float64" or getattr(array, "size", None) != 1:
-        raise TypeError("mu_product must be a float64 array of one element")
+def _one_float64(array: Any) -> npt.NDArray[np.float64]:
+    if not isinstance(array, np.ndarray) or array.dtype != np.float64 or array.size != 1:
+        raise TypeError("mu_product must be a float64 NumPy array of one element")
+    if not array.flags.writeable:
+        raise ValueError("mu_product is read-only")
     return array

@@ -1,0 +1,81 @@
+"""The numbers to beat, and whether they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from results import three_digits
+
+if TYPE_CHECKING:
+    from results import Ratio, Results
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line of the table of goals.
+
+    Parameters
+    ----------
+    work, goal, measured
+        What, how much it should be, how much it is.
+    met
+        None where nothing was measured.
+    """
+
+    work: str
+    goal: str
+    measured: str
+    met: bool | None
+
+
+# rule, workload, threads, peer, how many times faster
+_RATIOS = (
+    ("adam", "500x1k", 1, "torch fused", 10.0),
+    ("adam", "500x1k", 2, "torch fused", 10.0),
+    ("adam", "100k", 1, "torch fused", 3.5),
+    ("adam", "1M", 1, "torch fused", 2.3),
+    ("adam", "1M", 1, "numpy", 40.0),
+    ("adam", "1M", 2, "numpy", 40.0),
+)
+_LIMIT = (("adam", "30M", 2), 0.97)
+
+# group, what it is, unit, its seconds, at most so many
+_TIMES = (
+    ("call", "opt.step([g]), Adam, 1 x 1,000", "µs", 1e-6, 1.5),
+    ("import", "import fusestep, beyond NumPy's", "ms", 1e-3, 100.0),
+)
+
+
+def outcomes(results: Results) -> list[Outcome]:
+    """Compare what was measured with what is asked.
+
+    The first number of a ratio is that of the medians, those in brackets the quartiles of the
+    ratios within the rounds.
+    """
+    lines = [_limit(results)]
+    for rule, workload, threads, peer, goal in _RATIOS:
+        ratio = results.ratio((rule, workload, threads), peer, "fusestep")
+        work = f"{rule} {workload}, {threads} thread" + "s" * (threads > 1)
+        lines.append(_at_least(f"{work}: faster than {peer}", goal, "x", ratio))
+    for group, work, unit, seconds, goal in _TIMES:
+        entry = results.others.get(group)
+        measured = entry.median / seconds if entry else None
+        text = "not measured" if measured is None else f"{three_digits(measured)} {unit}"
+        met = None if measured is None else measured < goal
+        lines.append(Outcome(work, f"< {goal:g} {unit}", text, met))
+    return lines
+
+
+def _limit(results: Results) -> Outcome:
+    key, goal = _LIMIT
+    ratio = results.ratio(key, "limit", "fusestep")
+    return _at_least(f"{key[0]} {key[1]}, {key[2]} threads: share of the limit", goal, "", ratio)
+
+
+def _at_least(work: str, goal: float, sign: str, ratio: Ratio | None) -> Outcome:
+    if ratio is None:
+        return Outcome(work, f"≥ {goal:g}{sign}", "not measured", None)
+    spread = f"{three_digits(ratio.low)} to {three_digits(ratio.high)}"
+    measured = f"{three_digits(ratio.value)}{sign} ({spread})"
+    return Outcome(work, f"≥ {goal:g}{sign}", measured, ratio.value >= goal)

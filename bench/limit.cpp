@@ -1,0 +1,110 @@
+// The limit of a step: a loop that reads and writes exactly the bytes the optimizer has to, and
+// computes next to nothing. No optimizer that keeps its state in memory can be faster.
+//
+// Each thread gets one half (third, ...) of the arrays, once and for all: the plainest division
+// there is. The threads are kept between calls, asleep; waking them costs some ten microseconds,
+// nothing against the milliseconds of a step that leaves the caches, but not nothing below a
+// million elements.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace {
+
+// Adam: reads p, g, m, v and writes p, m, v: 28 bytes an element.
+void adam(std::int64_t begin, std::int64_t end, float c, float* __restrict p,
+          const float* __restrict g, float* __restrict m, float* __restrict v) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    const float x = g[i] * c;
+    p[i] += x;
+    m[i] += x;
+    v[i] += x;
+  }
+}
+
+// NAG and Adagrad: reads p, g, s and writes p, s: 20 bytes an element.
+void one_state(std::int64_t begin, std::int64_t end, float c, float* __restrict p,
+               const float* __restrict g, float* __restrict s) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    const float x = g[i] * c;
+    p[i] += x;
+    s[i] += x;
+  }
+}
+
+class Pool {
+ public:
+  using Part = std::function<void(int)>;
+
+  // Calls part(0), ..., part(parts - 1) at the same time; part(0) here.
+  void run(int parts, const Part& part) {
+    if (parts == 1) return part(0);
+    while (static_cast<int>(threads_.size()) < parts - 1)
+      threads_.emplace_back([this, i = static_cast<int>(threads_.size()) + 1] { serve(i); });
+    part_ = &part;
+    parts_ = parts;
+    left_.store(static_cast<int>(threads_.size()));
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
+    part(0);
+    for (int left; (left = left_.load()) != 0;) left_.wait(left);
+  }
+
+  ~Pool() {
+    stop_ = true;
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+ private:
+  void serve(int i) {
+    for (unsigned seen = 0;;) {
+      epoch_.wait(seen);
+      seen = epoch_.load();
+      if (stop_) return;
+      if (i < parts_) (*part_)(i);
+      if (left_.fetch_sub(1) == 1) left_.notify_all();
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  const Part* part_ = nullptr;
+  int parts_ = 0;
+  std::atomic<bool> stop_{false};
+  std::atomic<int> left_{0};
+  std::atomic<unsigned> epoch_{0};
+};
+
+Pool pool;
+
+// Calls loop(begin, end) for each thread's share, which starts at a cache line.
+template <class Loop>
+void share(std::int64_t size, int threads, Loop loop) {
+  constexpr std::int64_t line = 16;
+  const std::int64_t lines = (size + line - 1) / line;
+  pool.run(threads, [&](int i) {
+    loop(line * (lines * i / threads), std::min(size, line * (lines * (i + 1) / threads)));
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+void limit_adam(std::int64_t size, int threads, float c, float* p, const float* g, float* m,
+                float* v) {
+  share(size, threads,
+        [=](std::int64_t begin, std::int64_t end) { adam(begin, end, c, p, g, m, v); });
+}
+
+void limit_one_state(std::int64_t size, int threads, float c, float* p, const float* g, float* s) {
+  share(size, threads,
+        [=](std::int64_t begin, std::int64_t end) { one_state(begin, end, c, p, g, s); });
+}
+
+}  // extern "C"

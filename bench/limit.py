@@ -1,0 +1,93 @@
+"""The limit: a native read-modify-write loop over the bytes of a step, compiled when needed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import threads
+from memory import copies, flat_copy, zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memory import FloatArray
+
+_SOURCE = Path(__file__).with_name("limit.cpp")
+_FACTOR = 1e-6  # so small that the arrays keep ordinary values however often the loop runs
+
+STATES = {"adam": 2, "nag": 1, "adagrad": 1}
+"""State arrays of each rule."""
+
+
+def compiler() -> list[str]:
+    """Return the C++ compiler as a command: what CXX says, or c++."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def flags() -> list[str]:
+    """Return the flags the loop is compiled with: the machine's widest vectors."""
+    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+    return ["-std=c++20", "-O3", "-march=native", *wide]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    # Compiled anew in every process: it takes a second, and a cached file might be another
+    # machine's. A loaded library needs its file no more.
+    with tempfile.TemporaryDirectory() as folder:
+        target = str(Path(folder) / "limit.so")
+        command = [*compiler(), *flags(), "-shared", "-fPIC", "-pthread", str(_SOURCE)]
+        subprocess.run([*command, "-o", target], check=True, capture_output=True, text=True)
+        return ctypes.CDLL(target)
+
+
+@cache
+def why_not() -> str | None:
+    """Return None where the loop can be compiled, else the reason."""
+    try:
+        _library()
+    except FileNotFoundError as error:
+        return f"no C++ compiler: {error}"
+    except subprocess.CalledProcessError as error:
+        return f"the C++ compiler failed: {error.stderr.strip()}"
+    return None
+
+
+class Loop:
+    """Reads and writes, when called, what one step of a rule reads and writes.
+
+    A list of tensors is one long array here: the limit has nothing to do between tensors.
+
+    Parameters
+    ----------
+    rule
+        Its name.
+    gradients
+        One a parameter.
+    """
+
+    def __init__(self, rule: str, gradients: Sequence[FloatArray]) -> None:
+        one = len(gradients) == 1
+        gradient = gradients[0].reshape(-1) if one else flat_copy(gradients)
+        moved = [*copies([gradient]), *zeros([gradient] * STATES[rule])]
+        self._arrays = [moved[0], gradient, *moved[1:]]  # keeps them alive
+        self._addresses = [array.ctypes.data for array in self._arrays]
+        self._size = gradient.size
+
+        name = "limit_adam" if rule == "adam" else "limit_one_state"
+        self._function = getattr(_library(), name)
+        self._function.restype = None
+        self._function.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_float]
+        self._function.argtypes += [ctypes.c_void_p] * len(self._addresses)
+
+    def __call__(self) -> None:
+        """Run the loop with as many threads as everybody has at present."""
+        self._function(self._size, threads.current(), _FACTOR, *self._addresses)

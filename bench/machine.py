@@ -1,0 +1,143 @@
+"""On what was measured: processor, compiler, versions, the command, and who else was at work."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fusestep
+import limit
+
+_PACKAGES = ("numpy", "torch", "jax", "jaxlib", "optax", "deepspeed", "pytest-benchmark")
+_FLAGS = re.compile(r"^(sse4_2|avx.*|fma|bmi2|f16c|neon|asimd.*|sve.*)$")
+
+
+def describe() -> dict[str, Any]:
+    """Return what a reader of the results has to know, without names or paths of this machine."""
+    return {
+        "command": _command(),
+        "processor": _processor(),
+        "memory_bytes": _memory(),
+        "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled").strip(),
+        "compiler_of_the_limit": {"version": _compiler(), "flags": limit.flags()},
+        "versions": _versions(),
+        "fusestep": fusestep.show_config("dicts"),
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if re.match(r"(OMP|GOMP|KMP|MKL|OPENBLAS|FUSESTEP|XLA|JAX)_", name)
+            and not Path(value).is_absolute()
+        },
+    }
+
+
+def _command() -> str:
+    """Return the command line, with the last part of every path that starts at the root."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return " ".join([name, *(_shortened(argument) for argument in sys.argv[1:])])
+
+
+def _shortened(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
+
+
+def _processor() -> dict[str, Any]:
+    information = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE))
+    flags = information.get("flags", information.get("Features", "")).split()
+    return {
+        "model": information.get("model name", "unknown"),
+        "family": information.get("cpu family"),
+        "model_number": information.get("model"),
+        "cores": os.cpu_count(),
+        "caches": _caches(),
+        "flags": [flag for flag in flags if _FLAGS.match(flag)],
+    }
+
+
+def _caches() -> dict[str, str]:
+    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    return {
+        f"L{_read(folder / 'level').strip()} {_read(folder / 'type').strip()}": _read(
+            folder / "size"
+        ).strip()
+        for folder in folders
+    }
+
+
+def _memory() -> int | None:
+    found = re.search(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _compiler() -> str | None:
+    command = [*limit.compiler(), "--version"]
+    try:
+        answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.partition("\n")[0]
+
+
+def _versions() -> dict[str, str]:
+    own = {"python": sys.version.partition(" ")[0], "fusestep": fusestep.__version__}
+    return own | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+@dataclass
+class Company:
+    """Watches how much of the machine others used: the noise in the results."""
+
+    _begin: tuple[float, dict[str, float]] = field(default_factory=lambda: _processor_time())
+    _load: float | None = field(default_factory=lambda: _load())
+
+    def report(self) -> dict[str, Any]:
+        """Return what happened since the object was made, in processors."""
+        (begin, before), (end, after) = self._begin, _processor_time()
+        spent = {name: (after[name] - before[name]) / (end - begin) for name in after}
+        return {
+            "seconds": end - begin,
+            "load_average_before": self._load,
+            "load_average_after": _load(),
+            "processors_used_by_this_process": spent["own"],
+            "processors_used_by_others": max(0.0, spent.get("busy", 0.0) - spent["own"]),
+            "processors_taken_by_the_hypervisor": spent.get("steal"),
+        }
+
+
+def _processor_time() -> tuple[float, dict[str, float]]:
+    """Return the time now and the processor seconds used so far."""
+    spent = {"own": sum(os.times()[:4])}
+    found = re.match(r"cpu +(.*)", _read("/proc/stat"))
+    if found:
+        user, nice, system, _, _, irq, softirq, steal = map(float, found[1].split()[:8])
+        ticks = os.sysconf("SC_CLK_TCK")
+        spent["busy"] = (user + nice + system + irq + softirq) / ticks
+        spent["steal"] = steal / ticks
+    return time.perf_counter(), spent
+
+
+def _load() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -1,0 +1,133 @@
+"""Arrays of other libraries: the same step, on their own memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusestep as fs
+from rules import PLAIN, Rule
+
+
+class Foreign:
+    """An array type of our own that only speaks DLPack, old or new."""
+
+    def __init__(self, array: np.ndarray, *, versioned: bool = True, device: int = 1) -> None:
+        self.array, self.versioned, self.device = array, versioned, device
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (self.device, 0)
+
+    def __dlpack__(self, *, stream: Any = None, **kwargs: Any) -> Any:
+        if kwargs and not self.versioned:
+            raise TypeError(f"unexpected keyword arguments: {kwargs}")
+        return self.array.__dlpack__(stream=stream, **kwargs)
+
+
+@pytest.mark.parametrize("rule", PLAIN, ids=str)
+@pytest.mark.parametrize("versioned", [True, False])
+def test_any_exporter(rule: Rule, versioned: bool, rng: np.random.Generator) -> None:
+    start, g = rng.standard_normal((2, 6, 5)).astype(np.float32)
+    plain, foreign = start.copy(), start.copy()
+    opt = rule.cls([Foreign(foreign[:, ::2])], **rule.options)
+    plain_opt = rule.cls([plain[:, ::2]], **rule.options)
+    for _ in range(3):
+        opt.step([Foreign(g.T[::2].T, versioned=versioned)], zero_grad=False)
+        plain_opt.step([g[:, ::2]])
+    np.testing.assert_array_equal(plain, foreign)
+
+
+@pytest.mark.parametrize("rule", PLAIN, ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_torch_tensors(rule: Rule, dtype: str, rng: np.random.Generator) -> None:
+    torch = pytest.importorskip("torch")
+    start, g = (torch.tensor(x).to(getattr(torch, dtype)) for x in rng.standard_normal((2, 4, 6)))
+    tensor = torch.nn.Parameter(start.clone().t())
+    opt = rule.cls({"w": tensor, "b": torch.zeros(3)}, **rule.options)
+    opt.step({"w": g.t()}, zero_grad=True)
+    assert not g.any()
+    g = torch.tensor(rng.standard_normal((2, 4, 6))[1]).to(g.dtype)
+    opt.step({"w": g.t()})
+    again = rule.cls([start], **rule.options)
+    rng = np.random.default_rng(0)
+    for x in (rng.standard_normal((2, 4, 6))[1], rng.standard_normal((2, 4, 6))[1]):
+        again.step([torch.tensor(x).to(g.dtype)])
+    assert torch.equal(tensor.detach(), start.t())
+    assert opt.state["w"]["step"] == 2
+
+
+def test_who_cannot_say_that_memory_is_writable() -> None:
+    with pytest.raises(ValueError, match="parameter 0 is read-only"):
+        fs.Adam([Foreign(np.ones(3), versioned=False)])
+
+
+def test_jax() -> None:
+    """Gradients from JAX move NumPy parameters; JAX's own arrays are immutable.
+
+    In a process of its own: JAX starts threads and then objects to every fork.
+    """
+    pytest.importorskip("jaxlib")
+    code = (
+        "import numpy as np, jax.numpy as jnp, optax, fusestep as fs\n"
+        "w, x = np.ones(5, np.float32), np.ones(5, np.float32)\n"
+        "g = jnp.arange(5, dtype=jnp.float32)\n"
+        "schedule = optax.linear_schedule(1.0, 0.0, 4)\n"
+        "a, b = fs.Adam([w], lr=schedule), fs.Adam([x])\n"
+        "for i in range(4): a.step([g]); b.step([np.asarray(g)], lr=1 - i / 4)\n"
+        "assert (w == x).all() and w[1] < 0\n"
+        "try: fs.Adam([g])\n"
+        "except ValueError as error: assert 'parameter 0 is read-only' in str(error)\n"
+        "else: raise AssertionError\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_an_array_on_another_device() -> None:
+    with pytest.raises(TypeError, match="parameter 0 is not in CPU memory"):
+        fs.Adam([Foreign(np.ones(3), device=2)])
+
+
+def test_an_array_of_another_dtype() -> None:
+    with pytest.raises(TypeError, match="parameter 0 has a dtype of DLPack code 0"):
+        fs.Adam([Foreign(np.ones(3, int))])
+
+
+def test_an_exporter_that_fails_or_lies() -> None:
+    class Broken(Foreign):
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            raise BufferError("out of order")
+
+    class Lying(Foreign):
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            return "capsule"
+
+    with pytest.raises(TypeError, match="out of order"):
+        fs.Adam([Broken(np.ones(3))])
+    with pytest.raises(TypeError, match="did not return a DLPack capsule"):
+        fs.Adam([Lying(np.ones(3))])
+
+
+def test_overlap_is_seen_across_libraries() -> None:
+    torch = pytest.importorskip("torch")
+    base = np.zeros(10, np.float32)
+    with pytest.raises(ValueError, match="share memory"):
+        fs.Adam([base[:6], torch.from_numpy(base[5:])])
+    opt = fs.Adam([base])
+    with pytest.raises(ValueError, match="shares memory with parameter 0"):
+        opt.step([torch.from_numpy(base)])
+
+
+def test_exports_are_given_back() -> None:
+    """The exporter's memory is released when the step is over, and with the optimizer."""
+    w, g = np.ones(3), np.ones(3)
+    counts = sys.getrefcount(w), sys.getrefcount(g)
+    opt = fs.Adam([Foreign(w)])
+    for _ in range(10):
+        opt.step([Foreign(g)])
+    assert sys.getrefcount(g) == counts[1]
+    del opt
+    assert sys.getrefcount(w) == counts[0]
