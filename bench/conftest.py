@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import company
 import machine
 import threads
+from interleave import Budget
 from laboratory import FULL, QUICK, Group, Laboratory
 from peers import PEERS, RULES
 from shapes import QUICK as QUICK_WORKLOADS
@@ -18,9 +20,8 @@ from shapes import WORKLOADS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from interleave import Budget
 
-_COMPANY = pytest.StashKey[machine.Company]()
+_WATCH = pytest.StashKey[company.Watch]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--quick") and config.getoption("--full"):
         raise pytest.UsageError("--quick and --full exclude each other")
-    config.stash[_COMPANY] = machine.Company()
+    config.stash[_WATCH] = company.Watch()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -53,7 +54,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def budget(request: pytest.FixtureRequest) -> Budget:
-    """How long to measure."""
+    """How long to measure; with --benchmark-disable, as short as can be."""
+    if request.config.getoption("benchmark_disable"):
+        return Budget(turn=0, group=0, min_rounds=1, max_rounds=1, patience=0)
     return FULL if request.config.getoption("--full") else QUICK
 
 
@@ -63,7 +66,7 @@ def laboratory(request: pytest.FixtureRequest, budget: Budget) -> Iterator[Labor
     peers: dict[Group, list[str]] = {}
     for item in request.session.items:
         if isinstance(item, pytest.Function) and "laboratory" in item.fixturenames:
-            values = item.callspec.params
+            values: dict[str, Any] = item.callspec.params
             group = Group(values["rule"], values["workload"], values["count"])
             peers.setdefault(group, []).append(values["peer"])
     laboratory = Laboratory(peers, budget)
@@ -83,7 +86,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     output_json["measured_on"] = machine.describe()
-    output_json["company"] = config.stash[_COMPANY].report()
+    output_json["company"] = config.stash[_WATCH].report()
     wheel = config.getoption("--wheel")
     if wheel is not None:
         output_json["wheel"] = {"name": wheel.name, "bytes": wheel.stat().st_size}

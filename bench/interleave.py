@@ -7,7 +7,9 @@ whatever disturbs the machine disturbs all of them; the samples are then handed 
 (see `replay.py`), which computes its statistics and writes its JSON from them.
 
 A turn is many calls, of which the first are not timed: a peer finds its data in the caches as far
-as they fit there, as it does when it is used by itself, rather than its predecessor's.
+as they fit there, as it does when it is used by itself, rather than its predecessor's. A round that
+others on the machine have disturbed is done again, for all peers: with one processor too few,
+OpenMP's spinning threads can take a thousand times longer.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from company import Patience
 
 _SETTLE = 0.005  # seconds in which the spinning threads of the last peer's pool go to sleep
 _LONG = 0.05  # seconds; a call that takes longer needs no other one to warm up
@@ -38,12 +42,16 @@ class Budget:
         Seconds all rounds of a group should take.
     min_rounds, max_rounds
         Bounds on the number of rounds, whatever the seconds.
+    patience
+        Seconds that may be lost, in a session, on rounds that others have disturbed and on waiting
+        for them.
     """
 
     turn: float
     group: float
     min_rounds: int
     max_rounds: int
+    patience: float
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,18 @@ class Samples:
         Seconds a call took, one number a round; number i of every peer is from the same round.
     calls
         Calls each number is the mean of.
+    discarded
+        Rounds that were done again.
     """
 
     seconds: list[float]
     calls: int
+    discarded: int = 0
 
 
-def measure(functions: Mapping[str, Callable[[], object]], budget: Budget) -> dict[str, Samples]:
+def measure(
+    functions: Mapping[str, Callable[[], object]], budget: Budget, patience: Patience
+) -> dict[str, Samples]:
     """Time all functions in interleaved rounds.
 
     Parameters
@@ -71,35 +84,37 @@ def measure(functions: Mapping[str, Callable[[], object]], budget: Budget) -> di
         What to call, by name.
     budget
         How long.
+    patience
+        What is left of the session's.
 
     Returns
     -------
     dict
         By name.
     """
-    turns = {name: _plan(function, budget) for name, function in functions.items()}
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    shuffled = random.Random(0)
-    order = list(functions)
+    rounds: list[_Round] = []
+    discarded = 0
+    shuffle = random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        begin = time.perf_counter()
-        rounds = 0
-        while _goes_on(rounds, time.perf_counter() - begin, budget):
-            shuffled.shuffle(order)
-            for name in order:
-                samples[name].append(turns[name].take(functions[name]))
-            rounds += 1
+        turns, _ = patience.undisturbed(lambda: _plan_all(functions, budget))
+        while _goes_on(rounds, budget):
+            latest, in_vain = patience.undisturbed(lambda: _round(functions, turns, shuffle))
+            rounds.append(latest)
+            discarded += in_vain
     finally:
         gc.enable()
-    return {name: Samples(samples[name], turns[name].calls) for name in functions}
+    return {
+        name: Samples([one.seconds[name] for one in rounds], turn.calls, discarded)
+        for name, turn in turns.items()
+    }
 
 
-def _goes_on(rounds: int, seconds: float, budget: Budget) -> bool:
-    if rounds < budget.min_rounds:
+def _goes_on(rounds: list[_Round], budget: Budget) -> bool:
+    if len(rounds) < budget.min_rounds:
         return True
-    return rounds < budget.max_rounds and seconds < budget.group
+    return len(rounds) < budget.max_rounds and sum(one.took for one in rounds) < budget.group
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,28 @@ class _Turn:
         time.sleep(_SETTLE)
         _time(function, self.untimed)
         return _time(function, self.calls) / self.calls
+
+
+@dataclass(frozen=True)
+class _Round:
+    seconds: dict[str, float]
+    took: float
+
+
+def _round(
+    functions: Mapping[str, Callable[[], object]],
+    turns: Mapping[str, _Turn],
+    shuffle: random.Random,
+) -> _Round:
+    """Let everybody have a turn, in any order."""
+    begin = time.perf_counter()
+    order = shuffle.sample(list(functions), len(functions))
+    seconds = {name: turns[name].take(functions[name]) for name in order}
+    return _Round(seconds, time.perf_counter() - begin)
+
+
+def _plan_all(functions: Mapping[str, Callable[[], object]], budget: Budget) -> dict[str, _Turn]:
+    return {name: _plan(function, budget) for name, function in functions.items()}
 
 
 def _plan(function: Callable[[], object], budget: Budget) -> _Turn:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import threads
+from company import Patience
 from interleave import Budget, Samples, measure
 from memory import gradients, zeros
 from peers import PEERS
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from memory import FloatArray
     from peers import Run
 
-QUICK = Budget(turn=0.002, group=0.3, min_rounds=3, max_rounds=15)
-FULL = Budget(turn=0.01, group=3.5, min_rounds=7, max_rounds=40)
+QUICK = Budget(turn=0.002, group=0.3, min_rounds=3, max_rounds=15, patience=0)
+FULL = Budget(turn=0.01, group=4.0, min_rounds=5, max_rounds=40, patience=600)
 
 _TEMPORARIES = 5  # arrays of the parameters' size that a step of some peer makes for a while
 
@@ -60,6 +61,7 @@ class Laboratory:
     def __init__(self, peers: dict[Group, list[str]], budget: Budget) -> None:
         self._peers = peers
         self._budget = budget
+        self._patience = Patience(budget.patience)
         self._gradients: tuple[str, list[FloatArray]] = ("", [])
         self._bench: _Bench | None = None
         self._samples: dict[Group, dict[str, Samples]] = {}
@@ -70,7 +72,7 @@ class Laboratory:
             threads.limit_to(group.threads)
             bench = self._set_up(group)
             steps = {name: run.step for name, run in bench.runs.items()}
-            self._samples[group] = measure(steps, self._budget)
+            self._samples[group] = measure(steps, self._budget, self._patience)
         bench = self._set_up(group)
         return bench.missing.get(peer) or self._samples[group][peer]
 

@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +49,10 @@ def _shortened(argument: str) -> str:
 
 
 def _processor() -> dict[str, Any]:
-    information = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE))
-    flags = information.get("flags", information.get("Features", "")).split()
+    information: dict[str, str] = dict(
+        re.findall(r"^([^\t:]+)\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    )
+    flags = (information.get("flags") or information.get("Features") or "").split()
     return {
         "model": information.get("model name", "unknown"),
         "family": information.get("cpu family"),
@@ -104,40 +104,3 @@ def _read(path: str | Path) -> str:
         return Path(path).read_text()
     except OSError:
         return ""
-
-
-@dataclass
-class Company:
-    """Watches how much of the machine others used: the noise in the results."""
-
-    _begin: tuple[float, dict[str, float]] = field(default_factory=lambda: _processor_time())
-    _load: float | None = field(default_factory=lambda: _load())
-
-    def report(self) -> dict[str, Any]:
-        """Return what happened since the object was made, in processors."""
-        (begin, before), (end, after) = self._begin, _processor_time()
-        spent = {name: (after[name] - before[name]) / (end - begin) for name in after}
-        return {
-            "seconds": end - begin,
-            "load_average_before": self._load,
-            "load_average_after": _load(),
-            "processors_used_by_this_process": spent["own"],
-            "processors_used_by_others": max(0.0, spent.get("busy", 0.0) - spent["own"]),
-            "processors_taken_by_the_hypervisor": spent.get("steal"),
-        }
-
-
-def _processor_time() -> tuple[float, dict[str, float]]:
-    """Return the time now and the processor seconds used so far."""
-    spent = {"own": sum(os.times()[:4])}
-    found = re.match(r"cpu +(.*)", _read("/proc/stat"))
-    if found:
-        user, nice, system, _, _, irq, softirq, steal = map(float, found[1].split()[:8])
-        ticks = os.sysconf("SC_CLK_TCK")
-        spent["busy"] = (user + nice + system + irq + softirq) / ticks
-        spent["steal"] = steal / ticks
-    return time.perf_counter(), spent
-
-
-def _load() -> float | None:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

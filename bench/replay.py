@@ -48,5 +48,6 @@ def record(benchmark: BenchmarkFixture, group: str, samples: Samples, **info: ob
     global _now, _pending
     _now, _pending = 0.0, iter(samples.seconds)  # from zero: small numbers lose no digits
     benchmark.group = group
-    benchmark.extra_info.update(info, calls_per_sample=samples.calls)
+    info |= {"calls_per_sample": samples.calls, "rounds_discarded": samples.discarded}
+    benchmark.extra_info.update(info)
     benchmark.pedantic(tick, rounds=len(samples.seconds))

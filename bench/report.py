@@ -39,7 +39,7 @@ _BARS = [peer for peer in PEERS if peer != "torch fused"]  # that one is the lin
 _LIMIT_LINE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 _TITLES = {"adam": "Adam", "nag": "NAG", "adagrad": "Adagrad"}
 
-# Below, the limit's own call from Python and the waking of its threads count more than its bytes.
+# Below, the limit's own call from Python counts more than its bytes.
 _LIMIT_FROM = 100_000  # elements
 
 
@@ -77,7 +77,7 @@ def _workloads(measured: results.Results, rule: str, threads: int) -> list[str]:
 
 def _print_machine(console: Console, measured: results.Results) -> None:
     for content in measured.files:
-        on, company = content["measured_on"], content["company"]
+        on = content["measured_on"]
         processor, versions = on["processor"], on["versions"]
         tier = on["fusestep"]["instruction sets"]["active"]
         console.print(f"command    {on['command']}")
@@ -88,20 +88,20 @@ def _print_machine(console: Console, measured: results.Results) -> None:
             f"{on['memory_bytes'] / 1e9:.0f} GB"
         )
         console.print(f"versions   {', '.join(f'{name} {v}' for name, v in versions.items())}")
-        console.print(f"others     {_others(company)}")
+        console.print(f"others     {_others(content)}")
         if "wheel" in content:
             wheel = content["wheel"]
             console.print(f"wheel      {wheel['name']}: {wheel['bytes'] / 1e6:.2f} MB")
         console.print()
 
 
-def _others(company: dict[str, Any]) -> str:
-    used = company["processors_used_by_others"]
-    taken = company["processors_taken_by_the_hypervisor"] or 0.0
-    verdict = "quiet" if used + taken < 0.1 else "LOADED: compare nothing but ratios, with care"
+def _others(content: dict[str, Any]) -> str:
+    company = content["company"]
+    again = max(b["extra_info"]["rounds_discarded"] for b in content["benchmarks"])
     return (
-        f"other processes used {used:.2f} processors, the hypervisor took {taken:.2f}, over "
-        f"{company['seconds']:.0f} s: {verdict}"
+        f"other processes used {company['processors_used_by_others']:.2f} processors, the "
+        f"hypervisor took {company['processors_taken_by_the_hypervisor']:.2f}, over "
+        f"{company['seconds']:.0f} s; disturbed rounds done again: at most {again} of a group"
     )
 
 

@@ -75,7 +75,7 @@ def test_a_step_of_nothing_is_no_step() -> None:
 
 def test_unknown_name() -> None:
     opt = fs.SGD({"W": np.ones(3), "b": np.ones(1)})
-    with pytest.raises(ValueError, match="'w'.*'W', 'b'"):
+    with pytest.raises(ValueError, match=r"'w'.*'W', 'b'"):
         opt.step({"w": np.ones(3)})
     with pytest.raises(TypeError, match="expected a dict"):
         opt.step([np.ones(3), np.ones(1)])
@@ -85,7 +85,7 @@ def test_a_name_added_to_the_dict_later_is_unknown() -> None:
     params = {"W": np.ones(3)}
     opt = fs.SGD(params)
     params["b"] = np.ones(1)
-    with pytest.raises(ValueError, match="'b'.*not a parameter"):
+    with pytest.raises(ValueError, match=r"'b'.*not a parameter"):
         opt.step({"b": np.ones(1)})
 
 
@@ -149,7 +149,9 @@ def test_one_gradient_for_two_parameters() -> None:
 @given(
     rule=st.sampled_from(PLAIN),
     shapes=st.lists(
-        st.sampled_from([(), (3,), (40, 50), (0,), (1024,), (1025,), (70_001,)]), min_size=1, max_size=4
+        st.sampled_from([(), (3,), (40, 50), (0,), (1024,), (1025,), (70_001,)]),
+        min_size=1,
+        max_size=4,
     ),
     dtypes=st.lists(st.sampled_from(["f4", "f8", "f2"]), min_size=4, max_size=4),
     max_norm=st.sampled_from([1e-3, 1.0, 30.0, 1e9, math.inf]),

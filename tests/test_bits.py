@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +15,9 @@ import fusestep as fs
 from conftest import AVAILABLE
 from fusestep import _cpu
 from rules import PLAIN, RULES, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SIZES = [1, 5, 16, 33, 1000, 4097, 70_001]  # the last one is spread over threads
 
@@ -114,8 +117,8 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gappy": _gappy,
     "reversed": _reversed,
     "packed": _packed,
-    "middle axis first": lambda a: (
-        np.moveaxis(np.ascontiguousarray(np.moveaxis(a, a.ndim // 2, 0)), 0, a.ndim // 2)
+    "middle axis first": lambda a: np.moveaxis(
+        np.ascontiguousarray(np.moveaxis(a, a.ndim // 2, 0)), 0, a.ndim // 2
     ),
 }
 
@@ -162,7 +165,9 @@ def test_layout_changes_nothing(
         fs.set_num_threads(threads)
         odd_opt.step([strided], zero_grad=True)
         assert not strided.astype(float).any()
-    np.testing.assert_array_equal(plain.view(f"u{plain.itemsize}"), odd.copy().view(f"u{odd.itemsize}"))
+    np.testing.assert_array_equal(
+        plain.view(f"u{plain.itemsize}"), odd.copy().view(f"u{odd.itemsize}")
+    )
     for ours, theirs in zip(plain_opt.state[0].values(), odd_opt.state[0].values(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

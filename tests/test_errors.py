@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import array
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 import fusestep as fs
 from rules import PLAIN, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 f32 = np.float32
 
@@ -28,7 +30,7 @@ def read_only(a: np.ndarray) -> np.ndarray:
 BASE = np.zeros(100, f32)
 
 BAD_PARAMS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
-    ("nothing", lambda: [], ValueError, "empty"),
+    ("nothing", list, ValueError, "empty"),
     ("empty dict", dict, ValueError, "empty"),
     ("None", lambda: None, TypeError, "NoneType"),
     ("a string", lambda: "weights", TypeError, "str"),

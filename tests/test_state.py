@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 import fusestep as fs
 from rules import PLAIN, RULES, Rule
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 f32 = np.float32
 
@@ -314,7 +316,13 @@ def test_foreign_files(metadata: dict[str, str] | None, message: str, tmp_path: 
 
 def test_files_of_other_kinds(tmp_path: Path) -> None:
     opt = fs.Adam([np.ones(3, f32)])
-    for content in (b"", b"\x80\x04\x95pickle", b"{}", os.urandom(1000), b"PK\x03\x04" + b"\0" * 50):
+    for content in (
+        b"",
+        b"\x80\x04\x95pickle",
+        b"{}",
+        os.urandom(1000),
+        b"PK\x03\x04" + b"\0" * 50,
+    ):
         (tmp_path / "x").write_bytes(content)
         with pytest.raises(ValueError, match="safetensors"):
             opt.load(tmp_path / "x")
@@ -356,10 +364,10 @@ def test_permissions_are_those_of_a_normal_file(tmp_path: Path) -> None:
 
 
 def test_loading_another_rule_or_model(saved: tuple[fs.Optimizer, Path]) -> None:
-    opt, path = saved
+    _opt, path = saved
     with pytest.raises(ValueError, match="of Adam; this optimizer is SGD"):
         fs.SGD([np.ones(3)]).load(path)
     with pytest.raises(ValueError, match="4 parameters; this optimizer has 1"):
         fs.Adam([np.ones(3)]).load(path)
-    with pytest.raises(ValueError, match="'layer.W'"):
+    with pytest.raises(ValueError, match=r"'layer\.W'"):
         fs.Adam({"other": np.ones(3)}).load(path)

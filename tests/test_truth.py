@@ -70,9 +70,7 @@ def test_sixteen_bit_parameters_round_once_a_step(
     state: dict = {}
     for _ in range(50):
         g = rng.standard_normal(301).astype(dtype)
-        exact = rule.reference(
-            w.astype(np.float64), g.astype(np.float64), state, **rule.options
-        )
+        exact = rule.reference(w.astype(np.float64), g.astype(np.float64), state, **rule.options)
         opt.step([g])
         # The exact result may lie on the other side of a rounding boundary by float32's error.
         low, high = (exact - 1e-4).astype(dtype), (exact + 1e-4).astype(dtype)
@@ -87,9 +85,7 @@ def test_any_mix_of_dtypes(
 ) -> None:
     dtype = {"bfloat16": ml_dtypes.bfloat16}
     start = rng.standard_normal(77).astype(dtype.get(parameter, parameter))
-    gradients = [
-        rng.standard_normal(77).astype(dtype.get(gradient, gradient)) for _ in range(20)
-    ]
+    gradients = [rng.standard_normal(77).astype(dtype.get(gradient, gradient)) for _ in range(20)]
     w = start.copy()
     opt = fs.Adam([w], lr=0.01, state_dtype=state)
     for g in gradients:
@@ -121,7 +117,9 @@ def test_lengths_around_vectors_and_tiles(
     opt = rule.cls([w], **rule.options)
     for g in gradients:
         opt.step([g])
-    np.testing.assert_allclose(w, expected, rtol=1e-11, atol=1e-13 * max(1.0, np.abs(w).max(initial=0)))
+    np.testing.assert_allclose(
+        w, expected, rtol=1e-11, atol=1e-13 * max(1.0, np.abs(w).max(initial=0))
+    )
 
 
 def test_infinite_weight_without_decay_stays_infinite() -> None:

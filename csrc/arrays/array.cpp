@@ -57,8 +57,7 @@ Array::Interval Array::interval() const {
   auto first = reinterpret_cast<std::uintptr_t>(data);
   if (size == 0) return {first, first};
   auto last = first + static_cast<std::uintptr_t>(item_size(dtype));
-  if (c_contiguous)
-    return {first, first + static_cast<std::uintptr_t>(size * item_size(dtype))};
+  if (c_contiguous) return {first, first + static_cast<std::uintptr_t>(size * item_size(dtype))};
   for (std::size_t axis = 0; axis < ndim_; ++axis) {
     const std::int64_t reach = strides_[axis] * (shape_[axis] - 1);
     (reach < 0 ? first : last) += static_cast<std::uintptr_t>(reach);

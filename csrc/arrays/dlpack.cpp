@@ -62,8 +62,7 @@ DType dtype_of(const dlpack::Tensor& tensor, const Label& label) {
   if (lanes == 1 && code == dlpack::kFloat && bits == 16) return DType::float16;
   if (lanes == 1 && code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
   throw TypeError(label.text() + " has a dtype of DLPack code " + std::to_string(code) + ", " +
-                  std::to_string(bits) +
-                  " bits; expected float64, float32, float16 or bfloat16");
+                  std::to_string(bits) + " bits; expected float64, float32, float16 or bfloat16");
 }
 
 }  // namespace
@@ -73,8 +72,8 @@ Array from_dlpack(PyObject* object, const Label& label) {
   Array array;
   const dlpack::Tensor* tensor = nullptr;
   if (PyCapsule_IsValid(capsule.ptr(), kVersionedName)) {
-    auto* managed = static_cast<dlpack::ManagedVersioned*>(
-        PyCapsule_GetPointer(capsule.ptr(), kVersionedName));
+    auto* managed =
+        static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), kVersionedName));
     if (managed->major != 1)
       throw TypeError(label.text() + " speaks DLPack version " + std::to_string(managed->major) +
                       "; expected 1");

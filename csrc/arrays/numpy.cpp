@@ -85,7 +85,8 @@ Array from_numpy(PyObject* object, const Label& label) {
                     py::str(reinterpret_cast<PyObject*>(fields->descr)).cast<std::string>() +
                     "; expected float64, float32, float16 or bfloat16 (in native byte order)");
   if (Py_TYPE(object) != api().PyArray_Type_ && is_masked(object))
-    throw TypeError(label.text() + " is a masked array, whose mask a step would ignore; pass its .data");
+    throw TypeError(label.text() +
+                    " is a masked array, whose mask a step would ignore; pass its .data");
 
   const NumpyFields now = numpy_fields(object);
   Array array;

@@ -9,38 +9,28 @@ namespace py = pybind11;
 namespace fusestep::bind {
 namespace {
 
-// What Python needs to know of an array to allocate its state.
-struct Description {
-  std::uintptr_t address;
-  std::string dtype;
-  py::tuple shape;
-  py::tuple strides;  // in bytes
-};
-
 py::tuple to_tuple(std::span<const std::int64_t> values) {
   py::tuple tuple(values.size());
   for (std::size_t i = 0; i < values.size(); ++i) tuple[i] = values[i];
   return tuple;
 }
 
-Description describe(const py::object& object, const std::string& name) {
+// What Python needs to know of an array to allocate its state: address, dtype, shape, and strides
+// in bytes.
+py::tuple describe(const py::object& object, const std::string& name) {
   const arrays::Array array = arrays::from_object(object.ptr(), {"", name});
   const auto [shape, strides] = array.geometry();
-  return {reinterpret_cast<std::uintptr_t>(array.data), name_of(array.dtype), to_tuple(shape),
-          to_tuple(strides)};
+  return py::make_tuple(reinterpret_cast<std::uintptr_t>(array.data), name_of(array.dtype),
+                        to_tuple(shape), to_tuple(strides));
 }
 
 }  // namespace
 
 void register_arrays(py::module_& module) {
-  py::class_<Description>(module, "ArrayDescription")
-      .def_readonly("address", &Description::address)
-      .def_readonly("dtype", &Description::dtype)
-      .def_readonly("shape", &Description::shape)
-      .def_readonly("strides", &Description::strides);
   module.def("describe_array", &describe, py::arg("array"), py::arg("name"));
-  module.def("is_array", [](const py::object& object) { return arrays::is_array(object.ptr()); },
-             py::arg("object"));
+  module.def(
+      "is_array", [](const py::object& object) { return arrays::is_array(object.ptr()); },
+      py::arg("object"));
 }
 
 }  // namespace fusestep::bind

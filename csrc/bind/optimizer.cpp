@@ -58,7 +58,8 @@ void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& l
                     "; expected a list or tuple with one array (or None) for each parameter");
   const StepArguments arguments{number("lr", lr.ptr()), number("grad_scale", grad_scale.ptr()),
                                 flag("zero_grad", zero_grad.ptr())};
-  // A copy of the references: another thread may change the list while a custom array exports itself.
+  // A copy of the references: another thread may change the list while a custom array exports
+  // itself.
   const auto fixed = py::reinterpret_steal<py::object>(PySequence_Tuple(sequence));
   optimizer.step(PySequence_Fast_ITEMS(fixed.ptr()),
                  static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())), arguments);
@@ -95,28 +96,32 @@ void register_optimizer(py::module_& module) {
   py::class_<Optimizer>(module, "Optimizer")
       .def(py::init(&make_optimizer), "rule"_a, "options"_a, "names"_a, "parameters"_a, "states"_a)
       .def("step", &step, "gradients"_a, "lr"_a, "grad_scale"_a, "zero_grad"_a)
-      .def("set_option",
-           [](Optimizer& self, const std::string& name, double value) {
-             self.rule().set(name, value);
-           },
-           "name"_a, "value"_a)
-      .def("progress",
-           [](Optimizer& self, std::size_t i) {
-             const rules::Progress& progress = self.slot(i).progress;
-             return py::make_tuple(progress.step, progress.momentum_product);
-           },
-           "index"_a)
-      .def("set_progress",
-           [](Optimizer& self, std::size_t i, std::int64_t step, double momentum_product) {
-             self.slot(i).progress = {step, momentum_product};
-           },
-           "index"_a, "step"_a, "momentum_product"_a)
-      .def("exclusively",
-           [](Optimizer& self, const py::function& function) {
-             const engine::Turnstile::Turn turn(self.turnstile);
-             return function();
-           },
-           "function"_a)
+      .def(
+          "set_option",
+          [](Optimizer& self, const std::string& name, double value) {
+            self.rule().set(name, value);
+          },
+          "name"_a, "value"_a)
+      .def(
+          "progress",
+          [](Optimizer& self, std::size_t i) {
+            const rules::Progress& progress = self.slot(i).progress;
+            return py::make_tuple(progress.step, progress.momentum_product);
+          },
+          "index"_a)
+      .def(
+          "set_progress",
+          [](Optimizer& self, std::size_t i, std::int64_t step, double momentum_product) {
+            self.slot(i).progress = {step, momentum_product};
+          },
+          "index"_a, "step"_a, "momentum_product"_a)
+      .def(
+          "exclusively",
+          [](Optimizer& self, const py::function& function) {
+            const engine::Turnstile::Turn turn(self.turnstile);
+            return function();
+          },
+          "function"_a)
       .def_property(
           "maximize", [](const Optimizer& self) { return self.settings.maximize; },
           [](Optimizer& self, bool value) { self.settings.maximize = value; })

@@ -13,13 +13,21 @@ inline constexpr int kDTypes = 4;
 template <DType>
 struct ElementOf;
 template <>
-struct ElementOf<DType::float32> { using type = float; };
+struct ElementOf<DType::float32> {
+  using type = float;
+};
 template <>
-struct ElementOf<DType::float64> { using type = double; };
+struct ElementOf<DType::float64> {
+  using type = double;
+};
 template <>
-struct ElementOf<DType::float16> { using type = Float16; };
+struct ElementOf<DType::float16> {
+  using type = Float16;
+};
 template <>
-struct ElementOf<DType::bfloat16> { using type = BFloat16; };
+struct ElementOf<DType::bfloat16> {
+  using type = BFloat16;
+};
 
 template <DType dtype>
 using Element = typename ElementOf<dtype>::type;

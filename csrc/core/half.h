@@ -72,8 +72,8 @@ FUSESTEP_HOST_DEVICE float round_to_odd(double x) {
   const double away = back < 0 ? -back : back;
   const double exact = x < 0 ? -x : x;
   std::uint32_t bits = bit_cast<std::uint32_t>(nearest);
-  bits -= away > exact ? 1u : 0u;             // towards zero
-  bits |= (back != x && x == x) ? 1u : 0u;    // a last bit of 1 remembers that digits were lost
+  bits -= away > exact ? 1u : 0u;           // towards zero
+  bits |= (back != x && x == x) ? 1u : 0u;  // a last bit of 1 remembers that digits were lost
   return bit_cast<float>(bits);
 }
 

@@ -50,8 +50,8 @@ void for_each_tile_range(std::span<const Work> list, Visit visit) {
     const IeeeEnvironment ieee;
     std::int64_t begin = chunk * kChunkTiles;
     const std::int64_t end = std::min(begin + kChunkTiles, total);
-    auto i = static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), begin) -
-                                      ends.begin());
+    auto i =
+        static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
     for (; begin < end; ++i) {
       const std::int64_t start = i == 0 ? 0 : ends[i - 1];
       const std::int64_t stop = std::min(end, ends[i]);
@@ -130,7 +130,9 @@ class Updater {
   }
 
   void call_loop(const std::array<T*, kMaxOperands>& at, std::int64_t size) const {
-    loop_(rule_, Run<T>{size, at[kParameter], {at[kGradient], factor_},
+    loop_(rule_, Run<T>{size,
+                        at[kParameter],
+                        {at[kGradient], factor_},
                         {at[kState], at[kState + 1], at[kState + 2]}});
   }
 
@@ -158,14 +160,14 @@ double sum_of_squares(std::span<const Work> list, double prescale) {
   std::int64_t tiles = 0;
   for (const Work& work : list) tiles += work.iteration.tiles();
   std::vector<double> sums(static_cast<std::size_t>(tiles));
-  for_each_tile_range(list, [&](const Work& work, std::int64_t first, std::int64_t last,
-                                std::int64_t before) {
-    in_compute_type(work, [&](auto type) {
-      for (std::int64_t tile = first; tile < last; ++tile)
-        sums[static_cast<std::size_t>(before + tile - first)] =
-            sum_of_squares<decltype(type)>(table, work, tile, prescale);
-    });
-  });
+  for_each_tile_range(
+      list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t before) {
+        in_compute_type(work, [&](auto type) {
+          for (std::int64_t tile = first; tile < last; ++tile)
+            sums[static_cast<std::size_t>(before + tile - first)] =
+                sum_of_squares<decltype(type)>(table, work, tile, prescale);
+        });
+      });
   const IeeeEnvironment ieee;
   return sum_in_groups(sums.data(), tiles);
 }
@@ -174,12 +176,11 @@ double sum_of_squares(std::span<const Work> list, double prescale) {
 
 void update(std::span<const Work> list, const StepOptions& options) {
   const KernelTable& kernels = *active_tier().kernels;
-  for_each_tile_range(list, [&](const Work& work, std::int64_t first, std::int64_t last,
-                                std::int64_t) {
-    in_compute_type(work, [&](auto type) {
-      Updater<decltype(type)>(kernels, work, options)(first, last);
-    });
-  });
+  for_each_tile_range(
+      list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
+        in_compute_type(
+            work, [&](auto type) { Updater<decltype(type)>(kernels, work, options)(first, last); });
+      });
 }
 
 GradientNorm gradient_norm(std::span<const Work> list) {
@@ -193,14 +194,14 @@ GradientNorm gradient_norm(std::span<const Work> list) {
 }
 
 void clear_gradients(std::span<const Work> list) {
-  for_each_tile_range(list, [&](const Work& work, std::int64_t first, std::int64_t last,
-                                std::int64_t) {
-    in_compute_type(work, [&](auto type) {
-      const TileAccess<decltype(type)> access(active_tier().kernels->of<decltype(type)>());
-      for (std::int64_t tile = first; tile < last; ++tile)
-        access.clear(work.iteration.block(kGradient, tile));
-    });
-  });
+  for_each_tile_range(
+      list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
+        in_compute_type(work, [&](auto type) {
+          const TileAccess<decltype(type)> access(active_tier().kernels->of<decltype(type)>());
+          for (std::int64_t tile = first; tile < last; ++tile)
+            access.clear(work.iteration.block(kGradient, tile));
+        });
+      });
 }
 
 }  // namespace fusestep::cpu

@@ -18,7 +18,7 @@ struct Work {
 };
 
 struct StepOptions {
-  double gradient_factor = 1;   // multiplies every gradient
+  double gradient_factor = 1;  // multiplies every gradient
   bool clear_gradients = false;
 };
 

@@ -76,7 +76,8 @@ void TileAccess<T>::clear(const Block& block) const {
   const std::int64_t item = item_size(block.dtype);
   if (has_contiguous_rows(block)) {
     for (std::int64_t r = 0; r < block.rows; ++r)
-      std::memset(block.data + r * block.row_stride, 0, static_cast<std::size_t>(block.columns * item));
+      std::memset(block.data + r * block.row_stride, 0,
+                  static_cast<std::size_t>(block.columns * item));
     return;
   }
   for_each_element(block, [&](std::byte* at, std::int64_t) {

@@ -11,9 +11,8 @@ void OccupiedMemory::add(const arrays::Array& array, const std::string& name) {
 }
 
 void OccupiedMemory::seal() {
-  std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) {
-    return a.interval.first < b.interval.first;
-  });
+  std::sort(entries_.begin(), entries_.end(),
+            [](const Entry& a, const Entry& b) { return a.interval.first < b.interval.first; });
   std::uintptr_t reach = 0;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
@@ -29,9 +28,9 @@ void OccupiedMemory::seal() {
 const std::string* OccupiedMemory::overlapping(const arrays::Array& array) const {
   const auto [first, last] = array.interval();
   if (first == last) return nullptr;
-  auto entry = std::partition_point(entries_.begin(), entries_.end(), [last = last](const Entry& e) {
-    return e.interval.first < last;
-  });
+  auto entry =
+      std::partition_point(entries_.begin(), entries_.end(),
+                           [last = last](const Entry& e) { return e.interval.first < last; });
   while (entry != entries_.begin()) {
     --entry;
     if (entry->reach <= first) break;  // neither this one nor any before it gets this far

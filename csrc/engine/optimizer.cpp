@@ -69,7 +69,7 @@ void Optimizer::step(PyObject* const* gradients, std::size_t count,
   prepare(gradients, count, arguments.zero_grad);
   if (!moves_.empty()) {
     add_coefficients(arguments.lr);
-    if (run(arguments)) {
+    if (run(arguments, settings)) {
       for (const Move& move : moves_) move.slot->progress = move.next;
       ++steps;
     } else {
@@ -115,16 +115,16 @@ void Optimizer::add_coefficients(double lr) {
   coefficients_.clear();
   coefficients_.reserve(moves_.size());  // work_ points into it
   for (std::size_t i = 0; i < moves_.size(); ++i) {
-    const bool shared = i > 0 && moves_[i].next == moves_[i - 1].next &&
-                        work_[i].compute == work_[i - 1].compute;
-    if (!shared)
-      coefficients_.push_back(rule_->coefficients(moves_[i].next, work_[i].compute, lr));
+    const bool shared =
+        i > 0 && moves_[i].next == moves_[i - 1].next && work_[i].compute == work_[i - 1].compute;
+    if (!shared) coefficients_.push_back(rule_->coefficients(moves_[i].next, work_[i].compute, lr));
     work_[i].rule = &coefficients_.back();
   }
 }
 
-// The arithmetic. False where a gradient was not finite and the step was therefore left out.
-bool Optimizer::run(const StepArguments& arguments) {
+// The arithmetic. False where a gradient was not finite and the step was therefore left out. The
+// settings are a copy: another thread may assign to an attribute while the GIL is released.
+bool Optimizer::run(const StepArguments& arguments, Settings settings) {
   std::int64_t elements = 0;
   for (const cpu::Work& work : work_) elements += work.iteration.size;
   const GilRelease release(elements >= kElementsWorthReleasingGil);

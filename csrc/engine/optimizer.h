@@ -60,7 +60,7 @@ class Optimizer {
   void prepare(PyObject* const* gradients, std::size_t count, bool zero_grad);
   void check_gradients_are_disjoint() const;
   void add_coefficients(double lr);
-  bool run(const StepArguments& arguments);
+  bool run(const StepArguments& arguments, Settings settings);
   OccupiedMemory& occupied_memory();
 
   std::unique_ptr<rules::AnyRule> rule_;

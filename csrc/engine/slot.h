@@ -39,7 +39,7 @@ class Slot {
   arrays::Array parameter_;
   std::vector<arrays::Array> states_;
   std::vector<std::string> state_labels_;
-  bool all_in_c_order_ = true;             // the parameter and its state
+  bool all_in_c_order_ = true;              // the parameter and its state
   arrays::Array::Interval disjoint_{0, 0};  // a gradient's memory that was found disjoint from ours
 };
 

@@ -56,8 +56,8 @@ class Chosen final : public AnyRule {
 
   static std::size_t loop_with(std::size_t states) {
     static constexpr std::size_t index[] = {
-        Loops::index<Loop<Rule, 0>>(), Loops::index<Loop<Rule, 1>>(),
-        Loops::index<Loop<Rule, 2>>(), Loops::index<Loop<Rule, 3>>()};
+        Loops::index<Loop<Rule, 0>>(), Loops::index<Loop<Rule, 1>>(), Loops::index<Loop<Rule, 2>>(),
+        Loops::index<Loop<Rule, 3>>()};
     return index[states];
   }
 

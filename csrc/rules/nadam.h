@@ -65,7 +65,8 @@ struct NAdam {
 
   static double momentum(const Options& o, std::int64_t step) {
     constexpr double kLog096 = -0.040821994520255166;  // ln 0.96
-    return o.beta1 * (1 - 0.5 * exponential(static_cast<double>(step) * o.momentum_decay * kLog096));
+    return o.beta1 *
+           (1 - 0.5 * exponential(static_cast<double>(step) * o.momentum_decay * kLog096));
   }
 
   static std::vector<std::string_view> state_names(const Options&) {

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .optimizer import Optimizer
 
 T = TypeVar("T")

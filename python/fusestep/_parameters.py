@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, Union
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from . import _cpu
 
 Array: TypeAlias = Any
 """A NumPy array, or anything with ``__dlpack__`` whose memory the CPU can write."""
 
-Params: TypeAlias = Union[Array, Iterable[Array], Mapping[str, Array]]
-Gradients: TypeAlias = Union[Array, Sequence[Union[Array, None]], Mapping[str, Union[Array, None]]]
+Params: TypeAlias = Array | Iterable[Array] | Mapping[str, Array]
+Gradients: TypeAlias = Array | Sequence[Array | None] | Mapping[str, Array | None]
 
 
 class Parameters:
@@ -25,10 +25,13 @@ class Parameters:
         Names of a dict; positions otherwise.
     arrays, labels
         In the same order; labels are for error messages.
+    in_order
+        Turns gradients in the user's form into a list or tuple in that order.
     """
 
     def __init__(self, given: Params) -> None:
         self.given: Any = given
+        self.in_order: Callable[[Any], Any]
         self.keys: list[str] | list[int]
         if isinstance(given, Mapping):
             for key in given:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ._cpu import ArrayDescription
-
 _CACHE_LINE = 64  # bytes
+
+
+class ArrayDescription(NamedTuple):
+    """Where an array lies and how; what ``_cpu.describe_array`` returns."""
+
+    address: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes
 
 
 def state_dtype_for(state_dtype: Any, parameter: ArrayDescription) -> np.dtype[Any]:
     """Return the dtype of a parameter's state: float64 for float64, float32 for all others."""
-    if state_dtype is None:
-        return np.dtype("float64" if parameter.dtype == "float64" else "float32")
-    return np.dtype(state_dtype)
+    default = "float64" if parameter.dtype == "float64" else "float32"
+    dtype: np.dtype[Any] = np.dtype(default if state_dtype is None else state_dtype)
+    return dtype
 
 
 def check_state_dtype(value: Any) -> str | None:
@@ -26,11 +33,12 @@ def check_state_dtype(value: Any) -> str | None:
     if value is None:
         return None
     try:
-        name = np.dtype(value).name
+        dtype: np.dtype[Any] = np.dtype(value)
     except TypeError:
-        name = str(value)
-    if name in ("float32", "float64"):
-        return name
+        dtype = np.dtype(object)
+    for name in ("float32", "float64"):
+        if dtype == name:
+            return name
     raise ValueError(f"state_dtype is {value!r}; expected None, 'float32' or 'float64'")
 
 

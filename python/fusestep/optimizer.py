@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
@@ -12,7 +13,7 @@ from ._parameters import Gradients, Parameters, Params
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     import numpy.typing as npt
 
@@ -78,7 +79,7 @@ class Optimizer:
     )
 
     _rule: ClassVar[str]
-    _fixed: ClassVar[dict[str, Any]] = {}
+    _fixed: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Options of the rule that this class has settled."""
 
     maximize = Hyperparameter(flag)
@@ -108,9 +109,7 @@ class Optimizer:
         self._state_names, fill = _cpu.describe_rule(self._rule, options)
         self._arrays: list[dict[str, npt.NDArray[Any]]] = [
             self._new_state(array, label, fill)
-            for array, label in zip(
-                self._parameters.arrays, self._parameters.labels, strict=True
-            )
+            for array, label in zip(self._parameters.arrays, self._parameters.labels, strict=True)
         ]
         self._native = _cpu.Optimizer(
             self._rule,
@@ -298,7 +297,7 @@ class Optimizer:
 
     @classmethod
     def _fields(cls) -> dict[str, Hyperparameter[Any]]:
-        """The class's hyper-parameters by name, its own before those of every rule."""
+        """Return the class's hyper-parameters by name, its own before those of every rule."""
         return {
             name: field
             for owner in cls.__mro__
@@ -340,7 +339,7 @@ class Optimizer:
         self._native.skip_nonfinite = self._hyperparameters["skip_nonfinite"]
 
     def _new_state(self, array: Any, label: str, fill: float) -> dict[str, npt.NDArray[Any]]:
-        parameter = _cpu.describe_array(array, label)
+        parameter = _state.ArrayDescription(*_cpu.describe_array(array, label))
         dtype = _state.state_dtype_for(self._state_dtype, parameter)
         return {name: _state.allocate(parameter, dtype, fill) for name in self._state_names}
 

@@ -7,6 +7,7 @@ formulas are in ``csrc/rules``, one header each.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ._hyperparameters import (
@@ -118,7 +119,7 @@ class NAG(Optimizer):
 
     __slots__ = ()
     _rule = "sgd"
-    _fixed = {"dampening": 0.0, "nesterov": True}
+    _fixed = MappingProxyType({"dampening": 0.0, "nesterov": True})
 
     lr = Hyperparameter(learning_rate)
     momentum = Hyperparameter(non_negative, decides_state=True)
@@ -219,7 +220,7 @@ class AdamW(Optimizer):
 
     __slots__ = ()
     _rule = "adam"
-    _fixed = {"decoupled_weight_decay": True}
+    _fixed = MappingProxyType({"decoupled_weight_decay": True})
 
     lr = Hyperparameter(learning_rate)
     betas = Hyperparameter(betas)

@@ -1,0 +1,189 @@
+// Every loop of every tier, over lengths around its vectors, on buffers of exactly that length and
+// at every misalignment: one byte too far is an error under ASan, one bit off an error anywhere.
+
+#include <array>
+
+#include "testing.h"
+
+namespace fusestep::testing {
+namespace {
+
+using rules::Coefficients;
+using rules::Progress;
+
+// `size` elements that start `offset` elements into a heap block which ends with the last one.
+template <class T>
+class Buffer {
+ public:
+  Buffer(std::int64_t offset, const std::vector<T>& values)
+      : block_(new T[static_cast<std::size_t>(offset) + values.size()]),
+        data_(block_.get() + offset) {
+    std::copy(values.begin(), values.end(), data_);
+  }
+  T* data() { return data_; }
+
+ private:
+  std::unique_ptr<T[]> block_;
+  T* data_;
+};
+
+template <class T>
+std::vector<T> numbers(Random& random, std::int64_t size, bool positive = false) {
+  std::vector<T> values(static_cast<std::size_t>(size));
+  for (T& x : values) {
+    x = static_cast<T>(random.number());
+    if (positive && x < 0) x = -x;
+  }
+  return values;
+}
+
+bool same_bytes(const void* a, const void* b, std::size_t size) {
+  return size == 0 || std::memcmp(a, b, size) == 0;  // empty vectors may have no address
+}
+
+template <class T>
+void check_update(const RuleCase& rule_case, std::int64_t size, std::int64_t offset) {
+  const auto rule = rule_case.make();
+  const std::size_t states = rule->state_names().size();
+  const Progress at = rule->advance(rule->advance(Progress{}));
+  const Coefficients coefficients = rule->coefficients(at, kComputeType<T>, 0.1);
+
+  Random random(static_cast<std::uint64_t>(size * 64 + offset));
+  const auto parameter = numbers<T>(random, size), gradient = numbers<T>(random, size);
+  std::vector<std::vector<T>> state;
+  for (std::size_t i = 0; i < states; ++i) state.push_back(numbers<T>(random, size, i > 0));
+  if (states == 1) state[0] = numbers<T>(random, size, true);
+
+  // The expected bits: one element at a time, so that only scalar code runs.
+  std::vector<std::vector<T>> expected(1 + states);
+  const auto& base = cpu::compiled_tiers().back().kernels->of<T>();
+  for (std::int64_t i = 0; i < size; ++i) {
+    std::array<T, 4> x{parameter[i]};
+    for (std::size_t s = 0; s < states; ++s) x[1 + s] = state[s][i];
+    const T g = gradient[i];
+    base.update[coefficients.loop](coefficients.bytes,
+                                   {1, &x[0], {&g, T(0.5)}, {&x[1], &x[2], &x[3]}});
+    for (std::size_t k = 0; k <= states; ++k) expected[k].push_back(x[k]);
+  }
+
+  for_each_tier([&](const char*) {
+    Buffer<T> w(offset, parameter), g((offset + 3) % 17, gradient);
+    std::vector<Buffer<T>> s;
+    for (const auto& values : state) s.emplace_back(offset, values);
+    std::array<T*, kMaxStates> at_state{};
+    for (std::size_t i = 0; i < states; ++i) at_state[i] = s[i].data();
+    const auto& kernels = cpu::active_tier().kernels->of<T>();
+    kernels.update[coefficients.loop](
+        coefficients.bytes,
+        {size, w.data(), {g.data(), T(0.5)}, {at_state[0], at_state[1], at_state[2]}});
+    const auto bytes = static_cast<std::size_t>(size) * sizeof(T);
+    CHECK(same_bytes(w.data(), expected[0].data(), bytes));
+    CHECK(same_bytes(g.data(), gradient.data(), bytes));
+    for (std::size_t i = 0; i < states; ++i)
+      CHECK(same_bytes(s[i].data(), expected[1 + i].data(), bytes));
+  });
+}
+
+template <class T>
+void check_conversions(DType dtype, std::int64_t size, std::int64_t offset) {
+  const std::int64_t item = item_size(dtype);
+  Random random(static_cast<std::uint64_t>(size));
+  std::vector<std::byte> stored(static_cast<std::size_t>(size * item));
+  for (std::int64_t i = 0; i < size; ++i) write(stored.data() + i * item, dtype, random.number());
+  for_each_tier([&](const char*) {
+    const auto& kernels = cpu::active_tier().kernels->of<T>();
+    Buffer<std::byte> from(offset, stored), to(offset + 1, stored);  // odd addresses, too
+    Buffer<T> loaded(offset, std::vector<T>(static_cast<std::size_t>(size)));
+    kernels.load[static_cast<int>(dtype)](from.data(), loaded.data(), size);
+    for (std::int64_t i = 0; i < size; ++i)
+      CHECK(loaded.data()[i] == static_cast<T>(read(stored.data() + i * item, dtype)));
+    for (std::int64_t i = 0; i < size * item; ++i) to.data()[i] = std::byte{0xee};
+    kernels.store[static_cast<int>(dtype)](loaded.data(), to.data(), size);
+    if (item <= static_cast<std::int64_t>(sizeof(T)))  // nothing was lost on the way in
+      CHECK(same_bytes(to.data(), stored.data(), stored.size()));
+  });
+}
+
+// Every float16 and bfloat16, every rounding boundary between two of them, against arithmetic on
+// exact values.
+void check_sixteen_bits() {
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const Float16 h{static_cast<std::uint16_t>(bits)};
+    const BFloat16 b{static_cast<std::uint16_t>(bits)};
+    const bool h_nan = (bits & 0x7fff) > 0x7c00, b_nan = (bits & 0x7fff) > 0x7f80;
+    CHECK(h_nan ? to_float(h) != to_float(h) : to_float16(to_float(h)).bits == bits);
+    CHECK(b_nan ? to_float(b) != to_float(b) : to_bfloat16(to_float(b)).bits == bits);
+    CHECK(!h_nan || (to_float16(to_float(h)).bits & 0x7fff) > 0x7c00);
+    CHECK(!b_nan || (to_bfloat16(to_float(b)).bits & 0x7fff) > 0x7f80);
+
+    const std::uint32_t magnitude = bits & 0x7fff;
+    if (!h_nan && magnitude < 0x7bff) {  // a tie with the next float16, and its neighbours
+      const Float16 next{static_cast<std::uint16_t>(bits + 1)};
+      const double tie = (static_cast<double>(to_float(h)) + to_float(next)) / 2;
+      const std::uint32_t even = bits & 1 ? bits + 1 : bits;
+      CHECK(cast<Float16>(tie).bits == even);
+      CHECK(cast<Float16>(static_cast<float>(tie)).bits == even);
+      CHECK(cast<Float16>(tie * (1 + 0x1p-50)).bits == bits + 1);
+      CHECK(cast<Float16>(tie * (1 - 0x1p-50)).bits == bits);
+    }
+    if (!b_nan && magnitude < 0x7f7f && magnitude > 0) {
+      const BFloat16 next{static_cast<std::uint16_t>(bits + 1)};
+      const double tie = (static_cast<double>(to_float(b)) + to_float(next)) / 2;
+      const std::uint32_t even = bits & 1 ? bits + 1 : bits;
+      CHECK(cast<BFloat16>(tie).bits == even);
+      CHECK(cast<BFloat16>(tie * (1 + 0x1p-50)).bits == bits + 1);
+      CHECK(cast<BFloat16>(tie * (1 - 0x1p-50)).bits == bits);
+    }
+  }
+  CHECK(cast<Float16>(65519.99).bits == 0x7bff);
+  CHECK(cast<Float16>(65520.0).bits == 0x7c00);
+  CHECK(cast<Float16>(1e300).bits == 0x7c00);
+  CHECK(cast<BFloat16>(-1e300).bits == 0xff80);
+}
+
+template <class T>
+void check_sum_of_squares(std::int64_t size, std::int64_t offset) {
+  Random random(static_cast<std::uint64_t>(size));
+  const auto values = numbers<T>(random, size);
+  double plain = 0;
+  for (const T x : values) plain += static_cast<double>(x) * static_cast<double>(x);
+  double first = -1;
+  for_each_tier([&](const char*) {
+    Buffer<T> x(offset, values);
+    const double sum = cpu::active_tier().kernels->of<T>().sum_of_squares(x.data(), size, 1.0);
+    if (first < 0) first = sum;
+    CHECK(sum == first);
+    CHECK(sum >= plain * (1 - 1e-12) && sum <= plain * (1 + 1e-12));
+    const double halved = cpu::active_tier().kernels->of<T>().sum_of_squares(x.data(), size, 0.5);
+    CHECK(halved == sum / 4);
+  });
+}
+
+void run() {
+  std::vector<std::int64_t> sizes;
+  for (std::int64_t size = 0; size <= 70; ++size) sizes.push_back(size);
+  for (const std::int64_t size : {127, 128, 129, 1023, 1024}) sizes.push_back(size);
+  for (const std::int64_t size : sizes) {
+    for (const std::int64_t offset : {0, 1, 7, 16}) {
+      for (const RuleCase& rule : rule_cases()) {
+        check_update<float>(rule, size, offset);
+        check_update<double>(rule, size, offset);
+      }
+      for (const DType dtype : kAllDTypes) {
+        check_conversions<float>(dtype, size, offset);
+        check_conversions<double>(dtype, size, offset);
+      }
+      check_sum_of_squares<float>(size, offset);
+      check_sum_of_squares<double>(size, offset);
+    }
+  }
+  check_sixteen_bits();
+}
+
+}  // namespace
+}  // namespace fusestep::testing
+
+int main() {
+  fusestep::testing::run();
+  std::puts("kernels: passed");
+}
