@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def _command() -> str:
     """Return the command line, with the last part of every path that starts at the root."""
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name
-    return " ".join([name, *(_shortened(argument) for argument in sys.argv[1:])])
+    return shlex.join([name, *(_shortened(argument) for argument in sys.argv[1:])])
 
 
 def _shortened(argument: str) -> str:

@@ -26,16 +26,16 @@ constexpr std::uintptr_t kCacheLine = 64;
 // Calls visit(work, first tile, last tile, number of the first tile in the whole list) until every
 // tile of the list has been visited once, from as many threads as the list is worth.
 template <class Visit>
-void for_each_tile_range(std::span<const Work> list, Visit visit) {
+void for_each_tile_range(WorkList list, Visit visit) {
   std::int64_t elements = 0;
-  for (const Work& work : list) elements += work.iteration.size;
+  for (const Work* work : list) elements += work->iteration.size;
 
   if (elements < kParallelElements || num_threads() == 1) {
     const IeeeEnvironment ieee;
     std::int64_t before = 0;
-    for (const Work& work : list) {
-      const std::int64_t tiles = work.iteration.tiles();
-      if (tiles > 0) visit(work, std::int64_t{0}, tiles, before);
+    for (const Work* work : list) {
+      const std::int64_t tiles = work->iteration.tiles();
+      if (tiles > 0) visit(*work, std::int64_t{0}, tiles, before);
       before += tiles;
     }
     return;
@@ -44,7 +44,7 @@ void for_each_tile_range(std::span<const Work> list, Visit visit) {
   std::vector<std::int64_t> ends;  // tiles of the list up to and including each parameter
   ends.reserve(list.size());
   std::int64_t total = 0;
-  for (const Work& work : list) ends.push_back(total += work.iteration.tiles());
+  for (const Work* work : list) ends.push_back(total += work->iteration.tiles());
 
   parallel_for((total + kChunkTiles - 1) / kChunkTiles, num_threads(), [&](std::int64_t chunk) {
     const IeeeEnvironment ieee;
@@ -55,7 +55,7 @@ void for_each_tile_range(std::span<const Work> list, Visit visit) {
     for (; begin < end; ++i) {
       const std::int64_t start = i == 0 ? 0 : ends[i - 1];
       const std::int64_t stop = std::min(end, ends[i]);
-      if (begin < stop) visit(list[i], begin - start, stop - start, begin);
+      if (begin < stop) visit(*list[i], begin - start, stop - start, begin);
       begin = stop;
     }
   });
@@ -155,10 +155,10 @@ double sum_of_squares(const KernelTable& table, const Work& work, std::int64_t t
   return kernels.sum_of_squares(elements, block.size(), prescale);
 }
 
-double sum_of_squares(std::span<const Work> list, double prescale) {
+double sum_of_squares(WorkList list, double prescale) {
   const KernelTable& table = *active_tier().kernels;
   std::int64_t tiles = 0;
-  for (const Work& work : list) tiles += work.iteration.tiles();
+  for (const Work* work : list) tiles += work->iteration.tiles();
   std::vector<double> sums(static_cast<std::size_t>(tiles));
   for_each_tile_range(
       list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t before) {
@@ -174,7 +174,7 @@ double sum_of_squares(std::span<const Work> list, double prescale) {
 
 }  // namespace
 
-void update(std::span<const Work> list, const StepOptions& options) {
+void update(WorkList list, const StepOptions& options) {
   const KernelTable& kernels = *active_tier().kernels;
   for_each_tile_range(
       list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
@@ -183,7 +183,7 @@ void update(std::span<const Work> list, const StepOptions& options) {
       });
 }
 
-GradientNorm gradient_norm(std::span<const Work> list) {
+GradientNorm gradient_norm(WorkList list) {
   const double sum = sum_of_squares(list, 1);
   if (std::isfinite(sum)) return {std::sqrt(sum), true};
   // Either a gradient is not finite, or the square of a float64 gradient overflowed. A power of two
@@ -193,7 +193,7 @@ GradientNorm gradient_norm(std::span<const Work> list) {
   return {std::sqrt(scaled) * kUp, std::isfinite(scaled)};
 }
 
-void clear_gradients(std::span<const Work> list) {
+void clear_gradients(WorkList list) {
   for_each_tile_range(
       list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
         in_compute_type(work, [&](auto type) {

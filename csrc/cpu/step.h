@@ -22,16 +22,18 @@ struct StepOptions {
   bool clear_gradients = false;
 };
 
+using WorkList = std::span<const Work* const>;
+
 // Moves every parameter and its state.
-void update(std::span<const Work> list, const StepOptions& options);
+void update(WorkList list, const StepOptions& options);
 
 struct GradientNorm {
   double value;  // the L2 norm of all gradients together
   bool finite;   // no gradient holds a NaN or an infinity
 };
 
-GradientNorm gradient_norm(std::span<const Work> list);
+GradientNorm gradient_norm(WorkList list);
 
-void clear_gradients(std::span<const Work> list);
+void clear_gradients(WorkList list);
 
 }  // namespace fusestep::cpu

@@ -92,7 +92,7 @@ void Optimizer::prepare(PyObject* const* gradients, std::size_t count, bool zero
     Slot& slot = slots_[i];
     gradients_.push_back(slot.prepare(gradients[i], memory, zero_grad));
     moves_.push_back({&slot, rule_->advance(slot.progress)});
-    work_.push_back(slot.work);
+    work_.push_back(&slot.work);
   }
   if (zero_grad) check_gradients_are_disjoint();
 }
@@ -113,12 +113,12 @@ void Optimizer::check_gradients_are_disjoint() const {
 void Optimizer::add_coefficients(double lr) {
   const cpu::IeeeEnvironment ieee;
   coefficients_.clear();
-  coefficients_.reserve(moves_.size());  // work_ points into it
+  coefficients_.reserve(moves_.size());  // the work points into it
   for (std::size_t i = 0; i < moves_.size(); ++i) {
     const bool shared =
-        i > 0 && moves_[i].next == moves_[i - 1].next && work_[i].compute == work_[i - 1].compute;
-    if (!shared) coefficients_.push_back(rule_->coefficients(moves_[i].next, work_[i].compute, lr));
-    work_[i].rule = &coefficients_.back();
+        i > 0 && moves_[i].next == moves_[i - 1].next && work_[i]->compute == work_[i - 1]->compute;
+    if (!shared) coefficients_.push_back(rule_->coefficients(moves_[i].next, work_[i]->compute, lr));
+    moves_[i].slot->work.rule = &coefficients_.back();
   }
 }
 
@@ -126,7 +126,7 @@ void Optimizer::add_coefficients(double lr) {
 // settings are a copy: another thread may assign to an attribute while the GIL is released.
 bool Optimizer::run(const StepArguments& arguments, Settings settings) {
   std::int64_t elements = 0;
-  for (const cpu::Work& work : work_) elements += work.iteration.size;
+  for (const cpu::Work* work : work_) elements += work->iteration.size;
   const GilRelease release(elements >= kElementsWorthReleasingGil);
   const cpu::IeeeEnvironment ieee;
 

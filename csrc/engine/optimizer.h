@@ -69,7 +69,7 @@ class Optimizer {
 
   // Of the step under way; members to keep their memory from one step to the next.
   std::vector<Move> moves_;
-  std::vector<cpu::Work> work_;
+  std::vector<const cpu::Work*> work_;
   std::vector<arrays::Array> gradients_;
   std::vector<rules::Coefficients> coefficients_;
 };

@@ -39,15 +39,16 @@ std::uint64_t checksum(const RuleCase& rule_case, DType dtype) {
     work.iteration.operand[kState + s] = {state_arrays[s].data(), state};
   work.iteration.plan_dense(kSize, static_cast<int>(2 + states));
 
+  const cpu::Work* one = &work;
   rules::Progress progress;
   for (int step = 0; step < kSteps; ++step) {
     for (std::int64_t i = 0; i < kSize; ++i)
       write(gradient.data() + i * item_size(dtype), dtype, random.number());
-    const cpu::GradientNorm norm = cpu::gradient_norm({&work, 1});
+    const cpu::GradientNorm norm = cpu::gradient_norm({&one, 1});
     progress = rule->advance(progress);
     const auto coefficients = rule->coefficients(progress, work.compute, 1e-2);
     work.rule = &coefficients;
-    cpu::update({&work, 1}, {10 / norm.value, false});
+    cpu::update({&one, 1}, {10 / norm.value, false});
   }
   std::uint64_t h = hash(parameter.data(), parameter.size());
   for (const auto& array : state_arrays) h = hash(array.data(), array.size(), h);
