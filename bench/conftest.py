@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def budget(request: pytest.FixtureRequest) -> Budget:
     """How long to measure; with --benchmark-disable, as short as can be."""
     if request.config.getoption("benchmark_disable"):
-        return Budget(turn=0, group=0, min_rounds=1, max_rounds=1, patience=0)
+        return Budget(turn=0, min_rounds=1, max_rounds=1, group=0, patience=0)
     return FULL if request.config.getoption("--full") else QUICK
 
 

@@ -50,8 +50,7 @@ _TIMES = (
 def outcomes(results: Results) -> list[Outcome]:
     """Compare what was measured with what is asked.
 
-    The first number of a ratio is that of the medians, those in brackets the quartiles of the
-    ratios within the rounds.
+    The first number of a ratio is the median over the rounds, those in brackets are the quartiles.
     """
     lines = [_limit(results)]
     for rule, workload, threads, peer, goal in _RATIOS:

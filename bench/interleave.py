@@ -15,7 +15,9 @@ OpenMP's spinning threads can take a thousand times longer.
 from __future__ import annotations
 
 import gc
+import math
 import random
+import statistics
 import time
 from dataclasses import dataclass
 from itertools import repeat
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _SETTLE = 0.005  # seconds in which the spinning threads of the last peer's pool go to sleep
 _LONG = 0.05  # seconds; a call that takes longer needs no other one to warm up
+_SLOW = 4  # times the shortest turn; who takes longer would take up most of the time
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,21 @@ class Budget:
     ----------
     turn
         Seconds a turn should take; a call that takes longer is a turn by itself.
+    min_rounds
+        Rounds that all peers take part in.
+    max_rounds
+        Rounds altogether, at most.
     group
-        Seconds all rounds of a group should take.
-    min_rounds, max_rounds
-        Bounds on the number of rounds, whatever the seconds.
+        Seconds after which no round follows but the first `min_rounds`.
     patience
         Seconds that may be lost, in a session, on rounds that others have disturbed and on waiting
         for them.
     """
 
     turn: float
-    group: float
     min_rounds: int
     max_rounds: int
+    group: float
     patience: float
 
 
@@ -62,6 +67,7 @@ class Samples:
     ----------
     seconds
         Seconds a call took, one number a round; number i of every peer is from the same round.
+        Slow peers have fewer numbers: they left after the first rounds.
     calls
         Calls each number is the mean of.
     discarded
@@ -92,63 +98,31 @@ def measure(
     dict
         By name.
     """
-    rounds: list[_Round] = []
-    discarded = 0
-    shuffle = random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        turns, _ = patience.undisturbed(lambda: _plan_all(functions, budget))
-        while _goes_on(rounds, budget):
-            latest, in_vain = patience.undisturbed(lambda: _round(functions, turns, shuffle))
-            rounds.append(latest)
-            discarded += in_vain
+        turns, _ = patience.undisturbed(
+            lambda: {name: _plan(function, budget) for name, function in functions.items()}
+        )
+        rounds = _Rounds(turns, patience)
+        rounds.add(budget.min_rounds, set(turns))
+        rounds.add(budget.max_rounds - budget.min_rounds, rounds.fast(), budget.group)
+        return rounds.samples()
     finally:
         gc.enable()
-    return {
-        name: Samples([one.seconds[name] for one in rounds], turn.calls, discarded)
-        for name, turn in turns.items()
-    }
-
-
-def _goes_on(rounds: list[_Round], budget: Budget) -> bool:
-    if len(rounds) < budget.min_rounds:
-        return True
-    return len(rounds) < budget.max_rounds and sum(one.took for one in rounds) < budget.group
 
 
 @dataclass(frozen=True)
 class _Turn:
+    function: Callable[[], object]
     untimed: int
     calls: int
 
-    def take(self, function: Callable[[], object]) -> float:
+    def take(self) -> float:
         """Return the seconds a call takes."""
         time.sleep(_SETTLE)
-        _time(function, self.untimed)
-        return _time(function, self.calls) / self.calls
-
-
-@dataclass(frozen=True)
-class _Round:
-    seconds: dict[str, float]
-    took: float
-
-
-def _round(
-    functions: Mapping[str, Callable[[], object]],
-    turns: Mapping[str, _Turn],
-    shuffle: random.Random,
-) -> _Round:
-    """Let everybody have a turn, in any order."""
-    begin = time.perf_counter()
-    order = shuffle.sample(list(functions), len(functions))
-    seconds = {name: turns[name].take(functions[name]) for name in order}
-    return _Round(seconds, time.perf_counter() - begin)
-
-
-def _plan_all(functions: Mapping[str, Callable[[], object]], budget: Budget) -> dict[str, _Turn]:
-    return {name: _plan(function, budget) for name, function in functions.items()}
+        _time(self.function, self.untimed)
+        return _time(self.function, self.calls) / self.calls
 
 
 def _plan(function: Callable[[], object], budget: Budget) -> _Turn:
@@ -159,9 +133,9 @@ def _plan(function: Callable[[], object], budget: Budget) -> _Turn:
         calls *= 4
         seconds = _time(function, calls)
     if seconds > _LONG:
-        return _Turn(untimed=0, calls=1)
+        return _Turn(function, untimed=0, calls=1)
     timed = max(1, round(calls * budget.turn / seconds))
-    return _Turn(untimed=max(1, timed // 4), calls=timed)
+    return _Turn(function, untimed=max(1, timed // 4), calls=timed)
 
 
 def _time(function: Callable[[], object], calls: int) -> float:
@@ -169,3 +143,47 @@ def _time(function: Callable[[], object], calls: int) -> float:
     for _ in repeat(None, calls):
         function()
     return time.perf_counter() - begin
+
+
+class _Rounds:
+    """What has been measured so far."""
+
+    def __init__(self, turns: Mapping[str, _Turn], patience: Patience) -> None:
+        self._turns, self._patience = turns, patience
+        self._random = random.Random(0)
+        self._seconds: dict[str, list[float]] = {name: [] for name in turns}
+        self._discarded = 0
+
+    def add(self, count: int, names: set[str], seconds: float = math.inf) -> None:
+        """Do `count` more rounds with the named peers, fewer where they take too long."""
+        took = 0.0
+        for _ in range(count):
+            if took >= seconds:
+                break
+            (samples, duration), discarded = self._patience.undisturbed(lambda: self._one(names))
+            for name in names:
+                self._seconds[name].append(samples[name])
+            self._discarded += discarded
+            took += duration
+
+    def fast(self) -> set[str]:
+        """Return those whose turn takes not many times as long as the shortest."""
+        turn = {
+            name: statistics.median(seconds) * self._turns[name].calls
+            for name, seconds in self._seconds.items()
+        }
+        return {name for name in turn if turn[name] < _SLOW * min(turn.values())}
+
+    def samples(self) -> dict[str, Samples]:
+        """Return everything."""
+        return {
+            name: Samples(seconds, self._turns[name].calls, self._discarded)
+            for name, seconds in self._seconds.items()
+        }
+
+    def _one(self, names: set[str]) -> tuple[dict[str, float], float]:
+        """Let everybody have a turn, in any order; return the samples and how long it took."""
+        begin = time.perf_counter()
+        order = self._random.sample(sorted(names), len(names))
+        samples = {name: self._turns[name].take() for name in order}
+        return samples, time.perf_counter() - begin

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from memory import FloatArray
     from peers import Run
 
-QUICK = Budget(turn=0.002, group=0.3, min_rounds=3, max_rounds=15, patience=0)
-FULL = Budget(turn=0.01, group=4.0, min_rounds=5, max_rounds=40, patience=600)
+QUICK = Budget(turn=0.002, min_rounds=3, max_rounds=15, group=0.2, patience=0)
+FULL = Budget(turn=0.01, min_rounds=5, max_rounds=30, group=3.0, patience=600)
 
 _TEMPORARIES = 5  # arrays of the parameters' size that a step of some peer makes for a while
 

@@ -1,8 +1,9 @@
 """Tables and pictures of results: ``python bench/report.py bench/results/full.json``.
 
 Prints, for every rule and number of threads, the medians of all peers, how many times longer each
-takes than fusestep, and fusestep's share of the limit; then the goals. Beside the first file it
-writes what it prints (``.txt``) and a picture for each number of threads (``-1-thread.png``, ...).
+takes than fusestep (the median of the ratios within the rounds), and fusestep's share of the limit;
+then the goals. Beside the first file it writes what it prints (``.txt``) and a picture for each
+number of threads (``-1-thread.png``, ``-2-threads.png``).
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ class Entry:
     ----------
     seconds
         Of a step, one number a round; number i of all peers of the group is from the same round.
+        Slow peers have fewer numbers.
     elements
         Of all parameters together.
     """
@@ -39,14 +40,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer one peer takes than another.
+    """How many times longer one peer takes than another, within the same rounds.
+
+    What a virtual machine gets of the memory's bandwidth may double from one round to the next, for
+    all peers: a ratio of medians would compare different rounds.
 
     Parameters
     ----------
     value
-        Ratio of the medians.
+        Median over the rounds.
     low, high
-        Quartiles of the ratios within the rounds: how sure the value is.
+        Quartiles: how sure the value is.
     """
 
     value: float
@@ -68,10 +72,10 @@ class Results:
         peers = self.groups.get(key, {})
         if slower not in peers or faster not in peers:
             return None
-        a, b = peers[slower], peers[faster]
-        rounds = [x / y for x, y in zip(a.seconds, b.seconds, strict=True)]
-        low, _, high = statistics.quantiles(rounds, n=4) if len(rounds) > 1 else rounds * 3
-        return Ratio(a.median / b.median, low, high)
+        both = zip(peers[slower].seconds, peers[faster].seconds, strict=False)
+        rounds = [x / y for x, y in both]
+        low, middle, high = statistics.quantiles(rounds, n=4) if len(rounds) > 1 else rounds * 3
+        return Ratio(middle, low, high)
 
 
 def three_digits(value: float) -> str:

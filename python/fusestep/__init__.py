@@ -3,8 +3,8 @@
 >>> import numpy as np, fusestep as fs
 >>> w = np.zeros(3, np.float32)
 >>> opt = fs.Adam([w], lr=0.1)
->>> opt.step([np.ones(3, np.float32)])
->>> w
+>>> opt.step([np.full(3, 5.0, np.float32)])
+>>> w.round(3)
 array([-0.1, -0.1, -0.1], dtype=float32)
 """
 
