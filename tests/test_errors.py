@@ -262,6 +262,11 @@ def test_constructor_arguments(kwargs: Any, error: type[Exception]) -> None:
 def test_numbers_of_every_kind_are_numbers() -> None:
     from fractions import Fraction
 
+    with pytest.raises(ValueError, match="lr is too large"):
+        fs.SGD([np.ones(1)], lr=10**400)
+    w = np.ones(1)
+    fs.SGD([w]).step([np.ones(1)], lr=np.float32(0.5), zero_grad=np.bool_(True))
+    assert w[0] == 0.5
     for lr in (1, np.float32(0.5), np.int64(1), np.array(0.5), Fraction(1, 2)):
         opt = fs.SGD([np.ones(1)], lr=lr)
         assert opt.lr == float(lr)
@@ -292,6 +297,16 @@ def test_what_decides_the_state_cannot_change() -> None:
     moving = fs.SGD([np.ones(3, f32)], momentum=0.9)
     moving.momentum = 0.95
     assert moving.momentum == 0.95
+
+
+def test_columns_as_parameters_are_told_apart_quickly() -> None:
+    """A thousand models side by side: half a million pairs, none of which needs a search."""
+    models = np.zeros((20, 1000), f32)
+    opt = fs.SGD([models[:, i] for i in range(1000)], lr=1.0)
+    gradients = np.ones_like(models)
+    opt.step([gradients[:, i] for i in range(1000)], zero_grad=True)
+    assert (models == -1).all()
+    assert not gradients.any()
 
 
 def test_a_typo_in_an_attribute_is_an_error() -> None:

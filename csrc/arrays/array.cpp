@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <numeric>
 #include <utility>
 
 #include "arrays/numpy.h"
@@ -76,12 +77,33 @@ bool is_array(PyObject* object) {
   return is_numpy(object) || PyObject_HasAttrString(object, "__dlpack__");
 }
 
+namespace {
+
+// True where counting alone shows that two arrays have no byte in common: all elements of both lie
+// at multiples of one distance, and those of one always in the gaps of the other (columns of a
+// matrix, real and imaginary parts).
+bool interleave(const Array& a, const Array& b) {
+  std::int64_t distance = 0;
+  for (const Array* array : {&a, &b}) {
+    const auto [shape, strides] = array->geometry();
+    for (std::size_t axis = 0; axis < shape.size(); ++axis)
+      if (shape[axis] > 1) distance = std::gcd(distance, strides[axis]);
+  }
+  if (distance == 0) return false;
+  std::int64_t offset = (b.data - a.data) % distance;
+  if (offset < 0) offset += distance;
+  return offset >= item_size(a.dtype) && distance - offset >= item_size(b.dtype);
+}
+
+}  // namespace
+
 bool share_memory(const Array& a, const Array& b) {
   const auto [a_first, a_last] = a.interval();
   const auto [b_first, b_last] = b.interval();
   if (a.size == 0 || b.size == 0 || a_last <= b_first || b_last <= a_first) return false;
   if (a.c_contiguous && b.c_contiguous) return true;
-  // Interleaved views: an integer-programming question that NumPy has solved.
+  if (interleave(a, b)) return false;
+  // Any other pair of views: an integer-programming question that NumPy has solved.
   const auto view = [](const Array& array) {
     const auto [shape, strides] = array.geometry();
     const py::dtype dtype("V" + std::to_string(item_size(array.dtype)));

@@ -46,6 +46,8 @@ double number(const char* name, PyObject* object) {
 
 bool flag(const char* name, PyObject* object) {
   if (object == Py_True || object == Py_False) return object == Py_True;
+  const std::string_view type = Py_TYPE(object)->tp_name;
+  if (type == "numpy.bool" || type == "numpy.bool_") return PyObject_IsTrue(object) == 1;
   throw TypeError(std::string(name) + " is a " + Py_TYPE(object)->tp_name +
                   "; expected True or False");
 }

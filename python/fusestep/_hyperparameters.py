@@ -22,7 +22,10 @@ T = TypeVar("T")
 def number(name: str, value: Any) -> float:
     """Return `value` as a float; TypeError for anything that is not a real number."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is too large: {value!r}") from None
     if getattr(value, "ndim", None) == 0 and getattr(value, "dtype", None) is not None:
         try:  # a 0-d array or tensor, as a scheduler may leave behind
             return float(value)
