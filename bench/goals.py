@@ -76,5 +76,5 @@ def _at_least(work: str, goal: float, sign: str, ratio: Ratio | None) -> Outcome
     if ratio is None:
         return Outcome(work, f"≥ {goal:g}{sign}", "not measured", None)
     spread = f"{three_digits(ratio.low)} to {three_digits(ratio.high)}"
-    measured = f"{three_digits(ratio.value)}{sign} ({spread})"
+    measured = f"{ratio.value:.4g}{sign} ({spread})"  # a digit more than the goal has
     return Outcome(work, f"≥ {goal:g}{sign}", measured, ratio.value >= goal)

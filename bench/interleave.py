@@ -106,7 +106,7 @@ def measure(
         )
         rounds = _Rounds(turns, patience)
         rounds.add(budget.min_rounds, set(turns))
-        rounds.add(budget.max_rounds - budget.min_rounds, rounds.fast(), budget.group)
+        rounds.add(budget.max_rounds - budget.min_rounds, rounds.fast(budget.turn), budget.group)
         return rounds.samples()
     finally:
         gc.enable()
@@ -127,15 +127,22 @@ class _Turn:
 
 def _plan(function: Callable[[], object], budget: Budget) -> _Turn:
     """Return how many calls fill a turn; the first call may compile and is not counted."""
+    time.sleep(_SETTLE)
     function()
-    calls, seconds = 1, _time(function, 1)
+    calls, seconds = 1, _shortest(function, 1)
     while seconds < budget.turn / 4:  # few calls tell little of a fast function
         calls *= 4
-        seconds = _time(function, calls)
+        seconds = _shortest(function, calls)
     if seconds > _LONG:
         return _Turn(function, untimed=0, calls=1)
     timed = max(1, round(calls * budget.turn / seconds))
     return _Turn(function, untimed=max(1, timed // 4), calls=timed)
+
+
+def _shortest(function: Callable[[], object], calls: int) -> float:
+    """Return the shortest of some times: an accident must not decide on the number of calls."""
+    first = _time(function, calls)
+    return first if first > _LONG else min(first, *(_time(function, calls) for _ in range(4)))
 
 
 def _time(function: Callable[[], object], calls: int) -> float:
@@ -166,13 +173,14 @@ class _Rounds:
             self._discarded += discarded
             took += duration
 
-    def fast(self) -> set[str]:
-        """Return those whose turn takes not many times as long as the shortest."""
-        turn = {
-            name: statistics.median(seconds) * self._turns[name].calls
-            for name, seconds in self._seconds.items()
+    def fast(self, turn: float) -> set[str]:
+        """Return those whose turn takes not many times as long as the shortest, or as planned."""
+        seconds = {
+            name: statistics.median(samples) * self._turns[name].calls
+            for name, samples in self._seconds.items()
         }
-        return {name for name in turn if turn[name] < _SLOW * min(turn.values())}
+        shortest = max(turn, min(seconds.values()))
+        return {name for name in seconds if seconds[name] < _SLOW * shortest}
 
     def samples(self) -> dict[str, Samples]:
         """Return everything."""

@@ -45,12 +45,14 @@ inline void relax() {
 #endif
 }
 
-// Waits until `value` is no longer `old`: a moment awake, then asleep.
+// Waits until `value` is no longer `old`: a moment awake, then asleep. Awake, it yields: where both
+// threads find themselves on one processor, neither may keep the other from its work for a whole
+// time slice.
 template <class T>
 void wait(const std::atomic<T>& value, T old) {
   using Clock = std::chrono::steady_clock;
   constexpr auto awake = std::chrono::milliseconds(2);
-  for (const auto begin = Clock::now(); Clock::now() - begin < awake;)
+  for (const auto begin = Clock::now(); Clock::now() - begin < awake; std::this_thread::yield())
     for (int i = 0; i < 64; ++i, relax())
       if (value.load() != old) return;
   value.wait(old);
