@@ -19,14 +19,15 @@ class Outcome:
     ----------
     work, goal, measured
         What, how much it should be, how much it is.
-    met
-        None where nothing was measured.
+    verdict
+        "met", "NOT met", either of them "within noise" where the goal lies between the quartiles,
+        or nothing where nothing was measured.
     """
 
     work: str
     goal: str
     measured: str
-    met: bool | None
+    verdict: str
 
 
 # rule, workload, threads, peer, how many times faster
@@ -61,8 +62,8 @@ def outcomes(results: Results) -> list[Outcome]:
         entry = results.others.get(group)
         measured = entry.median / seconds if entry else None
         text = "not measured" if measured is None else f"{three_digits(measured)} {unit}"
-        met = None if measured is None else measured < goal
-        lines.append(Outcome(work, f"< {goal:g} {unit}", text, met))
+        verdict = "" if measured is None else _verdict(measured < goal)
+        lines.append(Outcome(work, f"< {goal:g} {unit}", text, verdict))
     return lines
 
 
@@ -74,7 +75,12 @@ def _limit(results: Results) -> Outcome:
 
 def _at_least(work: str, goal: float, sign: str, ratio: Ratio | None) -> Outcome:
     if ratio is None:
-        return Outcome(work, f"≥ {goal:g}{sign}", "not measured", None)
+        return Outcome(work, f"≥ {goal:g}{sign}", "not measured", "")
     spread = f"{three_digits(ratio.low)} to {three_digits(ratio.high)}"
     measured = f"{ratio.value:.4g}{sign} ({spread})"  # a digit more than the goal has
-    return Outcome(work, f"≥ {goal:g}{sign}", measured, ratio.value >= goal)
+    verdict = _verdict(ratio.value >= goal, ratio.low < goal <= ratio.high)
+    return Outcome(work, f"≥ {goal:g}{sign}", measured, verdict)
+
+
+def _verdict(met: bool, noise: bool = False) -> str:
+    return ("met" if met else "NOT met") + ", within noise" * noise

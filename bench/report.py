@@ -151,9 +151,8 @@ def _goals(measured: results.Results) -> Table:
     table = Table(title="Goals (in brackets: quartiles over the rounds)", title_justify="left")
     for column in ("work", "goal", "measured", ""):
         table.add_column(column)
-    words = {True: "met", False: "NOT met", None: ""}
     for line in goals.outcomes(measured):
-        table.add_row(line.work, line.goal, line.measured, words[line.met])
+        table.add_row(line.work, line.goal, line.measured, line.verdict)
     return table
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -14,14 +15,24 @@ namespace fusestep::cpu {
 namespace {
 
 // Below this many elements a second thread costs more than it saves: it has to be woken up.
-constexpr std::int64_t kParallelElements = 1 << 16;
+constexpr std::int64_t kParallelElements = 1 << 17;
 
-// Tiles a thread claims at a time: long enough for the prefetchers, short enough to share fairly.
-constexpr std::int64_t kChunkTiles = 32;
+// The least that a thread claims at a time, in tiles.
+constexpr std::int64_t kLeastChunk = 32;
 
 // From this size on a run is worth starting at a cache line, so that no vector crosses one.
 constexpr std::int64_t kAlignedRun = 4096;
 constexpr std::uintptr_t kCacheLine = 64;
+
+// Where each chunk ends. Each is half of a fair share of what is left: long runs for the
+// prefetchers while there is much to do, short ones towards the end so that threads finish together
+// (guided self-scheduling: Polychronopoulos & Kuck 1987).
+std::vector<std::int64_t> cut_into_chunks(std::int64_t tiles, int threads) {
+  std::vector<std::int64_t> ends;
+  for (std::int64_t end = 0; end < tiles; ends.push_back(end))
+    end = std::min(tiles, end + std::max(kLeastChunk, (tiles - end) / (2 * threads)));
+  return ends;
+}
 
 // Calls visit(work, first tile, last tile, number of the first tile in the whole list) until every
 // tile of the list has been visited once, from as many threads as the list is worth.
@@ -46,10 +57,11 @@ void for_each_tile_range(WorkList list, Visit visit) {
   std::int64_t total = 0;
   for (const Work* work : list) ends.push_back(total += work->iteration.tiles());
 
-  parallel_for((total + kChunkTiles - 1) / kChunkTiles, num_threads(), [&](std::int64_t chunk) {
+  const std::vector<std::int64_t> chunk_ends = cut_into_chunks(total, num_threads());
+  parallel_for(std::ssize(chunk_ends), num_threads(), [&](std::int64_t chunk) {
     const IeeeEnvironment ieee;
-    std::int64_t begin = chunk * kChunkTiles;
-    const std::int64_t end = std::min(begin + kChunkTiles, total);
+    const std::int64_t end = chunk_ends[static_cast<std::size_t>(chunk)];
+    std::int64_t begin = chunk == 0 ? 0 : chunk_ends[static_cast<std::size_t>(chunk - 1)];
     auto i =
         static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
     for (; begin < end; ++i) {
