@@ -264,10 +264,21 @@ def test_subclass_with_its_own_constructor_is_copied() -> None:
     class Mine(fs.Adam):
         def __init__(self, params: Any) -> None:
             super().__init__(params, lr=0.25)
+            self.extra = [1, 2]
 
     opt = copy.deepcopy(Mine([np.ones(3)]))
     assert isinstance(opt, Mine)
     assert opt.lr == 0.25
+    assert opt.extra == [1, 2]
+    opt.load_state_dict(fs.Adam([np.ones(3)], lr=0.5).state_dict())
+    assert opt.lr == 0.5
+
+
+def test_a_list_that_grows_later_is_not_ours() -> None:
+    params = [np.ones(3)]
+    opt = fs.Adam(params)
+    params.append(np.ones(4))
+    assert len(copy.deepcopy(opt).params) == 1
 
 
 def test_parameters_may_be_given_up() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import platform
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -221,6 +223,33 @@ def test_flush_to_zero_in_the_calling_thread_changes_nothing(rule: Rule, tier: s
             digest.update(opt.state[0][name].tobytes())
         digests.append(digest.hexdigest())
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_callers_rounding_mode_changes_nothing(rule: Rule) -> None:
+    try:
+        libm = ctypes.CDLL("libm.so.6")
+    except OSError:
+        pytest.skip("no libm.so.6 to set the rounding mode with")
+    modes = {"x86_64": (0, 0x400, 0x800, 0xC00), "aarch64": (0, 0x400000, 0x800000, 0xC00000)}
+    digests = set()
+    for mode in modes[platform.machine()]:
+        rng = np.random.default_rng(4)
+        w = rng.standard_normal(1000).astype(np.float32)
+        gradients = rng.standard_normal((20, w.size)).astype(np.float32)
+        opt = rule.cls([w], max_norm=5.0, **rule.options)
+        try:
+            assert libm.fesetround(mode) == 0
+            for g in gradients:
+                opt.step([g])
+            assert libm.fegetround() == mode
+        finally:
+            libm.fesetround(0)
+        digest = hashlib.sha256(w.tobytes())
+        for value in opt.state[0].values():
+            digest.update(np.asarray(value).tobytes())
+        digests.add(digest.digest())
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])

@@ -111,6 +111,82 @@ def test_an_exporter_that_fails_or_lies() -> None:
         fs.Adam([Lying(np.ones(3))])
 
 
+def test_torch_parameters_that_get_other_memory() -> None:
+    """An error like for a resized NumPy array, rather than a step on memory that is gone."""
+    torch = pytest.importorskip("torch")
+    g = np.ones(4, np.float32)
+
+    def assigned(t: Any) -> None:
+        t.data = torch.full((4,), 5.0)
+
+    def widened(t: Any) -> None:
+        t.data = t.data.to(torch.float64)
+
+    def freed(t: Any) -> None:
+        t.untyped_storage().resize_(0)
+
+    def resized(t: Any) -> None:
+        t.data.resize_(1 << 20)
+
+    for change in (assigned, widened, freed, resized):
+        for make in (torch.zeros, lambda n: torch.nn.Parameter(torch.zeros(n))):
+            t = make(4)
+            opt = fs.SGD([t], lr=1.0)
+            opt.step([g])
+            change(t)
+            with pytest.raises(ValueError, match="other memory"):
+                opt.step([g])
+
+
+def test_torchs_negative_bit_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    g = torch.complex(torch.zeros(3), torch.ones(3)).conj().imag
+    w = np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match="resolve_neg"):
+        fs.SGD([w]).step([g])
+    fs.SGD([w], lr=1.0).step([g.resolve_neg()])
+    assert (w == 1).all()
+
+
+def test_an_exporter_that_is_interrupted() -> None:
+    class Interrupted(Foreign):
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fs.Adam([Interrupted(np.ones(3))])
+
+
+def test_an_exporter_that_changes_a_parameter() -> None:
+    w = np.zeros(3)
+
+    class Changing(Foreign):
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            w.flags.writeable = False
+            return super().__dlpack__(**kwargs)
+
+    opt = fs.SGD([w, np.zeros(3)])
+    with pytest.raises(ValueError, match="made read-only"):
+        opt.step([np.ones(3), Changing(np.ones(3))])
+    assert not w.any()
+
+
+def test_a_numpy_scalar_is_the_gradient_of_a_scalar() -> None:
+    """A reduction returns one: x.sum(), not an array of no dimensions."""
+    b = np.zeros((), np.float32)
+    opt = fs.SGD({"b": b}, lr=1.0)
+    opt.step({"b": np.ones(3, np.float32).sum()})
+    assert b == -3
+    opt.step({"b": np.float64(1.0)})
+    assert b == -4
+    with pytest.raises(ValueError, match="read-only"):
+        opt.step({"b": np.float32(1.0)}, zero_grad=True)
+    with pytest.raises(ValueError, match="read-only"):
+        fs.SGD([np.float32(1.0)])
+    with pytest.raises(TypeError, match="int64"):
+        opt.step({"b": np.int64(1)})
+
+
 def test_overlap_is_seen_across_libraries() -> None:
     torch = pytest.importorskip("torch")
     base = np.zeros(10, np.float32)

@@ -238,6 +238,9 @@ def test_hyperparameters_out_of_range(rule: Rule, name: str, value: float) -> No
         ({"lr": None}, TypeError),
         ({"lr": 1j}, TypeError),
         ({"lr": np.ones(2)}, TypeError),
+        ({"lr": np.array("0.1")}, TypeError),
+        ({"lr": np.array(True)}, TypeError),
+        ({"lr": np.True_}, TypeError),
         ({"amsgrad": 1}, TypeError),
         ({"amsgrad": None}, TypeError),
         ({"maximize": "yes"}, TypeError),
@@ -325,8 +328,48 @@ def test_parameter_changed_behind_our_back() -> None:
     opt.step({"W": np.ones(6, f32)})
     w.resize(600_000, refcheck=False)  # the old memory is gone
     for shape in (6, 600_000):
-        with pytest.raises(ValueError, match="resized"):
+        with pytest.raises(ValueError, match="other memory"):
             opt.step({"W": np.ones(shape, f32)})
+
+
+def test_dtype_or_state_changed_behind_our_back() -> None:
+    w = np.ones(6, f32)
+    opt = fs.Adam({"W": w})
+    state = opt.state["W"]["exp_avg"]
+    state.flags.writeable = False
+    with pytest.raises(ValueError, match="the exp_avg of parameter 'W' has been"):
+        opt.step({"W": np.ones(6, f32)})
+    state.flags.writeable = True
+    opt.step({"W": np.ones(6, f32)})
+    with np.errstate(all="ignore"):
+        try:
+            w.dtype = np.int32
+        except (AttributeError, DeprecationWarning):
+            pytest.skip("this NumPy does not let a dtype be assigned")
+    with pytest.raises(ValueError, match="other memory, shape or dtype"):
+        opt.step({"W": np.ones(6, f32)})
+
+
+def test_optimizer_itself_has_no_rule() -> None:
+    with pytest.raises(TypeError, match="subclasses"):
+        fs.Optimizer([np.ones(3)], {})
+
+
+def test_gradients_that_change_between_steps_are_checked_again() -> None:
+    """What was found disjoint once is remembered, by memory and strides."""
+    params = [np.zeros(4), np.zeros(4)]
+    opt = fs.SGD(params)
+    base = np.ones((4, 4))
+    separate = [base[:, 0], base[:, 1]]
+    opt.step(separate, zero_grad=True)
+    opt.step(separate, zero_grad=True)
+    opt.step([base[:, 0], base[:, 0]])
+    with pytest.raises(ValueError, match="two gradients share memory"):
+        opt.step([base[:, 0], base[:, 0]], zero_grad=True)
+    crossing = np.ones(7)
+    opt.step([crossing[::2], base[0]], zero_grad=True)
+    with pytest.raises(ValueError, match="two gradients share memory"):
+        opt.step([crossing[:4], crossing[::2]], zero_grad=True)
 
 
 def test_callable_lr_that_misbehaves() -> None:

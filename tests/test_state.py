@@ -209,6 +209,10 @@ BAD_STATES: list[tuple[str, Any, type[Exception], str]] = [
     ("unknown state", _edit(state__0__momentum=np.zeros(3)), ValueError, "'momentum'"),
     ("missing state", _edit(state__1__exp_avg_sq=...), ValueError, "lacks 'exp_avg_sq'"),
     ("missing step", _edit(state__1__step=...), ValueError, "lacks 'step'"),
+    ("too many steps", _edit(state__0__step=1e19), ValueError, "step is 1e+19"),
+    ("too many in all", _edit(fusestep__steps=1e19), ValueError, "steps is 1e+19"),
+    ("one parameter twice", _edit(param_groups__0__params=[0, 0]), ValueError, "twice"),
+    ("entry is a list", _edit(state__0=[]), TypeError, "the state of parameter 0 is a list"),
     ("half a step", _edit(state__0__step=1.5), ValueError, "step is 1.5"),
     ("negative step", _edit(state__0__step=-1), ValueError, "step is -1"),
     ("NaN step", _edit(state__0__step=np.nan), ValueError, "step is nan"),
@@ -232,6 +236,48 @@ def test_bad_state_dicts_change_nothing(edit: Any, error: type[Exception], messa
         opt.load_state_dict(edit(opt.state_dict()))
     assert message in str(caught.value)
     np.testing.assert_equal(opt.state_dict(), before)
+
+
+@pytest.mark.parametrize("product", [np.nan, np.inf, 2.0, -1.0])
+def test_bad_mu_product(product: float) -> None:
+    opt = fs.NAdam([np.ones(2)])
+    saved = opt.state_dict()
+    saved["state"][0]["mu_product"] = product
+    with pytest.raises(ValueError, match="mu_product"):
+        opt.load_state_dict(saved)
+
+
+def test_what_torch_adds_to_its_groups_is_no_obstacle() -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(2, 1).to(torch.bfloat16)
+    theirs = torch.optim.Adam(model.named_parameters(), lr=torch.tensor([0.5]))
+    torch.optim.lr_scheduler.OneCycleLR(theirs, max_lr=0.5, total_steps=10)
+    model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    theirs.step()
+    opt = fs.Adam([np.zeros((1, 2), f32), np.zeros(1, f32)])
+    opt.load_state_dict(theirs.state_dict())
+    assert opt.state[0]["step"] == 1
+    expected = theirs.state_dict()["state"][0]["exp_avg"].float().numpy()
+    np.testing.assert_array_equal(opt.state[0]["exp_avg"], expected)
+
+
+def test_momentum_without_a_buffer_starts_afresh() -> None:
+    opt = fs.SGD([np.ones(2)], momentum=0.5, dampening=0.5, lr=1.0)
+    saved = opt.state_dict()
+    saved["state"][0] = {"step": 5, "momentum_buffer": None}
+    opt.load_state_dict(saved)
+    opt.step([np.ones(2)])
+    np.testing.assert_array_equal(opt.params[0], 0)  # the first gradient is not dampened
+
+
+def test_loading_the_live_state_of_others() -> None:
+    opt = fs.Adam([np.ones(2), np.ones(2)])
+    opt.step([np.ones(2), 2 * np.ones(2)])
+    saved = opt.state_dict()
+    swapped = {**saved, "state": {0: opt.state[1], 1: opt.state[0]}}
+    opt.load_state_dict(swapped)
+    np.testing.assert_array_equal(opt.state[0]["exp_avg"], saved["state"][1]["exp_avg"])
+    np.testing.assert_array_equal(opt.state[1]["exp_avg"], saved["state"][0]["exp_avg"])
 
 
 def test_fixed_options_must_agree() -> None:
@@ -346,6 +392,25 @@ def test_a_failed_save_leaves_the_old_file(
         opt.save(path)
     assert path.read_bytes() == old
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    opt = fs.Adam([np.ones(3)])
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    opt.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    opt.load(tmp_path / "file")
+
+
+def test_a_foreign_file_of_other_dtypes(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    opt = fs.Adam([np.ones(3)])
+    for metadata, message in [(None, "not written by"), ({"fusestep": "1"}, "not state|damaged")]:
+        save_file({"w": torch.ones(3, dtype=torch.bfloat16)}, tmp_path / "x", metadata)
+        with pytest.raises(ValueError, match=message):
+            opt.load(tmp_path / "x")
 
 
 def test_saving_where_there_is_no_folder(tmp_path: Path) -> None:

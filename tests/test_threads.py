@@ -197,6 +197,42 @@ def test_the_interpreter_ends_with_idle_helpers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_the_interpreter_ends_while_a_daemon_thread_steps() -> None:
+    code = (
+        "import threading, time, numpy as np, fusestep as fs\n"
+        "g = np.ones(2_000_000, 'f4')\n"
+        "opts = [fs.Adam([np.zeros_like(g)]) for _ in range(2)]\n"
+        "def work(i):\n"
+        "    while True: opts[i % 2].step([g])\n"
+        "for i in range(3): threading.Thread(target=work, args=(i,), daemon=True).start()\n"
+        "time.sleep(0.3)\n"
+    )
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_attributes_change_between_steps_not_within() -> None:
+    """betas is two numbers to the kernels; a step sees both old or both new."""
+    w = np.zeros(1)
+    opt = fs.Adam([w], lr=1.0, betas=(0.0, 0.0), eps=0.0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def work(i: int) -> None:
+        if i == 0:
+            for k in range(3000):
+                opt.betas = (0.0, 0.0) if k % 2 else (0.5, 0.25)
+            return
+        for _ in range(3000):
+            opt.step([np.ones(1)])
+            assert np.isfinite(w[0])
+
+    try:
+        in_threads(2, work)
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_process_pool_of_forked_workers() -> None:
     """As a data loader does it."""
     code = (

@@ -131,6 +131,29 @@ def test_infinite_weight_without_decay_stays_infinite() -> None:
     assert np.all(np.isfinite(opt.state[0]["exp_avg"]))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "huge"),
+    [("f4", 1e18), ("f4", 1e20), ("f4", 1e22), ("f4", 3e38), ("f8", 1e153), ("f8", 1e200)],
+)
+@pytest.mark.parametrize("cls", [fs.Adam, fs.AdamW, fs.NAdam])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_huge_gradient_does_not_make_nan(dtype: str, huge: float, cls: type, sign: int) -> None:
+    """As torch: where g^2 overflows for good, the weight stands still; it never becomes NaN."""
+    torch = pytest.importorskip("torch")
+    w = np.ones(5, dtype)
+    theirs = torch.nn.Parameter(torch.tensor(w))
+    opt = cls(w, lr=0.1)
+    other = getattr(torch.optim, cls.__name__)([theirs], lr=0.1)
+    for value in (1.0, huge, sign * huge, 1.0, 1.0):
+        g = np.full(5, value, dtype)
+        theirs.grad = torch.tensor(g)
+        opt.step(g)
+        other.step()
+    assert np.isfinite(w).all()
+    if cls is not fs.NAdam:  # whose v / (1 - beta2^t) overflows in torch before v does
+        np.testing.assert_allclose(w, theirs.detach().numpy(), rtol=2e-4)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 10**6, 10**12])
 def test_bias_correction_of_any_step(n: int) -> None:
     """The kernels' own power function, seen through a step whose state makes it visible."""

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <utility>
 
+#include "arrays/dlpack.h"
 #include "arrays/numpy.h"
 #include "core/errors.h"
 
@@ -47,11 +48,11 @@ void Array::pin() {
 }
 
 bool Array::is_current() const {
-  if (!owner_) return true;  // DLPack pins the memory
+  if (managed_) return exporter_is_current(owner_, *this);
   const NumpyFields now = numpy_fields(owner_);
-  return now.data == data && now.writable == writable && now.ndim == ndim_ &&
-         std::equal(shape_, shape_ + ndim_, now.shape) &&
-         std::equal(strides_, strides_ + ndim_, now.strides);
+  return now.data == data && now.writable == writable && now.supported && now.dtype == dtype &&
+         std::ranges::equal(geometry().shape, std::span(now.shape, now.ndim)) &&
+         std::ranges::equal(geometry().strides, std::span(now.strides, now.ndim));
 }
 
 Array::Interval Array::interval() const {
@@ -68,6 +69,7 @@ Array::Interval Array::interval() const {
 
 Array from_object(PyObject* object, const Label& label) {
   if (is_numpy(object)) return from_numpy(object, label);
+  if (is_numpy_scalar(object)) return from_numpy_scalar(object, label);
   if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack(object, label);
   throw TypeError(label.text() + " is a " + Py_TYPE(object)->tp_name +
                   "; expected a NumPy array or another array that supports DLPack");

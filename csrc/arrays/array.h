@@ -55,6 +55,9 @@ class Array {
   // view can tell.
   bool is_current() const;
 
+  // Not NumPy's: getting at its memory has run somebody else's code.
+  bool is_foreign() const { return managed_ != nullptr; }
+
   // The bytes the array reaches over: [first, last).
   struct Interval {
     std::uintptr_t first, last;
@@ -73,8 +76,8 @@ class Array {
   const std::int64_t* strides_ = nullptr;
   std::size_t ndim_ = 0;
   std::vector<std::int64_t> owned_;  // shape and strides, where the object has none of our kind
-  PyObject* owner_ = nullptr;        // a reference, or
-  void* managed_ = nullptr;          // a DLPack tensor with
+  PyObject* owner_ = nullptr;        // a reference to the object
+  void* managed_ = nullptr;          // and, for other libraries', its DLPack tensor
   void (*delete_managed_)(void*) = nullptr;
 };
 

@@ -1,9 +1,8 @@
-// Arrays of other libraries, through __dlpack__.
+#include "arrays/dlpack.h"
 
 #include <pybind11/pybind11.h>
 
 #include "arrays/dlpack_abi.h"
-#include "arrays/numpy.h"
 #include "core/errors.h"
 
 namespace py = pybind11;
@@ -14,13 +13,6 @@ namespace {
 constexpr const char* kName = "dltensor";
 constexpr const char* kVersionedName = "dltensor_versioned";
 
-// torch refuses to export what requires a gradient; its .detach() is the same memory.
-py::object detached(PyObject* object) {
-  const auto handle = py::reinterpret_borrow<py::object>(object);
-  const py::object requires_grad = py::getattr(handle, "requires_grad", py::none());
-  return PyObject_IsTrue(requires_grad.ptr()) == 1 ? py::object(handle.attr("detach")()) : handle;
-}
-
 // torch before 2.8 speaks the old DLPack, and its memory can be written. JAX speaks it too, and its
 // arrays are immutable: who else cannot say is taken to be like JAX.
 bool is_torch(PyObject* object) {
@@ -29,23 +21,52 @@ bool is_torch(PyObject* object) {
   return py::isinstance<py::str>(module) && module.cast<std::string>().starts_with("torch");
 }
 
-py::object export_capsule(PyObject* object, const Label& label) {
+// What is exported. torch refuses to export what requires a gradient, and its export does not say
+// that the numbers in memory are to be negated (as in z.conj().imag). .detach() is the same memory
+// in a tensor of its own, which nobody can give other memory.
+py::object exporter_of(PyObject* object, const Label& label) {
+  auto exporter = py::reinterpret_borrow<py::object>(object);
+  if (!is_torch(object) || !py::hasattr(exporter, "detach")) return exporter;
+  if (py::hasattr(exporter, "is_neg") && exporter.attr("is_neg")().cast<bool>())
+    throw ValueError(label.text() + " has torch's negative bit set; pass its .resolve_neg()");
+  return exporter.attr("detach")();
+}
+
+void check_device(std::int32_t type, const Label& label) {
+  if (type != dlpack::kCpu && type != dlpack::kCudaHost)
+    throw TypeError(label.text() + " is not in CPU memory (DLPack device type " +
+                    std::to_string(type) + "); this build updates CPU arrays only");
+}
+
+py::object call_dlpack(const py::object& exporter) {
   using namespace py::literals;
+  const py::object dlpack = exporter.attr("__dlpack__");
   try {
-    const py::object exporter = detached(object);
-    const auto device = exporter.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-    if (device.first != dlpack::kCpu && device.first != dlpack::kCudaHost)
-      throw TypeError(label.text() + " is not in CPU memory (DLPack device type " +
-                      std::to_string(device.first) + "); this build updates CPU arrays only");
-    const py::object dlpack = exporter.attr("__dlpack__");
-    try {
-      return dlpack("max_version"_a = py::make_tuple(1, 0));
-    } catch (py::error_already_set& error) {
-      if (!error.matches(PyExc_TypeError)) throw;
-      return dlpack();  // an exporter older than version 1
-    }
+    return dlpack("max_version"_a = py::make_tuple(1, 0));
   } catch (py::error_already_set& error) {
-    throw TypeError(label.text() + " cannot be exported through DLPack: " + error.what());
+    if (!error.matches(PyExc_TypeError)) throw;
+    return dlpack();  // an exporter older than version 1
+  }
+}
+
+// Errors of the exporter that are about the array become a sentence that names it; others (a
+// KeyboardInterrupt, say) go through as they are.
+py::object export_capsule(PyObject* object, const Label& label) {
+  try {
+    const py::object exporter = exporter_of(object, label);
+    const py::tuple device = exporter.attr("__dlpack_device__")();
+    check_device(device[0].cast<std::int32_t>(), label);
+    return call_dlpack(exporter);
+  } catch (py::error_already_set& error) {
+    for (PyObject* kind : {PyExc_TypeError, PyExc_BufferError, PyExc_AttributeError,
+                           PyExc_ValueError, PyExc_NotImplementedError}) {
+      if (error.matches(kind))
+        throw TypeError(label.text() + " cannot be exported through DLPack: " +
+                        py::str(error.value()).cast<std::string>());
+    }
+    throw;
+  } catch (py::cast_error&) {
+    throw TypeError(label.text() + ": __dlpack_device__ did not return a pair of numbers");
   }
 }
 
@@ -53,6 +74,22 @@ template <class Managed>
 void destroy(void* managed) {
   auto* tensor = static_cast<Managed*>(managed);
   if (tensor->deleter) tensor->deleter(tensor);
+}
+
+// What an exporter that lies would lead us to read.
+void check_plausible(const dlpack::Tensor& tensor, const Label& label) {
+  constexpr std::int64_t kMostElements = std::int64_t{1} << 56;
+  bool plausible = tensor.ndim >= 0 && (tensor.ndim == 0 || tensor.shape);
+  std::int64_t size = 1;
+  for (std::int32_t axis = 0; plausible && axis < tensor.ndim; ++axis) {
+    const std::int64_t extent = tensor.shape[axis];
+    plausible = extent >= 0 && (extent == 0 || size <= kMostElements / extent);
+    if (plausible) size *= extent;
+  }
+  if (!plausible || (size > 0 && !tensor.data))
+    throw TypeError(label.text() +
+                    " was exported through DLPack with an impossible shape or no data");
+  check_device(tensor.device.type, label);
 }
 
 DType dtype_of(const dlpack::Tensor& tensor, const Label& label) {
@@ -93,7 +130,9 @@ Array from_dlpack(PyObject* object, const Label& label) {
     throw TypeError(label.text() + ": __dlpack__ did not return a DLPack capsule");
   }
 
+  check_plausible(*tensor, label);
   array.dtype = dtype_of(*tensor, label);
+  array.owner_ = Py_NewRef(object);
   array.data = static_cast<std::byte*>(tensor->data) + tensor->byte_offset;
   array.ndim_ = static_cast<std::size_t>(tensor->ndim);
   array.owned_.assign(tensor->shape, tensor->shape + tensor->ndim);
@@ -107,6 +146,18 @@ Array from_dlpack(PyObject* object, const Label& label) {
   array.strides_ = array.owned_.data() + array.ndim_;
   array.c_contiguous = is_c_contiguous(array.geometry(), item_size(array.dtype));
   return array;
+}
+
+bool exporter_is_current(PyObject* object, const Array& array) {
+  const auto exporter = py::reinterpret_borrow<py::object>(object);
+  if (!is_torch(object) || !py::hasattr(exporter, "data_ptr")) return true;
+  const auto shape = array.geometry().shape;
+  const py::tuple now = exporter.attr("shape");
+  bool same = now.size() == shape.size();
+  for (std::size_t axis = 0; same && axis < shape.size(); ++axis)
+    same = now[axis].cast<std::int64_t>() == shape[axis];
+  const auto address = exporter.attr("data_ptr")().cast<std::uintptr_t>();
+  return same && (array.size == 0 || address == reinterpret_cast<std::uintptr_t>(array.data));
 }
 
 }  // namespace fusestep::arrays

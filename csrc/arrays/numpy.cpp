@@ -69,29 +69,31 @@ bool is_numpy(PyObject* object) {
 NumpyFields numpy_fields(PyObject* array) {
   using Api = py::detail::npy_api;
   const auto* fields = py::detail::array_proxy(array);
+  const std::optional<DType> dtype = dtype_of(fields->descr);
   return {reinterpret_cast<std::byte*>(fields->data),
           static_cast<std::size_t>(fields->nd),
           reinterpret_cast<const std::int64_t*>(fields->dimensions),
           reinterpret_cast<const std::int64_t*>(fields->strides),
           (fields->flags & Api::NPY_ARRAY_WRITEABLE_) != 0,
-          (fields->flags & Api::NPY_ARRAY_C_CONTIGUOUS_) != 0};
+          (fields->flags & Api::NPY_ARRAY_C_CONTIGUOUS_) != 0,
+          dtype.has_value() && is_native(fields->descr),
+          dtype.value_or(DType::float32)};
 }
 
 Array from_numpy(PyObject* object, const Label& label) {
-  const auto* fields = py::detail::array_proxy(object);
-  const std::optional<DType> dtype = dtype_of(fields->descr);
-  if (!dtype || !is_native(fields->descr))
-    throw TypeError(label.text() + " has dtype " +
-                    py::str(reinterpret_cast<PyObject*>(fields->descr)).cast<std::string>() +
-                    "; expected float64, float32, float16 or bfloat16 (in native byte order)");
+  const NumpyFields now = numpy_fields(object);
+  if (!now.supported)
+    throw TypeError(
+        label.text() + " has dtype " +
+        py::str(py::handle(py::detail::array_proxy(object)->descr)).cast<std::string>() +
+        "; expected float64, float32, float16 or bfloat16 (in native byte order)");
   if (Py_TYPE(object) != api().PyArray_Type_ && is_masked(object))
     throw TypeError(label.text() +
                     " is a masked array, whose mask a step would ignore; pass its .data");
 
-  const NumpyFields now = numpy_fields(object);
   Array array;
   array.data = now.data;
-  array.dtype = *dtype;
+  array.dtype = now.dtype;
   array.writable = now.writable;
   array.c_contiguous = now.c_contiguous;
   array.ndim_ = now.ndim;
@@ -101,6 +103,18 @@ Array from_numpy(PyObject* object, const Label& label) {
   for (std::size_t axis = 0; axis < now.ndim; ++axis) array.size *= now.shape[axis];
   array.owner_ = Py_NewRef(object);
   return array;
+}
+
+bool is_numpy_scalar(PyObject* object) {
+  static PyObject* const generic = py::object(py::module_::import("numpy").attr("generic")).release().ptr();
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(generic));
+}
+
+Array from_numpy_scalar(PyObject* object, const Label& label) {
+  const py::object array = py::module_::import("numpy").attr("asarray")(py::handle(object));
+  Array result = from_numpy(array.ptr(), label);
+  result.writable = false;  // a copy: what is written to it is lost
+  return result;
 }
 
 }  // namespace fusestep::arrays

@@ -15,12 +15,17 @@ struct NumpyFields {
   const std::int64_t* shape;
   const std::int64_t* strides;
   bool writable, c_contiguous;
+  bool supported;  // the dtype is one of ours, in native byte order
+  DType dtype;
 };
 
 NumpyFields numpy_fields(PyObject* array);
 
 bool is_numpy(PyObject* object);
 Array from_numpy(PyObject* object, const Label& label);
-Array from_dlpack(PyObject* object, const Label& label);
+
+// A NumPy scalar, such as a reduction returns: read-only, of no dimensions.
+bool is_numpy_scalar(PyObject* object);
+Array from_numpy_scalar(PyObject* object, const Label& label);
 
 }  // namespace fusestep::arrays

@@ -63,6 +63,7 @@ void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& l
   // A copy of the references: another thread may change the list while a custom array exports
   // itself.
   const auto fixed = py::reinterpret_steal<py::object>(PySequence_Tuple(sequence));
+  if (!fixed) throw py::error_already_set();
   optimizer.step(PySequence_Fast_ITEMS(fixed.ptr()),
                  static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())), arguments);
 }

@@ -34,6 +34,10 @@ FUSESTEP_HOST_DEVICE T maximum(T a, T b) {
   return a >= b ? a : b;
 }
 
+// The largest finite value of a type.
+FUSESTEP_HOST_DEVICE float largest(float) { return 0x1.fffffep+127f; }
+FUSESTEP_HOST_DEVICE double largest(double) { return 0x1.fffffffffffffp+1023; }
+
 // The same bytes seen as another type.
 template <class To, class From>
 FUSESTEP_HOST_DEVICE To bit_cast(From from) {

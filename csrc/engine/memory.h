@@ -23,7 +23,7 @@ class OccupiedMemory {
  private:
   struct Entry {
     arrays::Array::Interval interval;
-    std::uintptr_t reach;  // the last byte of this and all earlier entries
+    std::uintptr_t reach;  // one past the last byte of this and all earlier entries
     const arrays::Array* array;
     const std::string* name;
   };

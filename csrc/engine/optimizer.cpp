@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <string>
 
 #include "core/errors.h"
 #include "cpu/fp_environment.h"
+#include "engine/gil.h"
 
 namespace fusestep::engine {
 namespace {
@@ -13,30 +15,23 @@ namespace {
 // A step shorter than this keeps the GIL: giving it away and taking it back costs more.
 constexpr std::int64_t kElementsWorthReleasingGil = 1 << 14;
 
-class GilRelease {
- public:
-  explicit GilRelease(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
-  ~GilRelease() {
-    if (state_) PyEval_RestoreThread(state_);
-  }
-  GilRelease(const GilRelease&) = delete;
-  GilRelease& operator=(const GilRelease&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
 struct ClearAtExit {
   std::vector<arrays::Array>& arrays;
   ~ClearAtExit() { arrays.clear(); }
 };
 
+std::string text_of(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
 void check_scalars(const StepArguments& arguments) {
   if (!(arguments.lr >= 0) || !std::isfinite(arguments.lr))
-    throw ValueError("lr is " + std::to_string(arguments.lr) +
+    throw ValueError("lr is " + text_of(arguments.lr) +
                      "; expected a finite number that is not negative");
   if (!std::isfinite(arguments.grad_scale))
-    throw ValueError("grad_scale is " + std::to_string(arguments.grad_scale) +
+    throw ValueError("grad_scale is " + text_of(arguments.grad_scale) +
                      "; expected a finite number");
 }
 
@@ -64,6 +59,7 @@ OccupiedMemory& Optimizer::occupied_memory() {
 void Optimizer::step(PyObject* const* gradients, std::size_t count,
                      const StepArguments& arguments) {
   const Turnstile::Turn turn(turnstile);
+  const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   check_scalars(arguments);
   const ClearAtExit release_references{gradients_};
   prepare(gradients, count, arguments.zero_grad);
@@ -87,18 +83,31 @@ void Optimizer::prepare(PyObject* const* gradients, std::size_t count, bool zero
   moves_.clear();
   work_.clear();
   gradients_.clear();
+  bool foreign = false;
   for (std::size_t i = 0; i < count; ++i) {
     if (gradients[i] == Py_None) continue;
     Slot& slot = slots_[i];
     gradients_.push_back(slot.prepare(gradients[i], memory, zero_grad));
+    foreign = foreign || gradients_.back().is_foreign();
+    if (!slot.gradient_is_known()) disjoint_gradients_.clear();
     moves_.push_back({&slot, rule_->advance(slot.progress)});
     work_.push_back(&slot.work);
   }
   if (zero_grad) check_gradients_are_disjoint();
+  // Exporting an array of another library runs its code, which may have done anything.
+  if (foreign)
+    for (const Move& move : moves_) move.slot->check_is_current();
 }
 
 // A gradient cleared for one parameter must not still be wanted by another.
-void Optimizer::check_gradients_are_disjoint() const {
+void Optimizer::check_gradients_are_disjoint() {
+  std::vector<const Slot*> moved;
+  bool known = true;
+  for (const Move& move : moves_) {
+    moved.push_back(move.slot);
+    known = known && move.slot->gradient_is_known();
+  }
+  if (known && moved == disjoint_gradients_) return;
   OccupiedMemory memory;
   static const std::string kGradient = "a gradient";
   for (const arrays::Array& gradient : gradients_) memory.add(gradient, kGradient);
@@ -107,11 +116,11 @@ void Optimizer::check_gradients_are_disjoint() const {
   } catch (const ValueError&) {
     throw ValueError("two gradients share memory, so zero_grad=True would clear one unused");
   }
+  disjoint_gradients_ = std::move(moved);
 }
 
 // Parameters that have had the same number of updates share their coefficients.
 void Optimizer::add_coefficients(double lr) {
-  const cpu::IeeeEnvironment ieee;
   coefficients_.clear();
   coefficients_.reserve(moves_.size());  // the work points into it
   for (std::size_t i = 0; i < moves_.size(); ++i) {
@@ -129,7 +138,6 @@ bool Optimizer::run(const StepArguments& arguments, Settings settings) {
   std::int64_t elements = 0;
   for (const cpu::Work* work : work_) elements += work->iteration.size;
   const GilRelease release(elements >= kElementsWorthReleasingGil);
-  const cpu::IeeeEnvironment ieee;
 
   cpu::StepOptions options;
   options.clear_gradients = arguments.zero_grad;

@@ -43,7 +43,6 @@ class Optimizer {
 
   rules::AnyRule& rule() { return *rule_; }
   Slot& slot(std::size_t i) { return slots_.at(i); }
-  std::size_t size() const { return slots_.size(); }
 
   Settings settings;
   std::int64_t steps = 0;          // that moved at least one parameter
@@ -58,7 +57,7 @@ class Optimizer {
   };
 
   void prepare(PyObject* const* gradients, std::size_t count, bool zero_grad);
-  void check_gradients_are_disjoint() const;
+  void check_gradients_are_disjoint();
   void add_coefficients(double lr);
   bool run(const StepArguments& arguments, Settings settings);
   OccupiedMemory& occupied_memory();
@@ -66,6 +65,10 @@ class Optimizer {
   std::unique_ptr<rules::AnyRule> rule_;
   std::vector<Slot> slots_;
   std::optional<OccupiedMemory> memory_;
+
+  // The parameters whose last gradients were found to be disjoint from each other. Void as soon as
+  // one of them meets other memory, with or without zero_grad.
+  std::vector<const Slot*> disjoint_gradients_;
 
   // Of the step under way; members to keep their memory from one step to the next.
   std::vector<Move> moves_;

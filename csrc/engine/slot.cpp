@@ -18,7 +18,8 @@ bool same_shape(const Array& a, const Array& b) {
 }
 
 void check_updatable(const Array& array, const std::string& name) {
-  if (!array.writable) throw ValueError(name + " is read-only");
+  if (!array.writable)
+    throw ValueError(name + " is read-only, or of a library that cannot say it is not");
   if (!array.c_contiguous && !elements_are_disjoint(array.geometry(), item_size(array.dtype)))
     throw ValueError(name + " overlaps itself: several of its elements share one place in memory");
 }
@@ -55,17 +56,22 @@ void Slot::occupy(OccupiedMemory& memory) const {
 }
 
 Array Slot::prepare(PyObject* object, const OccupiedMemory& memory, bool clears_gradient) {
-  check_parameter_is_current();
+  check_is_current();
   Array gradient = arrays::from_object(object, Label{"the gradient of ", name_});
   check_gradient(gradient, memory, clears_gradient);
   plan(gradient);
   return gradient;
 }
 
-void Slot::check_parameter_is_current() const {
-  if (!parameter_.is_current())
-    throw ValueError(name_ + " has been resized, reshaped or made read-only since the optimizer " +
-                     "was created; create a new optimizer and load this one's state_dict()");
+void Slot::check_is_current() const {
+  const auto check = [](const Array& array, const std::string& name) {
+    if (!array.is_current())
+      throw ValueError(name + " has been given other memory, shape or dtype, or been made " +
+                       "read-only, since the optimizer was created; create a new optimizer and " +
+                       "load this one's state_dict()");
+  };
+  check(parameter_, name_);
+  for (std::size_t i = 0; i < states_.size(); ++i) check(states_[i], state_labels_[i]);
 }
 
 void Slot::check_gradient(const Array& gradient, const OccupiedMemory& memory,
@@ -80,12 +86,20 @@ void Slot::check_gradient(const Array& gradient, const OccupiedMemory& memory,
       !elements_are_disjoint(gradient.geometry(), item_size(gradient.dtype)))
     throw ValueError(label() + " overlaps itself, so zero_grad=True would clear elements unused");
 
-  const auto interval = gradient.interval();
-  if (interval.first == disjoint_.first && interval.last == disjoint_.last && gradient.c_contiguous)
-    return;
+  gradient_is_known_ = is_known(gradient);
+  if (gradient_is_known_) return;
   if (const std::string* other = memory.overlapping(gradient))
     throw ValueError(label() + " shares memory with " + *other);
-  disjoint_ = gradient.c_contiguous ? interval : Array::Interval{0, 0};
+  const auto strides = gradient.geometry().strides;
+  known_ = {gradient.data, gradient.dtype, gradient.c_contiguous, {}};
+  if (!gradient.c_contiguous) known_.strides.assign(strides.begin(), strides.end());
+}
+
+// The shape is the parameter's, so address, dtype and strides say which memory it is.
+bool Slot::is_known(const Array& gradient) const {
+  return gradient.data == known_.data && gradient.dtype == known_.dtype &&
+         gradient.c_contiguous == known_.c_contiguous &&
+         (gradient.c_contiguous || std::ranges::equal(gradient.geometry().strides, known_.strides));
 }
 
 void Slot::plan(const Array& gradient) {

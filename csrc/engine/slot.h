@@ -26,11 +26,17 @@ class Slot {
   // Changes nothing that a caller can see. The returned view must live until the step is over.
   arrays::Array prepare(PyObject* gradient, const OccupiedMemory& memory, bool clears_gradient);
 
+  // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
+  void check_is_current() const;
+
+  // Whether prepare() met the same memory as the time before.
+  bool gradient_is_known() const { return gradient_is_known_; }
+
   cpu::Work work;  // what prepare() found; its coefficients are the caller's to add
   rules::Progress progress;
 
  private:
-  void check_parameter_is_current() const;
+  bool is_known(const arrays::Array& gradient) const;
   void check_gradient(const arrays::Array& gradient, const OccupiedMemory& memory,
                       bool clears_gradient);
   void plan(const arrays::Array& gradient);
@@ -39,8 +45,17 @@ class Slot {
   arrays::Array parameter_;
   std::vector<arrays::Array> states_;
   std::vector<std::string> state_labels_;
-  bool all_in_c_order_ = true;              // the parameter and its state
-  arrays::Array::Interval disjoint_{0, 0};  // a gradient's memory that was found disjoint from ours
+  bool all_in_c_order_ = true;  // the parameter and its state
+
+  // The last gradient's memory, which was found to be disjoint from all parameters and states.
+  struct Known {
+    const std::byte* data = nullptr;
+    DType dtype = DType::float32;
+    bool c_contiguous = false;
+    std::vector<std::int64_t> strides;
+  };
+  Known known_;
+  bool gradient_is_known_ = false;
 };
 
 }  // namespace fusestep::engine

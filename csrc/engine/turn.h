@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "cpu/thread_pool.h"
+#include "engine/gil.h"
 
 namespace fusestep::engine {
 
@@ -43,7 +44,7 @@ class Turnstile {
         throw std::runtime_error("an optimizer cannot be used from inside its own step");
       PyThreadState* state = PyEval_SaveThread();
       mutex_->lock();
-      PyEval_RestoreThread(state);
+      take_gil_back(state);
     }
     owner_ = std::this_thread::get_id();
   }

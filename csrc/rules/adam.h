@@ -41,11 +41,12 @@ struct AdamOptions {
   }
 };
 
-// One exponential moving average, a <- beta a + (1 - beta) x.
+// One exponential moving average, a <- beta a + (1 - beta) x,.
 //
-// Written as a + (1 - beta) (x - a) where beta >= 1/2: in float32, 0.999 and 0.001 as they are
-// stored add up to 1 + 1.3e-8, which the sum of many steps turns into a v that is 1.3e-5 too large.
-// Below 1/2 the other form is the accurate one (with beta = 0 it must give x, whatever a is).
+// Written as a + ((1 - beta) x - (1 - beta) a) where beta >= 1/2: in float32, 0.999 and 0.001 as
+// they are stored add up to 1 + 1.3e-8, which the sum of many steps turns into a v that is 1.3e-5
+// too large. Below 1/2 the other form is the accurate one (with beta = 0 it must give x, whatever a
+// is).
 template <class T>
 struct MovingAverage {
   T beta, one_minus_beta;
@@ -53,8 +54,8 @@ struct MovingAverage {
   explicit MovingAverage(double beta)
       : beta(static_cast<T>(beta)), one_minus_beta(static_cast<T>(1 - beta)) {}
 
-  FUSESTEP_HOST_DEVICE T operator()(T a, T x) const {
-    return beta >= T{0.5} ? a + one_minus_beta * (x - a) : beta * a + one_minus_beta * x;
+  FUSESTEP_HOST_DEVICE T operator()(T a, T share) const {
+    return beta >= T{0.5} ? a + (share - one_minus_beta * a) : beta * a + share;
   }
 };
 
@@ -66,8 +67,11 @@ struct Moments {
   Moments(double beta1, double beta2) : first(beta1), second(beta2) {}
 
   FUSESTEP_HOST_DEVICE void operator()(T g, T& m, T& v) const {
-    m = first(m, g);
-    v = second(v, g * g);
+    m = first(m, first.one_minus_beta * g);
+    // ((1 - beta2) g) g, because g^2 would overflow earlier; a v that has overflowed stays infinite
+    // (and its weight still), where inf - inf would make it NaN.
+    const T moved = second(v, (second.one_minus_beta * g) * g);
+    v = v <= largest(v) ? moved : v;
   }
 };
 

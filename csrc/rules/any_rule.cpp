@@ -1,5 +1,7 @@
 #include "rules/any_rule.h"
 
+#include <iterator>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -17,12 +19,6 @@ class Chosen final : public AnyRule {
     visit(option, [&](auto member) {
       options_.*member = static_cast<std::decay_t<decltype(options_.*member)>>(value);
     });
-  }
-
-  double get(std::string_view option) const override {
-    double value = 0;
-    visit(option, [&](auto member) { value = static_cast<double>(options_.*member); });
-    return value;
   }
 
   std::vector<std::string_view> state_names() const override {
@@ -58,6 +54,8 @@ class Chosen final : public AnyRule {
     static constexpr std::size_t index[] = {
         Loops::index<Loop<Rule, 0>>(), Loops::index<Loop<Rule, 1>>(), Loops::index<Loop<Rule, 2>>(),
         Loops::index<Loop<Rule, 3>>()};
+    if (states >= std::size(index) || index[states] == Loops::size)
+      throw std::logic_error("a rule has no loop for its number of states: see registry.h");
     return index[states];
   }
 
@@ -73,8 +71,11 @@ std::unique_ptr<AnyRule> make(Named<Rule>) {
 
 std::unique_ptr<AnyRule> make_rule(std::string_view name) {
   std::unique_ptr<AnyRule> rule;
-  std::apply([&](auto... named) { ((named.name == name && (rule = make(named), true)) || ...); },
-             kRules);
+  std::apply(
+      [&](auto... named) {
+        (static_cast<void>(named.name == name && (rule = make(named), true)), ...);
+      },
+      kRules);
   if (!rule) throw ValueError("unknown rule '" + std::string(name) + "'");
   return rule;
 }

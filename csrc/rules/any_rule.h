@@ -16,7 +16,6 @@ class AnyRule {
 
   // Options by name; an unknown name throws ValueError. Booleans are 0 or 1.
   virtual void set(std::string_view option, double value) = 0;
-  virtual double get(std::string_view option) const = 0;
 
   virtual std::vector<std::string_view> state_names() const = 0;
   virtual double initial_state() const = 0;

@@ -26,11 +26,10 @@ def number(name: str, value: Any) -> float:
             return float(value)
         except OverflowError:
             raise ValueError(f"{name} is too large: {value!r}") from None
-    if getattr(value, "ndim", None) == 0 and getattr(value, "dtype", None) is not None:
-        try:  # a 0-d array or tensor, as a scheduler may leave behind
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+    if getattr(value, "shape", None) in ((), (1,)) and hasattr(value, "item"):
+        element = value.item()  # an array or tensor of one element, as a scheduler may leave behind
+        if isinstance(element, (int, float)) and not isinstance(element, bool):
+            return float(element)
     raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected a number")
 
 

@@ -20,7 +20,7 @@ class Parameters:
     Attributes
     ----------
     given
-        What the user passed, as it was (a generator becomes a list).
+        What the user passed: the array, or a list or dict of our own with the same arrays.
     keys
         Names of a dict; positions otherwise.
     arrays, labels
@@ -39,6 +39,7 @@ class Parameters:
                     raise TypeError(
                         f"params has the key {key!r} ({type(key).__name__}); expected names (str)"
                     )
+            self.given = dict(given)
             self.keys = list(given)
             self._names = dict.fromkeys(given)  # in order, and quick to look up
             self.arrays = list(given.values())
@@ -51,8 +52,7 @@ class Parameters:
             self.in_order = self._from_one
         elif isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
             self.arrays = list(given)
-            if not isinstance(given, Sequence):
-                self.given = self.arrays
+            self.given = self.arrays
             self.keys = list(range(len(self.arrays)))
             self.labels = [f"parameter {key}" for key in self.keys]
             self.in_order = self._from_sequence

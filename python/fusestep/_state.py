@@ -63,7 +63,7 @@ def allocate(parameter: ArrayDescription, dtype: np.dtype[Any], fill: float) -> 
 
 
 def as_state(value: Any, label: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return a loaded value as an array that can be copied into `like` without loss.
+    """Return a copy of a loaded value that fits into `like` without loss.
 
     Raises
     ------
@@ -72,8 +72,10 @@ def as_state(value: Any, label: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]
     ValueError
         If its shape is not that of `like`.
     """
+    if str(getattr(value, "dtype", None)) == "torch.bfloat16":
+        value = value.float()  # NumPy cannot read it
     try:
-        array = np.asarray(value)
+        array = np.asarray(value).copy()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{label} is a {type(value).__name__}; expected a float array ({error})"
@@ -83,8 +85,9 @@ def as_state(value: Any, label: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]
     if array.shape != like.shape:
         raise ValueError(f"{label} has shape {array.shape}; expected {like.shape}")
     if not np.can_cast(array.dtype, like.dtype, "safe"):
+        advice = "; create the optimizer with state_dtype='float64'"
         raise TypeError(
-            f"{label} has dtype {array.dtype}, which would be rounded to {like.dtype}; create the "
-            f"optimizer with state_dtype={array.dtype.name!r}"
+            f"{label} has dtype {array.dtype}, which would be rounded to {like.dtype}"
+            + (advice if array.dtype == np.float64 else "")
         )
     return array

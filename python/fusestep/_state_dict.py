@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,11 @@ if TYPE_CHECKING:
 
     from .optimizer import Optimizer
 
-# Entries of torch's groups that say how a step is computed, or belong to its schedulers.
-_IGNORED_OPTIONS = frozenset(
-    {"foreach", "fused", "capturable", "differentiable", "initial_lr", "state_dtype", "params"}
-)
+# Entries of a group that are not hyper-parameters of ours.
+_IGNORED_OPTIONS = frozenset({"params", "state_dtype"})
+
+# The largest count that a float64 holds exactly, and more steps than anybody takes.
+_MOST = 2**53
 
 
 def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
@@ -75,9 +75,11 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
     expect_keys(state_dict, "the state dict", {"state", "param_groups"}, {"fusestep"})
     counters = mapping(state_dict.get("fusestep", {}), "'fusestep'")
     expect_keys(counters, "'fusestep'", set(), {"version", "rule", "steps", "skipped_steps"})
-    rule, expected = counters.get("rule"), type(optimizer).__name__
-    if rule is not None and rule != expected:
-        raise ValueError(f"the state dict is of {rule}; this optimizer is {expected}")
+    rule = counters.get("rule")
+    if rule is not None and rule not in {cls.__name__ for cls in type(optimizer).__mro__}:
+        raise ValueError(
+            f"the state dict is of {rule}; this optimizer is {type(optimizer).__name__}"
+        )
 
     groups = state_dict["param_groups"]
     if not isinstance(groups, (list, tuple)):
@@ -88,7 +90,7 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
             "each group)"
         )
     group = mapping(groups[0], "the parameter group")
-    hyperparameters = _check_group(optimizer, group)
+    hyperparameters = _check_group(optimizer, group, ours="fusestep" in state_dict)
 
     saved_keys = _match_keys(optimizer, group)
     state = mapping(state_dict["state"], "'state'")
@@ -106,7 +108,7 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
 
 def apply(optimizer: Optimizer, plan: Plan) -> None:
     """Make the optimizer what the plan says."""
-    optimizer._set_hyperparameters(plan.hyperparameters)
+    optimizer._apply_hyperparameters(plan.hyperparameters)
     initial = optimizer._initial_state()
     for i, entry in enumerate(plan.entries):
         for target, source in zip(optimizer._arrays[i].values(), entry.arrays, strict=True):
@@ -138,8 +140,8 @@ def expect_keys(found: Iterable[Any], what: str, required: set[Any], optional: s
 def count(name: str, value: Any) -> int:
     """Return a whole number >= 0, which torch keeps as a float tensor."""
     result = number(name, value)
-    if not (math.isfinite(result) and result >= 0 and result == int(result)):
-        raise ValueError(f"{name} is {value!r}; expected a whole number that is not negative")
+    if not (0 <= result <= _MOST and result == int(result)):
+        raise ValueError(f"{name} is {value!r}; expected a whole number from 0 to 2**53")
     return int(result)
 
 
@@ -147,9 +149,12 @@ def _listed(keys: Iterable[Any]) -> str:
     return ", ".join(sorted(map(repr, keys)))
 
 
-def _check_group(optimizer: Optimizer, group: Mapping[Any, Any]) -> dict[str, Any]:
+def _check_group(optimizer: Optimizer, group: Mapping[Any, Any], *, ours: bool) -> dict[str, Any]:
     known = set(optimizer._hyperparameters) | set(optimizer._fixed)
-    expect_keys(group, "the parameter group", {"params"}, known | _IGNORED_OPTIONS)
+    # torch's groups also say how a step is computed (foreach, fused, ...) and hold what its
+    # schedulers have put there (initial_lr, max_lr, ...): only in ours is an unknown key an error.
+    others = _IGNORED_OPTIONS if ours else _IGNORED_OPTIONS | set(group)
+    expect_keys(group, "the parameter group", {"params"}, known | others)
     for name, value in optimizer._fixed.items():
         if name in group and group[name] != value:
             raise ValueError(
@@ -165,6 +170,8 @@ def _check_group(optimizer: Optimizer, group: Mapping[Any, Any]) -> dict[str, An
 def _match_keys(optimizer: Optimizer, group: Mapping[Any, Any]) -> list[Any]:
     """Return the saved key of each of the optimizer's parameters, in the optimizer's order."""
     saved, own = list(group["params"]), list(optimizer._parameters.keys)
+    if len(set(saved)) < len(saved):
+        raise ValueError(f"the parameter group lists a parameter twice: {saved}")
     both_named = all(isinstance(key, str) for key in saved + own)
     if both_named and set(saved) != set(own):
         raise ValueError(
@@ -181,10 +188,10 @@ def _match_keys(optimizer: Optimizer, group: Mapping[Any, Any]) -> list[Any]:
 
 def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     names = optimizer._state_names
-    if entry is None or not entry:  # torch has no entry for a parameter that never moved
-        return _Entry(0, 1.0, [None] * len(names))
     label = f"the state of {optimizer._parameters.labels[i]}"
-    mapping(entry, label)
+    entry = mapping({} if entry is None else entry, label)
+    if not entry:  # torch has no entry for a parameter that never moved
+        return _Entry(0, 1.0, [None] * len(names))
 
     entry = {name: value for name, value in entry.items() if value is not None}
     scalars = {"step", "mu_product"} if optimizer._rule == "nadam" else {"step"}
@@ -202,4 +209,9 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
         for name in names
     ]
     step = count("step", entry.get("step", int(has_state)))
-    return _Entry(step, number("mu_product", entry.get("mu_product", 1.0)), arrays)
+    if names and not has_state:
+        step = 0  # whatever it says: without a momentum buffer the next step is the first
+    product = number("mu_product", entry.get("mu_product", 1.0))
+    if not 0 <= product <= 1:
+        raise ValueError(f"mu_product is {product!r}; expected a number in [0, 1]")
+    return _Entry(step, product, arrays)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ def write(path: str | os.PathLike[str], state_dict: dict[str, Any]) -> None:
 
     tensors, header = _split(state_dict)
     metadata = {"fusestep": _FORMAT, "header": json.dumps(header)}
-    target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    temporary = Path(name)
+    target = Path(path).resolve()  # of a link, what it leads to is replaced, not the link
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        os.close(handle)
+        temporary.touch(exist_ok=False)
+        like = target if target.exists() else temporary
+        mode = like.stat().st_mode & 0o777  # safetensors makes files that only their owner can read
         save_file(tensors, temporary, metadata)
-        temporary.chmod(_mode_for(target))
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -47,19 +48,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with safe_open(source, framework="numpy") as file:
             metadata = file.metadata() or {}
+            _check_format(source, metadata.get("fusestep"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{source} is truncated or not a safetensors file ({error})") from error
-    if metadata.get("fusestep") != _FORMAT:
-        found = metadata.get("fusestep")
-        raise ValueError(
-            f"{source} was not written by fusestep's save()"
-            if found is None
-            else f"{source} has format {found}; this version reads format {_FORMAT}"
-        )
+    except (AttributeError, TypeError) as error:  # safetensors' way of saying: unknown dtype
+        raise ValueError(f"{source} holds tensors that are not state ({error})") from error
     try:
         return _join(json.loads(metadata["header"]), tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{source} has a damaged header ({error!r})") from error
 
 
@@ -89,13 +86,11 @@ def _join(header: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     return {"state": state, **header}
 
 
-def _mode_for(target: Path) -> int:
-    """Return the permissions of the file to be replaced, or those a new file would get."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def _check_format(source: Path, found: str | None) -> None:
+    if found is None:
+        raise ValueError(f"{source} was not written by fusestep's save()")
+    if found != _FORMAT:
+        raise ValueError(f"{source} has format {found}; this version reads format {_FORMAT}")
 
 
 def _sync_directory(directory: Path) -> None:

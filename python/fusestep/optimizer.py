@@ -96,6 +96,8 @@ class Optimizer:
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
     ) -> None:
+        if type(self) is Optimizer:
+            raise TypeError("Optimizer has no rule; create one of its subclasses: Adam, SGD, ...")
         common = {"maximize": maximize, "max_norm": max_norm, "skip_nonfinite": skip_nonfinite}
         fields = self._fields()
         self._hyperparameters: dict[str, Any] = {
@@ -181,7 +183,7 @@ class Optimizer:
 
     @property
     def params(self) -> Any:
-        """The parameters, as they were given."""
+        """The parameters: the array, or a list or dict of them, as they were given."""
         return self._parameters.given
 
     @property
@@ -228,8 +230,9 @@ class Optimizer:
             Keys are missing or unknown, shapes differ, or it belongs to another rule. Nothing has
             been changed then.
         """
-        plan = _state_dict.check(self, state_dict)
-        self._native.exclusively(lambda: _state_dict.apply(self, plan))
+        self._native.exclusively(
+            lambda: _state_dict.apply(self, _state_dict.check(self, state_dict))
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, whole or not at all.
@@ -283,6 +286,7 @@ class Optimizer:
             "hyperparameters": dict(self._hyperparameters),
             "state_dtype": self._state_dtype,
             "state_dict": self.state_dict(),
+            "attributes": getattr(self, "__dict__", {}),  # of a subclass
         }
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
@@ -292,18 +296,20 @@ class Optimizer:
             self, pickled["params"], own, **common, state_dtype=pickled["state_dtype"]
         )
         self.load_state_dict(pickled["state_dict"])
+        for name, value in pickled["attributes"].items():
+            setattr(self, name, value)
 
     # ---- for this package -----------------------------------------------------------------------
 
     @classmethod
     def _fields(cls) -> dict[str, Hyperparameter[Any]]:
         """Return the class's hyper-parameters by name, its own before those of every rule."""
-        return {
-            name: field
-            for owner in cls.__mro__
-            for name, field in vars(owner).items()
-            if isinstance(field, Hyperparameter)
-        }
+        fields: dict[str, Hyperparameter[Any]] = {}
+        for owner in cls.__mro__:
+            for name, field in vars(owner).items():
+                if isinstance(field, Hyperparameter):
+                    fields.setdefault(name, field)  # a subclass may declare it anew
+        return fields
 
     @classmethod
     def _check_together(cls, hyperparameters: dict[str, Any]) -> None:
@@ -317,8 +323,12 @@ class Optimizer:
         return options
 
     def _set_hyperparameters(self, changes: dict[str, Any]) -> None:
-        """Check all changes, then make all of them."""
-        checked = self._checked_hyperparameters(changes)
+        """Check all changes, then make all of them, between two steps."""
+        self._native.exclusively(
+            lambda: self._apply_hyperparameters(self._checked_hyperparameters(changes))
+        )
+
+    def _apply_hyperparameters(self, checked: dict[str, Any]) -> None:
         self._hyperparameters = checked
         for option, value in self._native_options(checked).items():
             self._native.set_option(option, value)
