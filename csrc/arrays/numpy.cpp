@@ -106,7 +106,8 @@ Array from_numpy(PyObject* object, const Label& label) {
 }
 
 bool is_numpy_scalar(PyObject* object) {
-  static PyObject* const generic = py::object(py::module_::import("numpy").attr("generic")).release().ptr();
+  static PyObject* const generic =
+      py::object(py::module_::import("numpy").attr("generic")).release().ptr();
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(generic));
 }
 

@@ -21,7 +21,11 @@ namespace {
 template <class T, class Rule, class Gradient, class... State>
 void move(const Rule rule, std::int64_t size, T* parameter, const Gradient gradient,
           State*... state) {
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
+#endif
   for (std::int64_t i = 0; i < size; ++i) {
     const auto move_one = [&](T w, State... s) {
       rule(w, gradient(i), s...);
