@@ -27,14 +27,16 @@ void Array::swap(Array& other) noexcept {
   std::swap(ndim_, other.ndim_);
   owned_.swap(other.owned_);
   std::swap(owner_, other.owner_);
+  std::swap(descriptor_, other.descriptor_);
   std::swap(managed_, other.managed_);
   std::swap(delete_managed_, other.delete_managed_);
 }
 
 void Array::release() noexcept {
   Py_XDECREF(owner_);
+  Py_XDECREF(descriptor_);
   if (managed_ && delete_managed_) delete_managed_(managed_);
-  owner_ = nullptr;
+  owner_ = descriptor_ = nullptr;
   managed_ = nullptr;
 }
 
@@ -45,12 +47,13 @@ void Array::pin() {
   }
   shape_ = owned_.data();
   strides_ = owned_.data() + ndim_;
+  if (!managed_) descriptor_ = Py_NewRef(numpy_fields(owner_).descriptor);
 }
 
 bool Array::is_current() const {
   if (managed_) return exporter_is_current(owner_, *this);
   const NumpyFields now = numpy_fields(owner_);
-  return now.data == data && now.writable == writable && now.supported && now.dtype == dtype &&
+  return now.data == data && now.writable == writable && now.descriptor == descriptor_ &&
          std::ranges::equal(geometry().shape, std::span(now.shape, now.ndim)) &&
          std::ranges::equal(geometry().strides, std::span(now.strides, now.ndim));
 }

@@ -77,6 +77,7 @@ class Array {
   std::size_t ndim_ = 0;
   std::vector<std::int64_t> owned_;  // shape and strides, where the object has none of our kind
   PyObject* owner_ = nullptr;        // a reference to the object
+  PyObject* descriptor_ = nullptr;   // a reference to a NumPy array's dtype object, once pinned
   void* managed_ = nullptr;          // and, for other libraries', its DLPack tensor
   void (*delete_managed_)(void*) = nullptr;
 };

@@ -69,31 +69,29 @@ bool is_numpy(PyObject* object) {
 NumpyFields numpy_fields(PyObject* array) {
   using Api = py::detail::npy_api;
   const auto* fields = py::detail::array_proxy(array);
-  const std::optional<DType> dtype = dtype_of(fields->descr);
   return {reinterpret_cast<std::byte*>(fields->data),
           static_cast<std::size_t>(fields->nd),
           reinterpret_cast<const std::int64_t*>(fields->dimensions),
           reinterpret_cast<const std::int64_t*>(fields->strides),
           (fields->flags & Api::NPY_ARRAY_WRITEABLE_) != 0,
           (fields->flags & Api::NPY_ARRAY_C_CONTIGUOUS_) != 0,
-          dtype.has_value() && is_native(fields->descr),
-          dtype.value_or(DType::float32)};
+          fields->descr};
 }
 
 Array from_numpy(PyObject* object, const Label& label) {
   const NumpyFields now = numpy_fields(object);
-  if (!now.supported)
-    throw TypeError(
-        label.text() + " has dtype " +
-        py::str(py::handle(py::detail::array_proxy(object)->descr)).cast<std::string>() +
-        "; expected float64, float32, float16 or bfloat16 (in native byte order)");
+  const std::optional<DType> dtype = dtype_of(now.descriptor);
+  if (!dtype || !is_native(now.descriptor))
+    throw TypeError(label.text() + " has dtype " +
+                    py::str(py::handle(now.descriptor)).cast<std::string>() +
+                    "; expected float64, float32, float16 or bfloat16 (in native byte order)");
   if (Py_TYPE(object) != api().PyArray_Type_ && is_masked(object))
     throw TypeError(label.text() +
                     " is a masked array, whose mask a step would ignore; pass its .data");
 
   Array array;
   array.data = now.data;
-  array.dtype = now.dtype;
+  array.dtype = *dtype;
   array.writable = now.writable;
   array.c_contiguous = now.c_contiguous;
   array.ndim_ = now.ndim;

@@ -15,8 +15,7 @@ struct NumpyFields {
   const std::int64_t* shape;
   const std::int64_t* strides;
   bool writable, c_contiguous;
-  bool supported;  // the dtype is one of ours, in native byte order
-  DType dtype;
+  PyObject* descriptor;  // the dtype object
 };
 
 NumpyFields numpy_fields(PyObject* array);
