@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _cpu, rules
-from ._hyperparameters import as_native_options, finite, flag
+from ._hyperparameters import finite, flag
 from ._state_dict import count
 
 if TYPE_CHECKING:
@@ -215,9 +215,7 @@ def _apply(
     cls._check_together(checked)
     if callable(checked["lr"]):
         raise TypeError("lr is a callable; a single update needs a number")
-    options: dict[str, float] = {}
-    for name, value in {**checked, **cls._fixed}.items():
-        options.update(as_native_options(name, value))
+    options = cls._native_options(checked)
     needed, _ = _cpu.describe_rule(cls._rule, options)
     for name, array in states.items():
         if (array is not None) != (name in needed):

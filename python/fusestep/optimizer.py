@@ -315,9 +315,11 @@ class Optimizer:
     def _check_together(cls, hyperparameters: dict[str, Any]) -> None:
         """Raise ValueError for values that are fine one by one but not together."""
 
-    def _native_options(self, hyperparameters: dict[str, Any]) -> dict[str, float]:
+    @classmethod
+    def _native_options(cls, hyperparameters: dict[str, Any]) -> dict[str, float]:
+        """Spell hyper-parameters, and what the class has settled, as the kernels' options."""
         options: dict[str, float] = {}
-        for name, value in {**hyperparameters, **self._fixed}.items():
+        for name, value in {**hyperparameters, **cls._fixed}.items():
             if name not in vars(Optimizer):
                 options.update(as_native_options(name, value))
         return options
