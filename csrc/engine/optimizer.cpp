@@ -127,7 +127,8 @@ void Optimizer::add_coefficients(double lr) {
     const bool shared =
         i > 0 && moves_[i].next == moves_[i - 1].next && work_[i]->compute == work_[i - 1]->compute;
     if (!shared)
-      coefficients_.push_back(rule_->coefficients(moves_[i].next, work_[i]->compute, lr));
+      coefficients_.push_back(
+          rule_->coefficients(moves_[i].next, work_[i]->compute, lr, moves_[i].slot->states()));
     moves_[i].slot->work.rule = &coefficients_.back();
   }
 }

@@ -29,6 +29,8 @@ class Slot {
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
 
+  std::size_t states() const { return states_.size(); }
+
   // Whether prepare() met the same memory as the time before.
   bool gradient_is_known() const { return gradient_is_known_; }
 

@@ -31,10 +31,11 @@ class Chosen final : public AnyRule {
     return Rule<float>::advance(options_, progress);
   }
 
-  Coefficients coefficients(const Progress& at, DType compute, double lr) const override {
+  Coefficients coefficients(const Progress& at, DType compute, double lr,
+                            std::size_t states) const override {
     Options options = options_;
     options.lr = lr;
-    const std::size_t loop = loop_with(state_names().size());
+    const std::size_t loop = loop_with(states);
     return compute == DType::float64 ? Coefficients::of(loop, Rule<double>(options, at))
                                      : Coefficients::of(loop, Rule<float>(options, at));
   }

@@ -21,8 +21,10 @@ class AnyRule {
   virtual double initial_state() const = 0;
   virtual Progress advance(const Progress&) const = 0;
 
-  // The coefficients of the update that `at` counts, for the loop over this rule's state.
-  virtual Coefficients coefficients(const Progress& at, DType compute, double lr) const = 0;
+  // The coefficients of the update that `at` counts, for the loop over `states` state arrays: as
+  // many as state_names() has, which the caller knows and need not ask for at every step.
+  virtual Coefficients coefficients(const Progress& at, DType compute, double lr,
+                                    std::size_t states) const = 0;
 };
 
 // Throws ValueError for a name that is not in kRules.

@@ -46,7 +46,7 @@ std::uint64_t checksum(const RuleCase& rule_case, DType dtype) {
       write(gradient.data() + i * item_size(dtype), dtype, random.number());
     const cpu::GradientNorm norm = cpu::gradient_norm({&one, 1});
     progress = rule->advance(progress);
-    const auto coefficients = rule->coefficients(progress, work.compute, 1e-2);
+    const auto coefficients = rule->coefficients(progress, work.compute, 1e-2, states);
     work.rule = &coefficients;
     cpu::update({&one, 1}, {10 / norm.value, false});
   }

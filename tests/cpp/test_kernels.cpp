@@ -46,7 +46,7 @@ void check_update(const RuleCase& rule_case, std::int64_t size, std::int64_t off
   const auto rule = rule_case.make();
   const std::size_t states = rule->state_names().size();
   const Progress at = rule->advance(rule->advance(Progress{}));
-  const Coefficients coefficients = rule->coefficients(at, kComputeType<T>, 0.1);
+  const Coefficients coefficients = rule->coefficients(at, kComputeType<T>, 0.1, states);
 
   Random random(static_cast<std::uint64_t>(size * 64 + offset));
   const auto parameter = numbers<T>(random, size), gradient = numbers<T>(random, size);
