@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "arrays/dlpack.h"
+#include "arrays/exchange.h"
 #include "arrays/numpy.h"
 #include "core/errors.h"
 
@@ -28,6 +29,7 @@ void Array::swap(Array& other) noexcept {
   owned_.swap(other.owned_);
   std::swap(owner_, other.owner_);
   std::swap(descriptor_, other.descriptor_);
+  std::swap(api_, other.api_);
   std::swap(managed_, other.managed_);
   std::swap(delete_managed_, other.delete_managed_);
 }
@@ -47,10 +49,16 @@ void Array::pin() {
   }
   shape_ = owned_.data();
   strides_ = owned_.data() + ndim_;
-  if (!managed_) descriptor_ = Py_NewRef(numpy_fields(owner_).descriptor);
+  if (owner_ && is_numpy(owner_)) descriptor_ = Py_NewRef(numpy_fields(owner_).descriptor);
 }
 
 bool Array::is_current() const {
+  if (api_) {
+    dlpack::Tensor now;
+    if (api_->read(owner_, &now) == 0) return is_view_of(now);
+    PyErr_Clear();  // it has been moved to where there is no memory
+    return false;
+  }
   if (managed_) return exporter_is_current(owner_, *this);
   const NumpyFields now = numpy_fields(owner_);
   return now.data == data && now.writable == writable && now.descriptor == descriptor_ &&
@@ -73,6 +81,8 @@ Array::Interval Array::interval() const {
 Array from_object(PyObject* object, const Label& label) {
   if (is_numpy(object)) return from_numpy(object, label);
   if (is_numpy_scalar(object)) return from_numpy_scalar(object, label);
+  if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object)))
+    return from_exchange(object, *api, label);
   if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack(object, label);
   throw TypeError(label.text() + " is a " + Py_TYPE(object)->tp_name +
                   "; expected a NumPy array or another array that supports DLPack");

@@ -1,7 +1,8 @@
 // From a Python object to a pointer, a dtype, a shape and strides.
 //
 // NumPy arrays are read through the fields of the array object (a few nanoseconds, where the
-// buffer protocol takes 40 and does not know bfloat16); everything else through DLPack.
+// buffer protocol takes 40 and does not know bfloat16); tensors of a library that publishes a table
+// of functions for it through that table (40 ns); everything else through __dlpack__.
 // All functions need the GIL.
 #pragma once
 
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "arrays/dlpack_abi.h"
 #include "core/layout.h"
 #include "core/operand.h"
 
@@ -25,6 +27,9 @@ struct Label {
 
   std::string text() const { return role + name; }
 };
+
+// What becomes of complex numbers: refused, or seen as real with a last axis of two.
+enum class Complex { refused, viewed_as_real };
 
 // A borrowed view of an array's memory that keeps the memory's owner alive.
 class Array {
@@ -55,8 +60,12 @@ class Array {
   // view can tell.
   bool is_current() const;
 
-  // Not NumPy's: getting at its memory has run somebody else's code.
+  // True where getting at its memory has run somebody else's code.
   bool is_foreign() const { return managed_ != nullptr; }
+
+  // True where a tensor has this view's dtype, shape and strides; and its memory, too.
+  bool has_geometry_of(const dlpack::Tensor& tensor) const;
+  bool is_view_of(const dlpack::Tensor& tensor) const;
 
   // The bytes the array reaches over: [first, last).
   struct Interval {
@@ -68,7 +77,12 @@ class Array {
   friend Array from_object(PyObject* object, const Label& label);
   friend Array from_numpy(PyObject* object, const Label& label);
   friend Array from_dlpack(PyObject* object, const Label& label);
+  friend Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label);
+  friend Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
+                           const Label& label, const Array* like);
 
+  // Takes over what a DLPack tensor says of its memory; throws TypeError for what we cannot update.
+  void describe(const dlpack::Tensor& tensor, Complex complex, const Label& label);
   void swap(Array& other) noexcept;
   void release() noexcept;
 
@@ -76,9 +90,10 @@ class Array {
   const std::int64_t* strides_ = nullptr;
   std::size_t ndim_ = 0;
   std::vector<std::int64_t> owned_;  // shape and strides, where the object has none of our kind
-  PyObject* owner_ = nullptr;        // a reference to the object
+  PyObject* owner_ = nullptr;        // a reference to the object, unless it is kept otherwise
   PyObject* descriptor_ = nullptr;   // a reference to a NumPy array's dtype object, once pinned
-  void* managed_ = nullptr;          // and, for other libraries', its DLPack tensor
+  const dlpack::ExchangeApi* api_ = nullptr;  // the table it was read through
+  void* managed_ = nullptr;                   // or its DLPack tensor
   void (*delete_managed_)(void*) = nullptr;
 };
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "arrays/dlpack_abi.h"
+#include "arrays/exchange.h"
 #include "core/errors.h"
 
 namespace py = pybind11;
@@ -30,12 +31,6 @@ py::object exporter_of(PyObject* object, const Label& label) {
   if (py::hasattr(exporter, "is_neg") && exporter.attr("is_neg")().cast<bool>())
     throw ValueError(label.text() + " has torch's negative bit set; pass its .resolve_neg()");
   return exporter.attr("detach")();
-}
-
-void check_device(std::int32_t type, const Label& label) {
-  if (type != dlpack::kCpu && type != dlpack::kCudaHost)
-    throw TypeError(label.text() + " is not in CPU memory (DLPack device type " +
-                    std::to_string(type) + "); this build updates CPU arrays only");
 }
 
 py::object call_dlpack(const py::object& exporter) {
@@ -76,32 +71,6 @@ void destroy(void* managed) {
   if (tensor->deleter) tensor->deleter(tensor);
 }
 
-// What an exporter that lies would lead us to read.
-void check_plausible(const dlpack::Tensor& tensor, const Label& label) {
-  constexpr std::int64_t kMostElements = std::int64_t{1} << 56;
-  bool plausible = tensor.ndim >= 0 && (tensor.ndim == 0 || tensor.shape);
-  std::int64_t size = 1;
-  for (std::int32_t axis = 0; plausible && axis < tensor.ndim; ++axis) {
-    const std::int64_t extent = tensor.shape[axis];
-    plausible = extent >= 0 && (extent == 0 || size <= kMostElements / extent);
-    if (plausible) size *= extent;
-  }
-  if (!plausible || (size > 0 && !tensor.data))
-    throw TypeError(label.text() +
-                    " was exported through DLPack with an impossible shape or no data");
-  check_device(tensor.device.type, label);
-}
-
-DType dtype_of(const dlpack::Tensor& tensor, const Label& label) {
-  const auto [code, bits, lanes] = tensor.dtype;
-  if (lanes == 1 && code == dlpack::kFloat && bits == 64) return DType::float64;
-  if (lanes == 1 && code == dlpack::kFloat && bits == 32) return DType::float32;
-  if (lanes == 1 && code == dlpack::kFloat && bits == 16) return DType::float16;
-  if (lanes == 1 && code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
-  throw TypeError(label.text() + " has a dtype of DLPack code " + std::to_string(code) + ", " +
-                  std::to_string(bits) + " bits; expected float64, float32, float16 or bfloat16");
-}
-
 }  // namespace
 
 Array from_dlpack(PyObject* object, const Label& label) {
@@ -130,21 +99,8 @@ Array from_dlpack(PyObject* object, const Label& label) {
     throw TypeError(label.text() + ": __dlpack__ did not return a DLPack capsule");
   }
 
-  check_plausible(*tensor, label);
-  array.dtype = dtype_of(*tensor, label);
+  array.describe(*tensor, Complex::refused, label);
   array.owner_ = Py_NewRef(object);
-  array.data = static_cast<std::byte*>(tensor->data) + tensor->byte_offset;
-  array.ndim_ = static_cast<std::size_t>(tensor->ndim);
-  array.owned_.assign(tensor->shape, tensor->shape + tensor->ndim);
-  array.owned_.resize(2 * array.ndim_);
-  array.size = 1;
-  for (std::size_t axis = array.ndim_; axis-- > 0; array.size *= array.owned_[axis]) {
-    const std::int64_t stride = tensor->strides ? tensor->strides[axis] : array.size;
-    array.owned_[array.ndim_ + axis] = stride * item_size(array.dtype);
-  }
-  array.shape_ = array.owned_.data();
-  array.strides_ = array.owned_.data() + array.ndim_;
-  array.c_contiguous = is_c_contiguous(array.geometry(), item_size(array.dtype));
   return array;
 }
 

@@ -6,7 +6,7 @@
 namespace fusestep::arrays::dlpack {
 
 enum DeviceType : std::int32_t { kCpu = 1, kCudaHost = 3 };
-enum TypeCode : std::uint8_t { kFloat = 2, kBfloat = 4 };
+enum TypeCode : std::uint8_t { kFloat = 2, kBfloat = 4, kComplex = 5 };
 
 inline constexpr std::uint64_t kReadOnly = 1, kCopied = 2;
 
@@ -43,6 +43,22 @@ struct ManagedVersioned {  // capsule "dltensor_versioned"
   void (*deleter)(ManagedVersioned*);
   std::uint64_t flags;
   Tensor tensor;
+};
+
+// The table of functions that a type publishes as __dlpack_c_exchange_api__ (DLPack 1.3), in a
+// capsule of this name. Of its functions we call one.
+inline constexpr const char* kExchangeApiName = "dlpack_exchange_api";
+
+struct ExchangeApi {
+  std::uint32_t major, minor;
+  const ExchangeApi* older;  // or null
+  void* allocate;
+  void* export_owned;
+  void* import_owned;
+  // Fills in the tensor as it is at this moment; -1 with a Python exception on failure. May be
+  // null.
+  int (*read)(void* object, Tensor* out);
+  void* current_stream;
 };
 
 }  // namespace fusestep::arrays::dlpack

@@ -14,12 +14,6 @@ using engine::Optimizer;
 using engine::StepArguments;
 using Options = std::map<std::string, double>;
 
-std::unique_ptr<rules::AnyRule> make_rule(const std::string& name, const Options& options) {
-  auto rule = rules::make_rule(name);
-  for (const auto& [option, value] : options) rule->set(option, value);
-  return rule;
-}
-
 std::vector<PyObject*> pointers(const py::sequence& objects) {
   std::vector<PyObject*> result;  // borrowed from the sequence, a list or tuple of Python's
   for (const py::handle object : objects) result.push_back(object.ptr());
@@ -58,22 +52,25 @@ void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& l
   if (!PyList_Check(sequence) && !PyTuple_Check(sequence))
     throw TypeError(std::string("gradients are a ") + Py_TYPE(sequence)->tp_name +
                     "; expected a list or tuple with one array (or None) for each parameter");
-  const StepArguments arguments{number("lr", lr.ptr()), number("grad_scale", grad_scale.ptr()),
-                                flag("zero_grad", zero_grad.ptr())};
+  const double rate = number("lr", lr.ptr());
+  const StepArguments arguments{.grad_scale = number("grad_scale", grad_scale.ptr()),
+                                .zero_grad = flag("zero_grad", zero_grad.ptr())};
   // A copy of the references: another thread may change the list while a custom array exports
   // itself.
   const auto fixed = py::reinterpret_steal<py::object>(PySequence_Tuple(sequence));
   if (!fixed) throw py::error_already_set();
   optimizer.step(PySequence_Fast_ITEMS(fixed.ptr()),
-                 static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())), arguments);
+                 static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())), rate, arguments);
 }
 
-// (state names, initial value of the state) of a rule with these options.
+// (names of state arrays, names of scalars, initial value of the state) with these options.
 py::tuple describe_rule(const std::string& name, const Options& options) {
   const auto rule = make_rule(name, options);
-  std::vector<std::string> names;
-  for (const std::string_view state : rule->state_names()) names.emplace_back(state);
-  return py::make_tuple(names, rule->initial_state());
+  const auto strings = [](const std::vector<std::string_view>& names) {
+    return std::vector<std::string>(names.begin(), names.end());
+  };
+  return py::make_tuple(strings(rule->state_names()), strings(rule->scalar_names()),
+                        rule->initial_state());
 }
 
 // One step of arrays whose state the caller keeps; returns the momentum product after it.
@@ -85,14 +82,20 @@ double apply(const std::string& rule, const Options& options, const py::object& 
                      "; expected the number of this update, counted from 1");
   Optimizer optimizer(make_rule(rule, options));
   optimizer.add("the parameter", parameter.ptr(), pointers(states));
-  optimizer.settings.maximize = maximize;
+  optimizer.group.maximize = maximize;
   optimizer.slot(0).progress = {step - 1, momentum_product};
   PyObject* gradients[] = {gradient.ptr()};
-  optimizer.step(gradients, 1, {lr, grad_scale, false});
+  optimizer.step(gradients, 1, lr, {.grad_scale = grad_scale});
   return optimizer.slot(0).progress.momentum_product;
 }
 
 }  // namespace
+
+std::unique_ptr<rules::AnyRule> make_rule(const std::string& name, const Options& options) {
+  auto rule = rules::make_rule(name);
+  for (const auto& [option, value] : options) rule->set(option, value);
+  return rule;
+}
 
 void register_optimizer(py::module_& module) {
   using namespace py::literals;
@@ -102,7 +105,7 @@ void register_optimizer(py::module_& module) {
       .def(
           "set_option",
           [](Optimizer& self, const std::string& name, double value) {
-            self.rule().set(name, value);
+            self.group.rule->set(name, value);
           },
           "name"_a, "value"_a)
       .def(
@@ -126,16 +129,23 @@ void register_optimizer(py::module_& module) {
           },
           "function"_a)
       .def_property(
-          "maximize", [](const Optimizer& self) { return self.settings.maximize; },
-          [](Optimizer& self, bool value) { self.settings.maximize = value; })
+          "maximize", [](const Optimizer& self) { return self.group.maximize; },
+          [](Optimizer& self, bool value) { self.group.maximize = value; })
       .def_property(
-          "skip_nonfinite", [](const Optimizer& self) { return self.settings.skip_nonfinite; },
-          [](Optimizer& self, bool value) { self.settings.skip_nonfinite = value; })
+          "skip_nonfinite",
+          [](const Optimizer& self) { return self.stepper.settings.skip_nonfinite; },
+          [](Optimizer& self, bool value) { self.stepper.settings.skip_nonfinite = value; })
       .def_property(
-          "max_norm", [](const Optimizer& self) { return self.settings.max_norm; },
-          [](Optimizer& self, std::optional<double> value) { self.settings.max_norm = value; })
-      .def_readwrite("steps", &Optimizer::steps)
-      .def_readwrite("skipped_steps", &Optimizer::skipped_steps);
+          "max_norm", [](const Optimizer& self) { return self.stepper.settings.max_norm; },
+          [](Optimizer& self, std::optional<double> value) {
+            self.stepper.settings.max_norm = value;
+          })
+      .def_property(
+          "steps", [](const Optimizer& self) { return self.stepper.steps; },
+          [](Optimizer& self, std::int64_t value) { self.stepper.steps = value; })
+      .def_property(
+          "skipped_steps", [](const Optimizer& self) { return self.stepper.skipped_steps; },
+          [](Optimizer& self, std::int64_t value) { self.stepper.skipped_steps = value; });
 
   module.def("describe_rule", &describe_rule, "rule"_a, "options"_a);
   module.def("apply", &apply, "rule"_a, "options"_a, "parameter"_a, "gradient"_a, "states"_a,

@@ -91,7 +91,7 @@ class Updater {
         iteration_(work.iteration),
         loop_(kernels_.update[work.rule->loop]),
         rule_(work.rule->bytes),
-        factor_(static_cast<T>(options.gradient_factor)),
+        factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)),
         clear_(options.clear_gradients) {}
 
   void operator()(std::int64_t first, std::int64_t last) const {

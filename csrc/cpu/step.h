@@ -15,6 +15,7 @@ struct Work {
   Iteration iteration;
   DType compute;  // the type the rule computes in
   const rules::Coefficients* rule;
+  double gradient_factor = 1;  // multiplies the gradient, besides the step's own factor
 };
 
 struct StepOptions {

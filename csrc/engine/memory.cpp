@@ -25,18 +25,30 @@ void OccupiedMemory::seal() {
   }
 }
 
-const std::string* OccupiedMemory::overlapping(const arrays::Array& array) const {
+const std::string* OccupiedMemory::overlapping(const arrays::Array& array, Gap& gap) const {
   const auto [first, last] = array.interval();
+  gap = {first, last, generation_};
   if (first == last) return nullptr;
   auto entry =
       std::partition_point(entries_.begin(), entries_.end(),
                            [last = last](const Entry& e) { return e.interval.first < last; });
+  const std::uintptr_t next = entry == entries_.end() ? UINTPTR_MAX : entry->interval.first;
+  const std::uintptr_t reach = entry == entries_.begin() ? 0 : (entry - 1)->reach;
+  if (reach <= first) {
+    gap = {reach, next, generation_};
+    return nullptr;
+  }
   while (entry != entries_.begin()) {
     --entry;
     if (entry->reach <= first) break;  // neither this one nor any before it gets this far
     if (arrays::share_memory(*entry->array, array)) return entry->name;
   }
   return nullptr;
+}
+
+std::uint64_t OccupiedMemory::next_generation() {
+  static std::uint64_t generation = 0;  // guarded by the GIL
+  return ++generation;
 }
 
 }  // namespace fusestep::engine

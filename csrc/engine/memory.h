@@ -17,8 +17,24 @@ class OccupiedMemory {
   // Call after the last add. Throws ValueError where two of the arrays share memory.
   void seal();
 
-  // The name of an array that shares memory with `array`, or null.
-  const std::string* overlapping(const arrays::Array& array) const;
+  // A stretch of memory that nothing occupies: [first, last).
+  struct Gap {
+    std::uintptr_t first = 0, last = 0;
+    std::uint64_t generation = 0;
+  };
+
+  // The name of an array that shares memory with `array`, or null; then `gap` is where it lies.
+  const std::string* overlapping(const arrays::Array& array, Gap& gap) const;
+
+  // True where `array` lies in a gap of this very memory: freshly allocated gradients usually lie
+  // near the ones before.
+  bool contains(const Gap& gap, const arrays::Array& array) const {
+    const auto [first, last] = array.interval();
+    return gap.generation == generation_ && gap.first <= first && last <= gap.last;
+  }
+
+  // Differs from that of any other memory, and from 0.
+  std::uint64_t generation() const { return generation_; }
 
  private:
   struct Entry {
@@ -28,6 +44,8 @@ class OccupiedMemory {
     const std::string* name;
   };
   std::vector<Entry> entries_;  // sorted by the first byte
+  std::uint64_t generation_ = next_generation();
+  static std::uint64_t next_generation();
 };
 
 }  // namespace fusestep::engine

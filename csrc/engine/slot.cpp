@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "core/errors.h"
 
@@ -26,28 +27,34 @@ void check_updatable(const Array& array, const std::string& name) {
 
 }  // namespace
 
-Slot::Slot(std::string name, PyObject* parameter, const std::vector<std::string>& state_names,
-           const std::vector<PyObject*>& states)
-    : name_(std::move(name)), parameter_(arrays::from_object(parameter, Label{"", name_})) {
-  parameter_.pin();
-  check_updatable(parameter_, name_);
-  all_in_c_order_ = parameter_.c_contiguous;
-  work.compute = parameter_.dtype == DType::float64 ? DType::float64 : DType::float32;
+Slot::Slot(std::string name, const std::vector<std::string_view>& state_names)
+    : name_(std::move(name)) {
+  for (const std::string_view state : state_names)
+    state_labels_.push_back("the " + std::string(state) + " of " + name_);
+}
 
+void Slot::bind(Array parameter, std::vector<Array> states) {
+  check_updatable(parameter, name_);
+  bool all_in_c_order = parameter.c_contiguous;
+  bool in_double = parameter.dtype == DType::float64;
   for (std::size_t i = 0; i < states.size(); ++i) {
-    const std::string& label = state_labels_.emplace_back("the " + state_names[i] + " of " + name_);
-    Array& state = states_.emplace_back(arrays::from_object(states[i], Label{"", label}));
-    state.pin();
-    if (!same_shape(state, parameter_))
+    const Array& state = states[i];
+    const std::string& label = state_labels_.at(i);
+    if (!same_shape(state, parameter))
       throw ValueError(label + " has shape " + shape_text(state) + "; expected " +
-                       shape_text(parameter_));
+                       shape_text(parameter));
     if (state.dtype != DType::float32 && state.dtype != DType::float64)
       throw TypeError(label + " has dtype " + name_of(state.dtype) +
                       "; expected float32 or float64");
     check_updatable(state, label);
-    all_in_c_order_ = all_in_c_order_ && state.c_contiguous;
-    if (state.dtype == DType::float64) work.compute = DType::float64;
+    all_in_c_order = all_in_c_order && state.c_contiguous;
+    in_double = in_double || state.dtype == DType::float64;
   }
+  parameter_ = std::move(parameter);
+  states_ = std::move(states);
+  all_in_c_order_ = all_in_c_order;
+  work.compute = in_double ? DType::float64 : DType::float32;
+  known_ = {};
 }
 
 void Slot::occupy(OccupiedMemory& memory) const {
@@ -55,12 +62,9 @@ void Slot::occupy(OccupiedMemory& memory) const {
   for (std::size_t i = 0; i < states_.size(); ++i) memory.add(states_[i], state_labels_[i]);
 }
 
-Array Slot::prepare(PyObject* object, const OccupiedMemory& memory, bool clears_gradient) {
-  check_is_current();
-  Array gradient = arrays::from_object(object, Label{"the gradient of ", name_});
+void Slot::prepare(const Array& gradient, const OccupiedMemory& memory, bool clears_gradient) {
   check_gradient(gradient, memory, clears_gradient);
   plan(gradient);
-  return gradient;
 }
 
 void Slot::check_is_current() const {
@@ -86,10 +90,11 @@ void Slot::check_gradient(const Array& gradient, const OccupiedMemory& memory,
       !elements_are_disjoint(gradient.geometry(), item_size(gradient.dtype)))
     throw ValueError(label() + " overlaps itself, so zero_grad=True would clear elements unused");
 
-  gradient_is_known_ = is_known(gradient);
+  gradient_is_known_ = is_known(gradient) && memory.generation() == gap_.generation;
   if (gradient_is_known_) return;
-  if (const std::string* other = memory.overlapping(gradient))
-    throw ValueError(label() + " shares memory with " + *other);
+  if (!memory.contains(gap_, gradient))
+    if (const std::string* other = memory.overlapping(gradient, gap_))
+      throw ValueError(label() + " shares memory with " + *other);
   const auto strides = gradient.geometry().strides;
   known_ = {gradient.data, gradient.dtype, gradient.c_contiguous, {}};
   if (!gradient.c_contiguous) known_.strides.assign(strides.begin(), strides.end());

@@ -3,7 +3,9 @@
 
 #include <Python.h>
 
+#include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "arrays/array.h"
@@ -15,16 +17,23 @@ namespace fusestep::engine {
 
 class Slot {
  public:
-  // Throws TypeError or ValueError for arrays that a step could not update.
-  Slot(std::string name, PyObject* parameter, const std::vector<std::string>& state_names,
-       const std::vector<PyObject*>& states);
+  Slot(std::string name, const std::vector<std::string_view>& state_names);
+
+  // Says where the parameter and its state lie: pinned views. Throws TypeError or ValueError for
+  // arrays that a step could not update, and leaves the slot as it was.
+  void bind(arrays::Array parameter, std::vector<arrays::Array> states);
+
+  const std::string& name() const { return name_; }
+  const std::string& state_label(std::size_t i) const { return state_labels_.at(i); }
+  const arrays::Array& parameter() const { return parameter_; }
+  const arrays::Array& state(std::size_t i) const { return states_[i]; }
 
   // Adds the parameter and its state to the memory that gradients must not touch.
   void occupy(OccupiedMemory& memory) const;
 
   // Checks everything about a gradient and works out how to walk it together with the parameter.
-  // Changes nothing that a caller can see. The returned view must live until the step is over.
-  arrays::Array prepare(PyObject* gradient, const OccupiedMemory& memory, bool clears_gradient);
+  // Changes nothing that a caller can see.
+  void prepare(const arrays::Array& gradient, const OccupiedMemory& memory, bool clears_gradient);
 
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
@@ -56,6 +65,7 @@ class Slot {
     bool c_contiguous = false;
     std::vector<std::int64_t> strides;
   };
+  OccupiedMemory::Gap gap_;  // a stretch of memory around it that nothing occupies
   Known known_;
   bool gradient_is_known_ = false;
 };

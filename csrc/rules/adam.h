@@ -106,6 +106,7 @@ struct Adam {
     if (o.amsgrad) return {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
     return {"exp_avg", "exp_avg_sq"};
   }
+  static std::vector<std::string_view> scalar_names() { return {"step"}; }
   static double initial_state(const Options&) { return 0; }
   static Progress advance(const Options&, Progress progress) { return next_step(progress); }
 };

@@ -25,6 +25,10 @@ class Chosen final : public AnyRule {
     return Rule<float>::state_names(options_);
   }
 
+  std::vector<std::string_view> scalar_names() const override {
+    return Rule<float>::scalar_names();
+  }
+
   double initial_state() const override { return Rule<float>::initial_state(options_); }
 
   Progress advance(const Progress& progress) const override {

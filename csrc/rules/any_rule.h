@@ -18,6 +18,7 @@ class AnyRule {
   virtual void set(std::string_view option, double value) = 0;
 
   virtual std::vector<std::string_view> state_names() const = 0;
+  virtual std::vector<std::string_view> scalar_names() const = 0;
   virtual double initial_state() const = 0;
   virtual Progress advance(const Progress&) const = 0;
 

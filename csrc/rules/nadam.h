@@ -72,6 +72,7 @@ struct NAdam {
   static std::vector<std::string_view> state_names(const Options&) {
     return {"exp_avg", "exp_avg_sq"};
   }
+  static std::vector<std::string_view> scalar_names() { return {"step", "mu_product"}; }
   static double initial_state(const Options&) { return 0; }
   static Progress advance(const Options& o, Progress progress) {
     progress = next_step(progress);

@@ -6,9 +6,10 @@
 //     rule(w, g, state...)        w and state are changed in place, g is the gradient
 //
 // and may be overloaded on the number of state values (SGD without and with momentum). Beside it
-// stand its Options and three static functions that only the host uses:
+// stand its Options and four static functions that only the host uses:
 //
 //     state_names(options)        torch.optim's names, in the order of the call operator
+//     scalar_names()              torch.optim's names of what it keeps of Progress, in its order
 //     initial_state(options)      the value every state element starts from
 //     advance(options, progress)  what a step does to the parameter's scalars
 //

@@ -59,6 +59,7 @@ struct Sgd {
     if (o.momentum == 0) return {};
     return {"momentum_buffer"};
   }
+  static std::vector<std::string_view> scalar_names() { return {}; }
   static double initial_state(const Options&) { return 0; }
   static Progress advance(const Options&, Progress progress) { return next_step(progress); }
 };

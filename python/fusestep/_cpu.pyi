@@ -1,7 +1,7 @@
 """The native extension. Private: its functions take exactly the types written here."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 _T = TypeVar("_T")
 
@@ -27,9 +27,61 @@ class Optimizer:
     def set_progress(self, index: int, step: int, momentum_product: float) -> None: ...
     def exclusively(self, function: Callable[[], _T]) -> _T: ...
 
+class TorchOptimizer:
+    DONE: ClassVar[int]
+    STALE: ClassVar[int]
+    NEW_OPTIONS: ClassVar[int]
+    NEEDS_NORM: ClassVar[int]
+    SKIPPED: ClassVar[int]
+    skip_nonfinite: bool
+    max_norm: float | None
+    skipped_steps: int
+    def __init__(self, tensors: Any, use_exchange_table: bool) -> None: ...
+    def forget(self) -> None: ...
+    def add_group(
+        self,
+        group: dict[str, Any],
+        rule: str,
+        options: Mapping[str, float],
+        maximize: bool,
+        watched: set[str],
+    ) -> None: ...
+    def set_options(
+        self,
+        index: int,
+        group: dict[str, Any],
+        rule: str,
+        options: Mapping[str, float],
+        maximize: bool,
+        watched: set[str],
+    ) -> None: ...
+    def add_parameter(
+        self,
+        tensor: Any,
+        name: str,
+        states: list[Any] | None,
+        scalars: int | None,
+        updates: int,
+        is_sharded: bool,
+    ) -> None: ...
+    def seal(self, state: dict[Any, Any], scalars: Any) -> None: ...
+    def step(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        grad_scale: float,
+        zero_grad: bool,
+        norm: tuple[float, bool] | None = None,
+    ) -> int: ...
+    def gradient_norms(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any]
+    ) -> list[tuple[int, float, bool]] | None: ...
+
 def describe_array(array: Any, name: str) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]: ...
 def is_array(object: Any) -> bool: ...
-def describe_rule(rule: str, options: Mapping[str, float]) -> tuple[list[str], float]: ...
+def describe_rule(
+    rule: str, options: Mapping[str, float]
+) -> tuple[list[str], list[str], float]: ...
 def apply(
     rule: str,
     options: Mapping[str, float],

@@ -194,11 +194,10 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
         return _Entry(0, 1.0, [None] * len(names))
 
     entry = {name: value for name, value in entry.items() if value is not None}
-    scalars = {"step", "mu_product"} if optimizer._rule == "nadam" else {"step"}
+    scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry
-    # torch's SGD keeps no step: a momentum buffer says that there was one, and no more is needed.
-    implied_step = {"step"} if optimizer._rule == "sgd" else set()
-    optional = implied_step | (set(names) if optimizer._rule == "sgd" else set())
+    # Where torch keeps no step (SGD), state says that there was one, and no more is needed.
+    optional = set() if scalars else {"step", *names}
     expect_keys(entry, label, (scalars | set(names)) - optional, optional)
 
     like = optimizer._arrays[i]

@@ -216,7 +216,7 @@ def _apply(
     if callable(checked["lr"]):
         raise TypeError("lr is a callable; a single update needs a number")
     options = cls._native_options(checked)
-    needed, _ = _cpu.describe_rule(cls._rule, options)
+    needed, *_ = _cpu.describe_rule(cls._rule, options)
     for name, array in states.items():
         if (array is not None) != (name in needed):
             raise ValueError(

@@ -74,6 +74,7 @@ class Optimizer:
         "_hyperparameters",
         "_native",
         "_parameters",
+        "_scalar_names",
         "_state_dtype",
         "_state_names",
     )
@@ -108,7 +109,7 @@ class Optimizer:
 
         self._parameters = Parameters(params)
         options = self._native_options(self._hyperparameters)
-        self._state_names, fill = _cpu.describe_rule(self._rule, options)
+        self._state_names, self._scalar_names, fill = _cpu.describe_rule(self._rule, options)
         self._arrays: list[dict[str, npt.NDArray[Any]]] = [
             self._new_state(array, label, fill)
             for array, label in zip(self._parameters.arrays, self._parameters.labels, strict=True)
@@ -356,10 +357,9 @@ class Optimizer:
         return {name: _state.allocate(parameter, dtype, fill) for name in self._state_names}
 
     def _initial_state(self) -> float:
-        return _cpu.describe_rule(self._rule, self._native_options(self._hyperparameters))[1]
+        return _cpu.describe_rule(self._rule, self._native_options(self._hyperparameters))[-1]
 
     def _scalars(self, i: int) -> dict[str, Any]:
         step, momentum_product = self._native.progress(i)
-        if self._rule == "nadam":
-            return {"step": step, "mu_product": momentum_product}
-        return {"step": step}
+        scalars = {"step": step, "mu_product": momentum_product}
+        return {name: scalars[name] for name in {"step": None, **dict.fromkeys(self._scalar_names)}}

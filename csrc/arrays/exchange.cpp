@@ -1,0 +1,190 @@
+#include "arrays/exchange.h"
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "core/errors.h"
+
+namespace py = pybind11;
+
+namespace fusestep::arrays {
+namespace {
+
+constexpr const char* kAttribute = "__dlpack_c_exchange_api__";
+
+bool publishes_table(PyTypeObject* type) {
+  const py::object attributes = py::handle(reinterpret_cast<PyObject*>(type)).attr("__dict__");
+  if (attributes.contains(kAttribute)) return true;
+  return std::string_view(type->tp_name) == "Parameter" && type->tp_base &&
+         publishes_table(type->tp_base) &&
+         py::str(attributes["__module__"]).cast<std::string>() == "torch.nn.parameter";
+}
+
+const dlpack::ExchangeApi* find_table(PyTypeObject* type) {
+  if (!publishes_table(type)) return nullptr;
+  const py::object capsule = py::handle(reinterpret_cast<PyObject*>(type)).attr(kAttribute);
+  if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeApiName)) return nullptr;
+  auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeApiName));
+  while (api && api->major != 1) api = api->older;
+  return api && api->read ? api : nullptr;
+}
+
+struct Element {
+  DType dtype;
+  int components;  // 2 for a complex number
+};
+
+Element element_of(const dlpack::DataType& type, Complex complex, const Label& label) {
+  const auto [code, bits, lanes] = type;
+  if (lanes == 1 && code == dlpack::kFloat && bits == 64) return {DType::float64, 1};
+  if (lanes == 1 && code == dlpack::kFloat && bits == 32) return {DType::float32, 1};
+  if (lanes == 1 && code == dlpack::kFloat && bits == 16) return {DType::float16, 1};
+  if (lanes == 1 && code == dlpack::kBfloat && bits == 16) return {DType::bfloat16, 1};
+  if (complex == Complex::viewed_as_real && lanes == 1 && code == dlpack::kComplex) {
+    if (bits == 128) return {DType::float64, 2};
+    if (bits == 64) return {DType::float32, 2};
+    if (bits == 32) return {DType::float16, 2};
+  }
+  throw TypeError(label.text() + " has a dtype of DLPack code " + std::to_string(code) + ", " +
+                  std::to_string(bits) + " bits; expected float64, float32, float16 or bfloat16");
+}
+
+// What an exporter that lies would lead us to read.
+void check_plausible(const dlpack::Tensor& tensor, const Label& label) {
+  constexpr std::int64_t kMostElements = std::int64_t{1} << 56;
+  bool plausible = tensor.ndim >= 0 && (tensor.ndim == 0 || tensor.shape);
+  std::int64_t size = 1;
+  for (std::int32_t axis = 0; plausible && axis < tensor.ndim; ++axis) {
+    const std::int64_t extent = tensor.shape[axis];
+    plausible = extent >= 0 && (extent == 0 || size <= kMostElements / extent);
+    if (plausible) size *= extent;
+  }
+  if (!plausible || (size > 0 && !tensor.data))
+    throw TypeError(label.text() +
+                    " was exported through DLPack with an impossible shape or no data");
+  check_device(tensor.device.type, label);
+}
+
+bool says_yes(PyObject* object, const char* method) {
+  const py::handle tensor(object);
+  return py::hasattr(tensor, method) && tensor.attr(method)().cast<bool>();
+}
+
+}  // namespace
+
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+  // A reference to each type is kept: another type must not get its address.
+  static auto* known = new std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>>;
+  for (const auto& [known_type, api] : *known)
+    if (known_type == type) return api;
+  const dlpack::ExchangeApi* api = find_table(type);
+  if (api) {
+    Py_INCREF(type);
+    known->emplace_back(type, api);
+  }
+  return api;
+}
+
+dlpack::Tensor read_tensor(PyObject* object, const dlpack::ExchangeApi& api) {
+  dlpack::Tensor tensor;
+  if (api.read(object, &tensor) != 0) throw py::error_already_set();
+  return tensor;
+}
+
+Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label) {
+  dlpack::Tensor tensor;
+  try {
+    tensor = read_tensor(object, api);
+  } catch (py::error_already_set& error) {  // sparse, on a device without memory, ...
+    const auto reason = py::str(error.value()).cast<std::string>();
+    throw TypeError(label.text() +
+                    " cannot be exported through DLPack: " + reason.substr(0, reason.find('\n')));
+  }
+  Array array = from_tensor(tensor, Py_NewRef(object), Complex::refused, label, nullptr);
+  array.api_ = &api;
+  if (is_lazily_negated(object, array))
+    throw ValueError(label.text() + " has torch's negative bit set; pass its .resolve_neg()");
+  return array;
+}
+
+Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
+                  const Label& label, const Array* like) {
+  Array array;
+  array.owner_ = owner;
+  if (like && like->has_geometry_of(tensor)) {
+    check_device(tensor.device.type, label);
+    array.dtype = like->dtype;
+    array.shape_ = like->shape_;
+    array.strides_ = like->strides_;
+    array.ndim_ = like->ndim_;
+    array.size = like->size;
+    array.c_contiguous = like->c_contiguous;
+    array.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
+    if (array.size > 0 && !tensor.data) check_plausible(tensor, label);
+  } else {
+    array.describe(tensor, complex, label);
+  }
+  array.writable = true;
+  return array;
+}
+
+void Array::describe(const dlpack::Tensor& tensor, Complex complex, const Label& label) {
+  check_plausible(tensor, label);
+  const Element element = element_of(tensor.dtype, complex, label);
+  dtype = element.dtype;
+  data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
+  owned_.assign(tensor.shape, tensor.shape + tensor.ndim);
+  if (element.components > 1) owned_.push_back(element.components);
+  ndim_ = owned_.size();
+  owned_.resize(2 * ndim_);
+
+  const std::int64_t item = item_size(dtype);
+  size = 1;
+  for (std::size_t axis = ndim_; axis-- > 0; size *= owned_[axis]) {
+    const bool is_component = axis == static_cast<std::size_t>(tensor.ndim);
+    const bool in_c_order = is_component || !tensor.strides;
+    owned_[ndim_ + axis] =
+        in_c_order ? size * item : tensor.strides[axis] * item * element.components;
+  }
+  shape_ = owned_.data();
+  strides_ = owned_.data() + ndim_;
+  c_contiguous = is_c_contiguous(geometry(), item);
+}
+
+bool Array::has_geometry_of(const dlpack::Tensor& tensor) const {
+  const std::int64_t item = item_size(dtype);
+  const int components = tensor.dtype.code == dlpack::kComplex ? 2 : 1;
+  const bool same_code = dtype == DType::bfloat16 ? tensor.dtype.code == dlpack::kBfloat
+                                                  : tensor.dtype.code == dlpack::kFloat ||
+                                                        tensor.dtype.code == dlpack::kComplex;
+  const auto ndim = static_cast<std::size_t>(tensor.ndim);
+  bool same = same_code && tensor.dtype.bits == 8 * item * components && tensor.dtype.lanes == 1 &&
+              tensor.strides && ndim_ == ndim + (components - 1);
+  for (std::size_t axis = 0; same && axis < ndim; ++axis)
+    same = tensor.shape[axis] == shape_[axis] &&
+           tensor.strides[axis] * item * components == strides_[axis];
+  return same && (components == 1 || (shape_[ndim] == 2 && strides_[ndim] == item));
+}
+
+bool Array::is_view_of(const dlpack::Tensor& tensor) const {
+  return static_cast<std::byte*>(tensor.data) + tensor.byte_offset == data &&
+         (tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost) &&
+         has_geometry_of(tensor);
+}
+
+void check_device(std::int32_t type, const Label& label) {
+  if (type != dlpack::kCpu && type != dlpack::kCudaHost)
+    throw TypeError(label.text() + " is not in CPU memory (DLPack device type " +
+                    std::to_string(type) + "); this build updates CPU arrays only");
+}
+
+bool is_lazily_negated(PyObject* object, const Array& array) {
+  return (!array.c_contiguous || array.size <= 1) && says_yes(object, "is_neg");
+}
+
+}  // namespace fusestep::arrays

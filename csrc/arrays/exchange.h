@@ -1,0 +1,35 @@
+// Tensors as DLPack describes them, and the table of functions through which a library lets its
+// tensors be read without running Python code (torch has it from 2.10 on).
+#pragma once
+
+#include <Python.h>
+
+#include "arrays/array.h"
+#include "arrays/dlpack_abi.h"
+
+namespace fusestep::arrays {
+
+// The table of a type, or null. Of types that publish it themselves, and of torch.nn.Parameter; a
+// type that merely inherits it (a DTensor) may hold its numbers somewhere else.
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type);
+
+// The tensor as it is at this moment. Its shape and strides are valid until other code runs.
+dlpack::Tensor read_tensor(PyObject* object, const dlpack::ExchangeApi& api);
+
+// A view that can tell whether it is current.
+Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label);
+
+// A view of what was read. `owner`, a reference that it takes over, keeps the memory alive and may
+// be null. Where the tensor's geometry is that of `like` (or null), the view borrows that one's and
+// allocates nothing.
+Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
+                  const Label& label, const Array* like);
+
+// Throws TypeError unless the CPU can write there.
+void check_device(std::int32_t type, const Label& label);
+
+// True for a view of torch's whose numbers in memory are still to be negated or conjugated.
+// Such views are strided (z.conj().imag) or of one element, so others are not asked.
+bool is_lazily_negated(PyObject* object, const Array& array);
+
+}  // namespace fusestep::arrays

@@ -1,0 +1,133 @@
+#include "arrays/torch.h"
+
+#include <utility>
+
+#include "arrays/exchange.h"
+#include "core/errors.h"
+
+namespace py = pybind11;
+
+namespace fusestep::arrays {
+namespace {
+
+PyTypeObject* type_of(const py::object& module, const char* name) {
+  return reinterpret_cast<PyTypeObject*>(module.attr(name).ptr());  // torch is never unloaded
+}
+
+}  // namespace
+
+TorchTensors::TorchTensors(const py::object& module, bool use_exchange_table)
+    : tensor_type_(type_of(module, "Tensor")),
+      parameter_type_(type_of(module, "Parameter")),
+      local_(module.attr("local")),
+      local_gradient_(module.attr("local_gradient")),
+      resolved_(module.attr("resolved")),
+      refusal_(module.attr("refusal")),
+      describe_(module.attr("describe")),
+      increment_versions_(module.attr("increment_versions")),
+      grad_descriptor_(py::getattr(reinterpret_cast<PyObject*>(tensor_type_), "grad")),
+      api_(use_exchange_table ? exchange_api(tensor_type_) : nullptr) {}
+
+// False, with a Python exception, where the tensor has no memory that can be described.
+bool TorchTensors::read(PyObject* tensor, dlpack::Tensor& fields) const {
+  if (api_) return api_->read(tensor, &fields) == 0;
+  try {
+    const py::tuple description = describe_(py::handle(tensor));
+    const auto [address, device, code, bits, shape, strides] =
+        description.cast<std::tuple<std::uintptr_t, std::int32_t, std::uint8_t, std::uint8_t,
+                                    py::tuple, py::tuple>>();
+    numbers_.clear();
+    for (const py::tuple& list : {shape, strides})
+      for (const py::handle number : list) numbers_.push_back(number.cast<std::int64_t>());
+    fields = {reinterpret_cast<void*>(address),
+              {device, 0},
+              static_cast<std::int32_t>(shape.size()),
+              {code, bits, 1},
+              numbers_.data(),
+              numbers_.data() + shape.size(),
+              0};
+    return true;
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return false;
+  }
+}
+
+void TorchTensors::refuse(PyObject* tensor, const Label& label) const {
+  PyErr_Clear();
+  throw TypeError(label.text() + " " + refusal_(py::handle(tensor)).cast<std::string>());
+}
+
+Array TorchTensors::view(PyObject* tensor, const Label& label, const Array* like) const {
+  auto plain = py::reinterpret_borrow<py::object>(tensor);
+  if (!is_plain(tensor)) plain = local_(plain);
+  dlpack::Tensor fields;
+  if (!read(plain.ptr(), fields)) refuse(tensor, label);
+  try {
+    Array array = from_tensor(fields, nullptr, Complex::viewed_as_real, label, like);
+    if (is_lazily_conjugated(plain.ptr(), fields, array))
+      throw ValueError(label.text() +
+                       " is a view that torch has not yet conjugated or negated; pass its "
+                       ".resolve_conj().resolve_neg()");
+    return array;
+  } catch (const TypeError&) {
+    refuse(tensor, label);
+  }
+}
+
+bool TorchTensors::is_at(PyObject* tensor, const Array& array) const {
+  dlpack::Tensor fields;
+  const bool found =
+      is_plain(tensor) ? read(tensor, fields) : read(local_(py::handle(tensor)).ptr(), fields);
+  if (!found) PyErr_Clear();
+  return found && array.is_view_of(fields);
+}
+
+py::object TorchTensors::gradient_of(PyObject* parameter) const {
+  PyObject* gradient = nullptr;
+  if (Py_IS_TYPE(grad_descriptor_.ptr(), &PyGetSetDescr_Type) && is_plain(parameter)) {
+    // What the interpreter would come to after looking the name up in every base class.
+    const PyGetSetDef& getter =
+        *reinterpret_cast<PyGetSetDescrObject*>(grad_descriptor_.ptr())->d_getset;
+    gradient = getter.get(parameter, getter.closure);
+  } else {
+    gradient = PyObject_GetAttrString(parameter, "grad");
+  }
+  if (!gradient) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(gradient);
+}
+
+TorchTensors::Gradient TorchTensors::view_gradient(PyObject* parameter, py::object gradient,
+                                                   const Label& label, const Array& like) const {
+  bool is_copy = false;
+  if (!is_plain(gradient.ptr()) || !is_plain(parameter)) {
+    const py::tuple local = local_gradient_(py::handle(parameter), gradient);
+    gradient = local[0];
+    is_copy = local[1].cast<bool>();
+  }
+  PyObject* object = gradient.ptr();
+  dlpack::Tensor fields;
+  if (!read(object, fields)) refuse(object, label);
+  try {
+    Array array = from_tensor(fields, Py_NewRef(object), Complex::viewed_as_real, label, &like);
+    if (!is_lazily_conjugated(object, fields, array)) return {std::move(array), is_copy};
+  } catch (const TypeError&) {
+    refuse(object, label);
+  }
+  return {view_gradient(parameter, resolved_(gradient), label, like).view, true};
+}
+
+bool TorchTensors::is_lazily_conjugated(PyObject* tensor, const dlpack::Tensor& fields,
+                                        const Array& array) const {
+  const bool conjugated =
+      fields.dtype.code == dlpack::kComplex && py::handle(tensor).attr("is_conj")().cast<bool>();
+  return conjugated || is_lazily_negated(tensor, array);
+}
+
+void TorchTensors::increment_versions(PyObject* tensors) const {
+  PyObject* result = PyObject_CallOneArg(increment_versions_.ptr(), tensors);
+  if (!result) throw py::error_already_set();
+  Py_DECREF(result);
+}
+
+}  // namespace fusestep::arrays

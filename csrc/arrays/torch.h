@@ -1,0 +1,65 @@
+// torch's tensors, as its optimizers meet them: parameters that may be given other memory between
+// two steps, gradients that are new with every backward, state that users replace.
+//
+// Nothing of libtorch is linked. A tensor is read through torch's table of functions for DLPack, in
+// 40 ns and without running Python code; before torch 2.10, which has no such table, through the
+// tensor's Python methods. What must be decided by type or layout is decided in Python, in
+// fusestep/torch/_tensors.py, and only for tensors that are not plain.
+#pragma once
+
+#include <Python.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "arrays/array.h"
+#include "arrays/dlpack_abi.h"
+
+namespace fusestep::arrays {
+
+class TorchTensors {
+ public:
+  // `module` is fusestep.torch._tensors.
+  TorchTensors(const pybind11::object& module, bool use_exchange_table);
+
+  bool uses_exchange_table() const { return api_ != nullptr; }
+
+  // The tensor's memory as it is now, seen as real. Nothing is kept alive. A geometry like that of
+  // `like` (or null) is borrowed from it.
+  Array view(PyObject* tensor, const Label& label, const Array* like = nullptr) const;
+
+  // True where view() would find this very memory and geometry.
+  bool is_at(PyObject* tensor, const Array& array) const;
+
+  // A new reference to parameter.grad, or to None.
+  pybind11::object gradient_of(PyObject* parameter) const;
+
+  struct Gradient {
+    Array view;    // keeps the memory alive
+    bool is_copy;  // of a gradient that was not yet conjugated, or that lay otherwise
+  };
+  Gradient view_gradient(PyObject* parameter, pybind11::object gradient, const Label& label,
+                         const Array& like) const;
+
+  // Tells autograd that these tensors have changed.
+  void increment_versions(PyObject* tensors) const;
+
+ private:
+  bool is_plain(PyObject* tensor) const {
+    return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
+  }
+  bool read(PyObject* tensor, dlpack::Tensor& fields) const;
+  [[noreturn]] void refuse(PyObject* tensor, const Label& label) const;
+  bool is_lazily_conjugated(PyObject* tensor, const dlpack::Tensor& fields,
+                            const Array& array) const;
+
+  PyTypeObject* tensor_type_;
+  PyTypeObject* parameter_type_;
+  pybind11::object local_, local_gradient_, resolved_, refusal_, describe_, increment_versions_;
+  pybind11::object grad_descriptor_;
+  const dlpack::ExchangeApi* api_;
+  mutable std::vector<std::int64_t> numbers_;  // shape and strides of the last tensor without table
+};
+
+}  // namespace fusestep::arrays

@@ -1,0 +1,95 @@
+// One step over a list of parameters, wholly or not at all.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "arrays/array.h"
+#include "cpu/step.h"
+#include "engine/memory.h"
+#include "engine/slot.h"
+#include "rules/any_rule.h"
+
+namespace fusestep::engine {
+
+// Parameters that move by one rule with one set of options.
+struct Group {
+  std::unique_ptr<rules::AnyRule> rule;
+  double lr = 0;
+  bool maximize = false;
+};
+
+// What holds for all groups, from one step to the next.
+struct Settings {
+  bool skip_nonfinite = false;
+  std::optional<double> max_norm;
+
+  bool need_norm() const { return skip_nonfinite || max_norm; }
+};
+
+// A parameter that is to move, and its gradient.
+struct Update {
+  Slot* slot;
+  const Group* group;
+  arrays::Array gradient;
+};
+
+// Gradients may be the last owners of their memory: a step lets go of them, however it ends.
+struct ClearAtExit {
+  std::vector<Update>& updates;
+  ~ClearAtExit() { updates.clear(); }
+};
+
+// Throws ValueError for a learning rate that is negative or not finite.
+void check_rate(double lr);
+
+struct StepArguments {
+  double grad_scale = 1;
+  bool zero_grad = false;
+  // Of the gradients before grad_scale, where the caller knows it.
+  std::optional<cpu::GradientNorm> norm = std::nullopt;
+};
+
+class Stepper {
+ public:
+  // Checks everything about the gradients, and plans the step. Changes nothing that a caller can
+  // see. `memory` is that of all parameters and their state.
+  void prepare(std::vector<Update>& updates, const OccupiedMemory& memory,
+               const StepArguments& arguments);
+
+  // True where take() will let other Python threads run.
+  bool will_release_gil() const;
+
+  // Forgets the slots it has met, which are about to go.
+  void forget_gradients() { disjoint_gradients_.clear(); }
+
+  // The norm of each gradient that was prepared.
+  std::vector<cpu::GradientNorm> gradient_norms() const;
+
+  // Takes the step that was prepared; releases the GIL if that pays. False where a gradient was not
+  // finite and the step was therefore left out.
+  bool take(const std::vector<Update>& updates, const StepArguments& arguments);
+
+  Settings settings;
+  std::int64_t steps = 0;          // that moved at least one parameter
+  std::int64_t skipped_steps = 0;  // that met a gradient which was not finite
+
+ private:
+  void check_gradients_are_disjoint(const std::vector<Update>& updates);
+  void add_coefficients(const std::vector<Update>& updates);
+  bool run(const StepArguments& arguments, const Settings& settings) const;
+
+  // The parameters whose last gradients were found to be disjoint from each other. Void as soon as
+  // one of them meets other memory, with or without zero_grad.
+  std::vector<const Slot*> disjoint_gradients_;
+
+  // Of the step under way; members to keep their memory from one step to the next.
+  std::vector<rules::Progress> next_;
+  std::vector<const cpu::Work*> work_;
+  std::int64_t elements_ = 0;
+  std::vector<rules::Coefficients> coefficients_;
+};
+
+}  // namespace fusestep::engine

@@ -1,0 +1,15 @@
+"""Drop-in optimizers for PyTorch: ``from fusestep.torch import Adam``, and nothing else changes.
+
+Each class is a subclass of the class of the same name in ``torch.optim`` (`NAG`, which torch does
+not have, of ``torch.optim.SGD``), takes the same arguments, and can exchange state dicts with it in
+both directions. What changes is the step: one native call for all parameters, one pass over memory,
+and the right result for gradients of any strides.
+"""
+
+from __future__ import annotations
+
+from .convert import convert
+from .optimizer import Optimizer
+from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam
+
+__all__ = ["NAG", "SGD", "Adagrad", "Adam", "AdamW", "NAdam", "Optimizer", "convert"]

@@ -1,0 +1,107 @@
+"""State dicts of torch's form, checked whole before any of them is used."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._hyperparameters import flag, max_norm
+from .._state_dict import count, expect_keys, mapping
+from . import _state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from .optimizer import Rule
+
+_EXTRAS: dict[str, Callable[[str, Any], Any]] = {
+    "max_norm": max_norm,
+    "skip_nonfinite": flag,
+    "skipped_steps": count,
+}
+
+
+def matched_groups(
+    groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return copies of the saved groups with the optimizer's own parameters in them."""
+    if len(groups) != len(saved):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved)}; expected {len(groups)}"
+        )
+    matched = []
+    for i, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        if len(group["params"]) != len(saved_group["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of "
+                f"optimizer's group: group {i} has {len(saved_group['params'])} parameters; "
+                f"expected {len(group['params'])}"
+            )
+        new = deepcopy({name: value for name, value in saved_group.items() if name != "params"})
+        new["params"] = group["params"]
+        if "param_names" in group:
+            new.setdefault("param_names", group["param_names"])
+        matched.append(new)
+    return matched
+
+
+def fitted_state(
+    saved: Mapping[Any, Any],
+    places: Sequence[tuple[Any, Tensor, str, Rule]],
+    state_dtype: str | None,
+) -> defaultdict[Any, Any]:
+    """Return a copy of a saved state that fits an optimizer's parameters.
+
+    `places` has, for each parameter, its key in `saved`, itself, what error messages call it, and
+    its rule. What belongs to no parameter is taken over as it is.
+    """
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    for key, parameter, label, rule in places:
+        if key in saved:
+            entry = mapping(saved[key], f"the state of {label}")
+            state[parameter] = _fitted_entry(entry, parameter, label, rule, state_dtype)
+    keys = {key for key, *_ in places}
+    state.update({key: value for key, value in saved.items() if key not in keys})
+    return state
+
+
+def _fitted_entry(
+    entry: Mapping[str, Any], parameter: Tensor, label: str, rule: Rule, state_dtype: str | None
+) -> dict[str, Any]:
+    present = {name: value for name, value in entry.items() if value is not None}
+    needed = {*rule.scalars, *rule.states}
+    if rule.scalars and present:  # a rule without scalars knows a first step by its lack of state
+        expect_keys(present, f"the state of {label}", needed, {*present})
+    elif present and needed and not needed & present.keys():
+        expect_keys(present, f"the state of {label}", needed, set())
+    dtype = _state.dtype_for(state_dtype, parameter)
+    fitted: dict[str, Any] = {}
+    for name, value in present.items():
+        what = f"the {name} of {label}"
+        if name in rule.states:
+            fitted[name] = _own(_state.fitted(value, what, parameter, dtype), value)
+        elif name in rule.scalars:
+            fitted[name] = torch.tensor(_state.number(value, what), dtype=_state.scalar_dtype())
+        elif isinstance(value, torch.Tensor):
+            fitted[name] = _own(value.to(parameter.device), value)
+        else:
+            fitted[name] = deepcopy(value)
+    return fitted
+
+
+def _own(tensor: Tensor, saved: Tensor) -> Tensor:
+    """Return a tensor that shares no memory with the saved one."""
+    return tensor.detach().clone() if tensor is saved else tensor
+
+
+def checked_extras(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our own settings in a state dict, checked."""
+    saved = mapping(state_dict.get("fusestep", {}), "'fusestep'")
+    return {name: check(name, saved[name]) for name, check in _EXTRAS.items() if name in saved}

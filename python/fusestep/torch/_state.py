@@ -1,0 +1,114 @@
+"""The state of torch parameters: allocated, completed and widened, never rounded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._state import check_state_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def checked_dtype(value: Any) -> str | None:
+    """Return None, "float32" or "float64" for what a user gave as ``state_dtype``."""
+    return check_state_dtype(str(value)[6:] if isinstance(value, torch.dtype) else value)
+
+
+def dtype_for(state_dtype: str | None, parameter: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's state: complex where the parameter is."""
+    is_double = parameter.dtype in (torch.float64, torch.complex128)
+    default = torch.float64 if is_double else torch.float32
+    real: torch.dtype = default if state_dtype is None else getattr(torch, state_dtype)
+    return _COMPLEX[real] if parameter.is_complex() else real
+
+
+def new(parameter: Tensor, dtype: torch.dtype, fill: float) -> Tensor:
+    """Return state of a parameter's shape, strides, device and (for a DTensor) placements."""
+    value = complex(fill, fill) if dtype.is_complex else fill
+    with torch.no_grad():
+        return torch.full_like(
+            parameter, value, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
+        )
+
+
+def fitted(value: Any, label: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `value` on the parameter's device, widened to `dtype` if it is narrower.
+
+    Raises
+    ------
+    TypeError
+        It is not a tensor of floats, or complex where the parameter is not.
+    ValueError
+        It has another shape than the parameter.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{label} is a {type(value).__name__}; expected a tensor")
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"{label} has shape {tuple(value.shape)}; expected {tuple(parameter.shape)}"
+        )
+    if value.is_complex() != parameter.is_complex() or not (
+        value.is_floating_point() or value.is_complex()
+    ):
+        raise TypeError(f"{label} has dtype {value.dtype}; expected {dtype}")
+    return value.to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype))
+
+
+def scalar_dtype() -> torch.dtype:
+    """Return torch.optim's dtype of a step count."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+class Scalars:
+    """The scalars of all parameters (``step`` and the like), in one tensor.
+
+    In the state of a parameter each is a tensor of no dimensions, as in torch, and a view of this
+    one: so a step finds all of them with a single look.
+
+    Parameters
+    ----------
+    names
+        The rule's scalars, a row each.
+    columns
+        Parameters of the optimizer.
+    """
+
+    def __init__(self, names: Sequence[str], columns: int) -> None:
+        self.names = tuple(names)
+        self.tensor = torch.zeros(len(names), columns, dtype=scalar_dtype())
+
+    def adopt(self, entry: dict[str, Any], column: int, label: str) -> None:
+        """Make the scalars in a parameter's state, if it has them, views of our tensor."""
+        for row, name in enumerate(self.names):
+            value = entry.get(name, 1.0 if name == "mu_product" else 0.0)
+            place = self.tensor[row, column]
+            if isinstance(value, torch.Tensor) and _is_same_memory(value, place):
+                continue
+            place.fill_(number(value, f"the {name} of {label}"))
+            entry[name] = place
+
+    def fits(self, names: Iterable[str], columns: int) -> bool:
+        """Return whether the tensor has a place for each of these."""
+        return self.names == tuple(names) and self.tensor.shape[1] == columns
+
+
+def _is_same_memory(value: Tensor, place: Tensor) -> bool:
+    return (
+        value.data_ptr() == place.data_ptr()
+        and value.dtype == place.dtype
+        and value.shape == place.shape
+    )
+
+
+def number(value: Any, label: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{label} is {value!r}; expected a number") from None

@@ -1,0 +1,124 @@
+"""What the native half asks of tensors that are not plain, and of torch before version 2.10.
+
+A plain ``torch.Tensor`` or ``torch.nn.Parameter`` in CPU memory is read natively; see
+``csrc/arrays/torch.h``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Parameter", "Tensor"]
+
+USE_EXCHANGE_TABLE = True
+"""Whether to read tensors through torch's table of functions, where it has one (2.10)."""
+
+_FLOAT, _BFLOAT, _COMPLEX = 2, 4, 5  # DLPack's type codes
+_DLPACK_DTYPES = {
+    torch.float64: (_FLOAT, 64),
+    torch.float32: (_FLOAT, 32),
+    torch.float16: (_FLOAT, 16),
+    torch.bfloat16: (_BFLOAT, 16),
+    torch.complex128: (_COMPLEX, 128),
+    torch.complex64: (_COMPLEX, 64),
+    torch.complex32: (_COMPLEX, 32),
+}
+_DLPACK_CPU = 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, of which this process may hold a part."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the plain tensor that holds the numbers of a tensor in this process."""
+    if is_sharded(tensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()  # type: ignore[operator]
+    if type(tensor) is Tensor or is_traceable_wrapper_subclass(tensor):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
+
+
+def local_gradient(parameter: Tensor, gradient: Tensor) -> tuple[Tensor, bool]:
+    """Return the part of a gradient that belongs to this process's part of the parameter.
+
+    Also whether it is a copy, because the gradient was distributed otherwise.
+    """
+    if not is_sharded(parameter) or not is_sharded(gradient):
+        return local(gradient), False
+    if gradient.placements == parameter.placements:  # type: ignore[attr-defined]
+        return local(gradient), False
+    with torch.no_grad():
+        placements = parameter.placements  # type: ignore[attr-defined]
+        return local(gradient.redistribute(placements=placements)), True  # type: ignore[operator]
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """Return a copy of a view that torch has not yet conjugated or negated."""
+    with torch.no_grad():
+        return tensor.resolve_conj().resolve_neg()
+
+
+def refusal(tensor: Tensor) -> str:
+    """Say what is wrong with a tensor whose memory cannot be used."""
+    if tensor.layout is not torch.strided:
+        return (
+            f"is sparse ({tensor.layout}). Sparse gradients will be taken as fusestep.Rows, which "
+            "this version does not have: use nn.Embedding(sparse=False), or torch.optim.SparseAdam "
+            "or SGD for this parameter"
+        )
+    if is_traceable_wrapper_subclass(tensor) or type(tensor).__name__ == "FakeTensor":
+        return (
+            f"is a {type(tensor).__name__}, which keeps its numbers in other tensors; expected "
+            "a torch.Tensor or a DTensor"
+        )
+    if tensor.device.type != "cpu":
+        return f"is on device '{tensor.device}'; this version updates tensors on the CPU only"
+    if tensor.dtype not in _DLPACK_DTYPES:
+        return (
+            f"has dtype {tensor.dtype}; expected float64, float32, float16, bfloat16 or a complex "
+            "dtype"
+        )
+    return f"is a {type(tensor).__name__} whose memory cannot be read"
+
+
+def describe(
+    tensor: Tensor,
+) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]]:
+    """Return address, DLPack's device type, type code and bits, shape, and strides in elements."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise TypeError(refusal(tensor))
+    if tensor.dtype not in _DLPACK_DTYPES:
+        raise TypeError(refusal(tensor))
+    code, bits = _DLPACK_DTYPES[tensor.dtype]
+    return tensor.data_ptr(), _DLPACK_CPU, code, bits, tuple(tensor.shape), tensor.stride()
+
+
+def _increment_each(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
+
+
+def _find_increment_versions() -> Any:
+    """Return torch's own function where it takes a list, which it does from 2.5 on."""
+    increment = getattr(torch._C, "_increment_version", _increment_each)
+    try:
+        increment([])
+    except TypeError:
+        return _increment_each
+    return increment
+
+
+increment_versions = _find_increment_versions()
+"""Tell autograd that tensors have been changed, so that it refuses to use what it saved of them."""

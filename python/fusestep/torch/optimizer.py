@@ -1,0 +1,491 @@
+"""What every optimizer for torch can do, whatever its rule."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch.autograd import profiler
+from torch.optim import optimizer as torch_optimizer
+
+from .. import _cpu
+from .._hyperparameters import flag, max_norm
+from .._version import __version__
+from . import _distributed, _load, _state, _tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from .. import Optimizer as ArrayOptimizer
+
+_Native = _cpu.TorchOptimizer
+_global_pre_hooks = torch_optimizer._global_optimizer_pre_hooks
+_global_post_hooks = torch_optimizer._global_optimizer_post_hooks
+
+# Hyper-parameters that are not options of a rule.
+_OUTSIDE_THE_RULE = frozenset({"lr", "maximize", "max_norm", "skip_nonfinite"})
+
+# A step settles in two or three attempts. More means that somebody changes the state meanwhile.
+_MOST_ATTEMPTS = 10
+
+
+class Rule(NamedTuple):
+    """How the parameters of a group move."""
+
+    options: dict[str, float]  # the kernels'
+    maximize: bool
+    watched: set[str]  # keys of the group that say so
+    is_mutable: bool  # a value may change without being replaced
+    states: list[str]
+    scalars: list[str]
+    initial: float
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base class of all optimizers for torch; create one of its subclasses.
+
+    Keyword arguments that the subclasses take besides torch's:
+
+    Parameters
+    ----------
+    max_norm
+        Clip the L2 norm of all gradients of a step together, over all parameter groups and, for
+        DTensor parameters, over all shards, as ``torch.nn.utils.clip_grad_norm_`` does. ``p.grad``
+        is not changed.
+    skip_nonfinite
+        Leave out a step in which any gradient holds a NaN or an infinity: no parameter and no state
+        changes; :attr:`skipped_steps` counts it.
+    state_dtype
+        Dtype of new state: None (float64 for float64 parameters, float32 for all others),
+        ``torch.float32`` or ``torch.float64``.
+
+    Notes
+    -----
+    ``foreach`` and ``fused`` are accepted: the step is one pass over all parameters in any case.
+    With ``fused=True``, as in torch, ``torch.amp.GradScaler`` leaves unscaling to the step.
+    ``differentiable`` and, for parameters on the CPU, ``capturable`` are refused.
+    """
+
+    _array_class: ClassVar[type[ArrayOptimizer]]
+    """The class for arrays with the same rule, whose hyper-parameters these are."""
+
+    _step_supports_amp_scaling = False  # torch's constructors set it where fused=True
+    _has_mutable_options = False
+
+    # ---- stepping -------------------------------------------------------------------------------
+
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: float = 1.0,
+        zero_grad: bool = False,
+    ) -> Any:
+        """Update the parameters that have a gradient, and their state, in place.
+
+        Parameters
+        ----------
+        closure
+            Evaluates the model again, calls ``backward`` and returns the loss.
+        grad_scale
+            Multiplies all gradients before anything else: 1 / loss scale to unscale.
+        zero_grad
+            Set the gradients to zero in the same pass, as ``zero_grad(set_to_none=False)`` does.
+
+        Returns
+        -------
+        Any
+            What the closure returned; None without one.
+
+        Raises
+        ------
+        TypeError
+            A gradient or parameter is sparse, not on the CPU, or not of a supported dtype.
+        ValueError
+            Shapes differ, two parameters share memory, a gradient shares memory with a parameter or
+            state, or an option of a group has a value that is out of range.
+
+        Notes
+        -----
+        A step that raises has changed no parameter and no state.
+        """
+        if (
+            closure is not None
+            or self._step_supports_amp_scaling
+            or self._has_mutable_options
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or profiler._is_profiler_enabled
+        ):
+            return self._observed_step(closure, grad_scale, zero_grad)
+        outcome = self._native.step(self.param_groups, self.state, grad_scale, zero_grad)
+        if outcome:  # is not DONE
+            self._settle(outcome, grad_scale, zero_grad)
+        return None
+
+    # torch wraps the step of every class in a profiler range, which costs more than a small step
+    # does. This says that it need not: we do it ourselves when somebody is looking.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _observed_step(
+        self, closure: Callable[[], Any] | None, grad_scale: float, zero_grad: bool
+    ) -> Any:
+        args = () if closure is None else (closure,)
+        kwargs: dict[str, Any] = {}  # hooks see what the user wrote
+        if grad_scale != 1.0:
+            kwargs["grad_scale"] = grad_scale
+        if zero_grad:
+            kwargs["zero_grad"] = zero_grad
+        return self._step_with_hooks(*args, **kwargs)
+
+    def _plain_step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: float = 1.0,
+        zero_grad: bool = False,
+    ) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # torch.amp.GradScaler sets these two around a step that unscales for itself.
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return loss
+        loss_scale = getattr(self, "grad_scale", None)
+        if loss_scale is not None:
+            grad_scale /= float(loss_scale)
+        if self._has_mutable_options:
+            self._tell_options()
+        outcome = self._native.step(self.param_groups, self.state, grad_scale, zero_grad)
+        if outcome:
+            self._settle(outcome, grad_scale, zero_grad)
+        return loss
+
+    # The profiler range and the hooks, global and our own, in torch's order.
+    _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_plain_step)
+
+    def _settle(self, outcome: int, grad_scale: float, zero_grad: bool) -> None:
+        """Take the step after telling the native half what it does not know."""
+        with self._lock:
+            added: list[tuple[Tensor, str]] = []
+            norm = None
+            try:
+                for _ in range(_MOST_ATTEMPTS):
+                    if outcome == _Native.NEEDS_NORM:
+                        norm = self._global_norm()
+                    elif outcome == _Native.STALE or not self._tell_options():
+                        self._tell_everything(added)
+                    outcome = self._native.step(
+                        self.param_groups, self.state, grad_scale, zero_grad, norm
+                    )
+                    if outcome in (_Native.DONE, _Native.SKIPPED):
+                        break
+                else:
+                    raise RuntimeError("the optimizer's state was changed during its own step")
+            except BaseException:
+                self._take_back(added)
+                raise
+            if outcome == _Native.SKIPPED:
+                self._take_back(added)
+
+    def _take_back(self, added: list[tuple[Tensor, str]]) -> None:
+        """Remove state that was made for a step which has not happened."""
+        for parameter, name in added:
+            entry = self.state[parameter]
+            entry.pop(name, None)
+            if not entry:
+                del self.state[parameter]
+
+    def _global_norm(self) -> tuple[float, bool] | None:
+        norms = self._native.gradient_norms(self.param_groups, self.state)
+        if norms is None:
+            return None
+        parameters = [parameter for parameter, _ in _labelled(self.param_groups)]
+        return _distributed.global_norm(
+            [(parameters[i], norm, is_finite) for i, norm, is_finite in norms]
+        )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because ``skip_nonfinite`` found a NaN or an infinity."""
+        return self._native.skipped_steps
+
+    # ---- telling the native half what there is --------------------------------------------------
+
+    def _tell_everything(self, added: list[tuple[Tensor, str]]) -> None:
+        """Describe all groups, parameters and state, making what state is missing.
+
+        What is made is appended to `added` at once: the caller knows it even if this fails.
+        """
+        self._native.forget()
+        rules = self._rules = [self._rule_of(group) for group in self.param_groups]
+        self._has_mutable_options = any(rule.is_mutable for rule in rules)
+        columns = sum(len(group["params"]) for group in self.param_groups)
+        if self._scalars is None or not self._scalars.fits(rules[0].scalars, columns):
+            self._scalars = _state.Scalars(rules[0].scalars, columns)
+        parameters = enumerate(_labelled(self.param_groups))
+        for group, rule in zip(self.param_groups, rules, strict=True):
+            self._native.add_group(
+                group, self._array_class._rule, rule.options, rule.maximize, rule.watched
+            )
+            for _ in group["params"]:
+                column, (parameter, label) = next(parameters)
+                self._tell_parameter(parameter, label, rule, column, added)
+        self._native.seal(self.state, self._scalars.tensor if rules[0].scalars else None)
+
+    def _tell_parameter(
+        self,
+        parameter: Tensor,
+        label: str,
+        rule: Rule,
+        column: int,
+        added: list[tuple[Tensor, str]],
+    ) -> None:
+        entry = self.state.get(parameter, {})
+        needed = [*rule.scalars, *rule.states]
+        missing = [name for name in needed if entry.get(name) is None]
+        is_ready = not missing or parameter.grad is not None
+        if needed and is_ready:
+            entry = self.state[parameter]
+            self._complete_state(parameter, entry, label, rule)
+            added += [(parameter, name) for name in missing]
+            assert self._scalars is not None
+            self._scalars.adopt(entry, column, label)
+            for name in rule.states:  # behind the scalars, as in torch
+                entry[name] = entry.pop(name)
+        self._native.add_parameter(
+            parameter,
+            label,
+            [entry[name] for name in rule.states] if is_ready else None,
+            column if rule.scalars and is_ready else None,
+            0 if missing else 1,  # updates it has had, for a rule that keeps no count
+            _tensors.is_sharded(parameter),
+        )
+
+    def _complete_state(
+        self, parameter: Tensor, entry: dict[str, Any], label: str, rule: Rule
+    ) -> None:
+        dtype = _state.dtype_for(self._state_dtype, parameter)
+        fitted = {
+            name: _state.new(parameter, dtype, rule.initial)
+            if entry.get(name) is None
+            else _state.fitted(entry[name], f"the {name} of {label}", parameter, dtype)
+            for name in rule.states
+        }
+        entry.update(fitted)
+
+    def _tell_options(self) -> bool:
+        """Describe the options of all groups; False where they ask for other state."""
+        rules = [self._rule_of(group) for group in self.param_groups]
+        if [rule.states for rule in rules] != [rule.states for rule in self._rules]:
+            return False
+        for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
+            self._native.set_options(
+                i, group, self._array_class._rule, rule.options, rule.maximize, rule.watched
+            )
+        self._rules = rules
+        self._has_mutable_options = any(rule.is_mutable for rule in rules)
+        return True
+
+    @classmethod
+    def _rule_of(cls, group: Mapping[str, Any]) -> Rule:
+        fields = cls._array_class._fields()
+        given = {name: group[name] for name in fields.keys() - _OUTSIDE_THE_RULE if name in group}
+        checked = {name: fields[name].checked(value) for name, value in given.items()}
+        options = cls._array_class._native_options(checked)
+        states, scalars, initial = _cpu.describe_rule(cls._array_class._rule, options)
+        return Rule(
+            options,
+            bool(group.get("maximize", False)),
+            {*given, "maximize"},
+            any(map(_is_mutable, given.values())),
+            states,
+            scalars,
+            initial,
+        )
+
+    # ---- our own hyper-parameters ---------------------------------------------------------------
+
+    @property
+    def max_norm(self) -> float | None:
+        """Largest L2 norm of all gradients of a step together; None does not clip."""
+        return self._native.max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        self._native.max_norm = max_norm("max_norm", value)
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether a step with a gradient that is not finite is left out."""
+        return self._native.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        self._native.skip_nonfinite = flag("skip_nonfinite", value)
+
+    @property
+    def state_dtype(self) -> str | None:
+        """Dtype of new state: "float32", "float64", or None to go by the parameter."""
+        return self._state_dtype
+
+    # ---- groups and state -----------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``.
+
+        Parameters
+        ----------
+        param_group
+            The parameters under ``"params"``, and options that differ from the defaults.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As torch; and where it asks for ``differentiable`` or, on the CPU, ``capturable``.
+        """
+        super().add_param_group(param_group)
+        try:
+            _refuse_modes(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups in torch's form; see ``torch.optim.Optimizer``.
+
+        What is ours is added under ``"fusestep"`` where it is not the default.
+        """
+        state_dict: dict[str, Any] = super().state_dict()
+        if extras := self._extras():
+            state_dict["fusestep"] = extras
+        return state_dict
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Continue from a state dict of this class, or of the torch class of this name.
+
+        State is copied, and moved to its parameter's device. It is never rounded: bfloat16 and
+        float16 state, which torch keeps for parameters of these dtypes, becomes float32; float64
+        state stays what it is.
+
+        Parameters
+        ----------
+        state_dict
+            What ``state_dict()`` returned.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It does not belong to these parameters, or to this rule. Nothing has been changed then.
+        """
+        loaded = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, loaded)
+            if result is not None:
+                loaded = result
+        groups = _load.matched_groups(self.param_groups, loaded["param_groups"])
+        for group in groups:
+            _refuse_modes(group, is_loaded=True)
+        keys = [key for group in loaded["param_groups"] for key in group["params"]]
+        rules = [rule for group in groups for rule in [self._rule_of(group)] * len(group["params"])]
+        places = [
+            (key, parameter, label, rule)
+            for key, (parameter, label), rule in zip(keys, _labelled(groups), rules, strict=True)
+        ]
+        state = _load.fitted_state(loaded["state"], places, self._state_dtype)
+        extras = _load.checked_extras(loaded)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for name, value in extras.items():
+            setattr(self._native, name, value)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    # ---- Python's own protocols -----------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "fusestep": {"state_dtype": self._state_dtype, **self._extras()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        extras = state.pop("fusestep", None)
+        super().__setstate__(state)
+        if extras is not None:
+            self._attach(**extras)
+            if any(group.get("fused") for group in self.param_groups):
+                self._step_supports_amp_scaling = True
+
+    # ---- for this package -----------------------------------------------------------------------
+
+    def _attach(
+        self,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        state_dtype: Any = None,
+        skipped_steps: int = 0,
+    ) -> None:
+        """Create what is neither torch's nor pickled."""
+        self._state_dtype = _state.checked_dtype(state_dtype)
+        self._native = _Native(_tensors, _tensors.USE_EXCHANGE_TABLE)
+        self._native.skipped_steps = skipped_steps
+        self._lock = threading.Lock()
+        self._scalars: _state.Scalars | None = None
+        self._rules: list[Rule] = []
+        self.max_norm = max_norm
+        self.skip_nonfinite = skip_nonfinite
+
+    def _extras(self) -> dict[str, Any]:
+        """Return our own settings that are not the default."""
+        extras = {
+            "max_norm": self.max_norm,
+            "skip_nonfinite": self.skip_nonfinite,
+            "skipped_steps": self.skipped_steps,
+        }
+        return {name: value for name, value in extras.items() if value}
+
+    @classmethod
+    def _taking_over(cls, other: torch.optim.Optimizer, **extras: Any) -> Optimizer:
+        """Return an optimizer that shares the groups and the state of `other`."""
+        for group in other.param_groups:
+            _refuse_modes(group)
+        optimizer = cls.__new__(cls)
+        optimizer._attach(**extras)
+        torch.optim.Optimizer.__init__(optimizer, [{"params": []}], dict(other.defaults))
+        optimizer.__setstate__({"state": other.state, "param_groups": other.param_groups})
+        return optimizer
+
+
+def _labelled(groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
+    for i, group in enumerate(groups):
+        of_group = f" of group {i}" if len(groups) > 1 else ""
+        names = group.get("param_names", range(len(group["params"])))
+        for parameter, name in zip(group["params"], names, strict=True):
+            yield parameter, f"parameter {name!r}{of_group}"
+
+
+def _is_mutable(value: Any) -> bool:
+    elements: Iterable[Any] = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(element, (torch.Tensor, list)) for element in elements)
+
+
+def _refuse_modes(group: dict[str, Any], *, is_loaded: bool = False) -> None:
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable=True needs a step made of operations that autograd records, which a "
+            "fused step in place is not: use the torch.optim class for it"
+        )
+    on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
+    if group.get("capturable") and on_cpu and not is_loaded:
+        raise ValueError(
+            "capturable=True is for CUDA graphs, and some of the parameters are on the CPU: leave "
+            "it out"
+        )
