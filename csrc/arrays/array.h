@@ -79,7 +79,9 @@ class Array {
   friend Array from_dlpack(PyObject* object, const Label& label);
   friend Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label);
   friend Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
-                           const Label& label, const Array* like);
+                           const Label& label);
+  friend bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner,
+                        Array& view);
 
   // Takes over what a DLPack tensor says of its memory; throws TypeError for what we cannot update.
   void describe(const dlpack::Tensor& tensor, Complex complex, const Label& label);

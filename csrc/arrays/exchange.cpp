@@ -70,6 +70,10 @@ void check_plausible(const dlpack::Tensor& tensor, const Label& label) {
   check_device(tensor.device.type, label);
 }
 
+bool is_on_cpu(const dlpack::Tensor& tensor) {
+  return tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost;
+}
+
 bool says_yes(PyObject* object, const char* method) {
   const py::handle tensor(object);
   return py::hasattr(tensor, method) && tensor.attr(method)().cast<bool>();
@@ -105,7 +109,7 @@ Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Labe
     throw TypeError(label.text() +
                     " cannot be exported through DLPack: " + reason.substr(0, reason.find('\n')));
   }
-  Array array = from_tensor(tensor, Py_NewRef(object), Complex::refused, label, nullptr);
+  Array array = from_tensor(tensor, Py_NewRef(object), Complex::refused, label);
   array.api_ = &api;
   if (is_lazily_negated(object, array))
     throw ValueError(label.text() + " has torch's negative bit set; pass its .resolve_neg()");
@@ -113,24 +117,27 @@ Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Labe
 }
 
 Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
-                  const Label& label, const Array* like) {
+                  const Label& label) {
   Array array;
   array.owner_ = owner;
-  if (like && like->has_geometry_of(tensor)) {
-    check_device(tensor.device.type, label);
-    array.dtype = like->dtype;
-    array.shape_ = like->shape_;
-    array.strides_ = like->strides_;
-    array.ndim_ = like->ndim_;
-    array.size = like->size;
-    array.c_contiguous = like->c_contiguous;
-    array.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
-    if (array.size > 0 && !tensor.data) check_plausible(tensor, label);
-  } else {
-    array.describe(tensor, complex, label);
-  }
+  array.describe(tensor, complex, label);
   array.writable = true;
   return array;
+}
+
+bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner, Array& view) {
+  if (!like.has_geometry_of(tensor) || !is_on_cpu(tensor) || (like.size > 0 && !tensor.data))
+    return false;
+  view.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
+  view.dtype = like.dtype;
+  view.shape_ = like.shape_;
+  view.strides_ = like.strides_;
+  view.ndim_ = like.ndim_;
+  view.size = like.size;
+  view.c_contiguous = like.c_contiguous;
+  view.writable = true;
+  view.owner_ = owner;
+  return true;
 }
 
 void Array::describe(const dlpack::Tensor& tensor, Complex complex, const Label& label) {
@@ -157,23 +164,28 @@ void Array::describe(const dlpack::Tensor& tensor, Complex complex, const Label&
 }
 
 bool Array::has_geometry_of(const dlpack::Tensor& tensor) const {
+  static constexpr dlpack::DataType real[kDTypes] = {{dlpack::kFloat, 32, 1},
+                                                     {dlpack::kFloat, 64, 1},
+                                                     {dlpack::kFloat, 16, 1},
+                                                     {dlpack::kBfloat, 16, 1}};
   const std::int64_t item = item_size(dtype);
-  const int components = tensor.dtype.code == dlpack::kComplex ? 2 : 1;
-  const bool same_code = dtype == DType::bfloat16 ? tensor.dtype.code == dlpack::kBfloat
-                                                  : tensor.dtype.code == dlpack::kFloat ||
-                                                        tensor.dtype.code == dlpack::kComplex;
   const auto ndim = static_cast<std::size_t>(tensor.ndim);
-  bool same = same_code && tensor.dtype.bits == 8 * item * components && tensor.dtype.lanes == 1 &&
-              tensor.strides && ndim_ == ndim + (components - 1);
-  for (std::size_t axis = 0; same && axis < ndim; ++axis)
-    same = tensor.shape[axis] == shape_[axis] &&
-           tensor.strides[axis] * item * components == strides_[axis];
-  return same && (components == 1 || (shape_[ndim] == 2 && strides_[ndim] == item));
+  const bool is_real = tensor.dtype == real[static_cast<int>(dtype)] && ndim == ndim_;
+  const bool is_complex =
+      !is_real &&
+      tensor.dtype == dlpack::DataType{dlpack::kComplex, static_cast<std::uint8_t>(16 * item), 1};
+  if (!tensor.strides || !(is_real || (is_complex && dtype != DType::bfloat16))) return false;
+  if (is_complex && (ndim_ != ndim + 1 || shape_[ndim] != 2 || strides_[ndim] != item))
+    return false;
+  const std::int64_t element = is_real ? item : 2 * item;
+  for (std::size_t axis = 0; axis < ndim; ++axis)
+    if (tensor.shape[axis] != shape_[axis] || tensor.strides[axis] * element != strides_[axis])
+      return false;
+  return true;
 }
 
 bool Array::is_view_of(const dlpack::Tensor& tensor) const {
-  return static_cast<std::byte*>(tensor.data) + tensor.byte_offset == data &&
-         (tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost) &&
+  return static_cast<std::byte*>(tensor.data) + tensor.byte_offset == data && is_on_cpu(tensor) &&
          has_geometry_of(tensor);
 }
 

@@ -20,10 +20,13 @@ dlpack::Tensor read_tensor(PyObject* object, const dlpack::ExchangeApi& api);
 Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label);
 
 // A view of what was read. `owner`, a reference that it takes over, keeps the memory alive and may
-// be null. Where the tensor's geometry is that of `like` (or null), the view borrows that one's and
-// allocates nothing.
+// be null.
 Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
-                  const Label& label, const Array* like);
+                  const Label& label);
+
+// The same into `view`, an empty array, where the tensor has the dtype, shape and strides of `like`
+// (from which the view borrows them, and allocates nothing); false where it has not.
+bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner, Array& view);
 
 // Throws TypeError unless the CPU can write there.
 void check_device(std::int32_t type, const Label& label);

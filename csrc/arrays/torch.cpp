@@ -58,13 +58,13 @@ void TorchTensors::refuse(PyObject* tensor, const Label& label) const {
   throw TypeError(label.text() + " " + refusal_(py::handle(tensor)).cast<std::string>());
 }
 
-Array TorchTensors::view(PyObject* tensor, const Label& label, const Array* like) const {
+Array TorchTensors::view(PyObject* tensor, const Label& label) const {
   auto plain = py::reinterpret_borrow<py::object>(tensor);
   if (!is_plain(tensor)) plain = local_(plain);
   dlpack::Tensor fields;
   if (!read(plain.ptr(), fields)) refuse(tensor, label);
   try {
-    Array array = from_tensor(fields, nullptr, Complex::viewed_as_real, label, like);
+    Array array = from_tensor(fields, nullptr, Complex::viewed_as_real, label);
     if (is_lazily_conjugated(plain.ptr(), fields, array))
       throw ValueError(label.text() +
                        " is a view that torch has not yet conjugated or negated; pass its "
@@ -83,7 +83,7 @@ bool TorchTensors::is_at(PyObject* tensor, const Array& array) const {
   return found && array.is_view_of(fields);
 }
 
-py::object TorchTensors::gradient_of(PyObject* parameter) const {
+PyObject* TorchTensors::gradient_of(PyObject* parameter) const {
   PyObject* gradient = nullptr;
   if (Py_IS_TYPE(grad_descriptor_.ptr(), &PyGetSetDescr_Type) && is_plain(parameter)) {
     // What the interpreter would come to after looking the name up in every base class.
@@ -94,27 +94,44 @@ py::object TorchTensors::gradient_of(PyObject* parameter) const {
     gradient = PyObject_GetAttrString(parameter, "grad");
   }
   if (!gradient) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(gradient);
+  return gradient;
 }
 
-TorchTensors::Gradient TorchTensors::view_gradient(PyObject* parameter, py::object gradient,
-                                                   const Label& label, const Array& like) const {
+bool TorchTensors::view_gradient(PyObject* parameter, const Array& parameter_view,
+                                 PyObject* gradient, const Label& label, Array& view) const {
+  dlpack::Tensor fields;
+  if (is_plain(gradient) && is_plain(parameter)) {
+    if (!read(gradient, fields)) refuse(gradient, label);
+    const bool may_be_lazy = fields.dtype.code == dlpack::kComplex || parameter_view.size <= 1 ||
+                             !parameter_view.c_contiguous;
+    if (!may_be_lazy && view_like(parameter_view, fields, gradient, view)) {
+      Py_INCREF(gradient);
+      return false;
+    }
+  }
+  return view_unusual_gradient(parameter, gradient, label, view);
+}
+
+bool TorchTensors::view_unusual_gradient(PyObject* parameter, PyObject* gradient,
+                                         const Label& label, Array& view) const {
+  auto object = py::reinterpret_borrow<py::object>(gradient);
   bool is_copy = false;
-  if (!is_plain(gradient.ptr()) || !is_plain(parameter)) {
-    const py::tuple local = local_gradient_(py::handle(parameter), gradient);
-    gradient = local[0];
+  if (!is_plain(gradient) || !is_plain(parameter)) {
+    const py::tuple local = local_gradient_(py::handle(parameter), object);
+    object = local[0];
     is_copy = local[1].cast<bool>();
   }
-  PyObject* object = gradient.ptr();
   dlpack::Tensor fields;
-  if (!read(object, fields)) refuse(object, label);
+  if (!read(object.ptr(), fields)) refuse(object.ptr(), label);
   try {
-    Array array = from_tensor(fields, Py_NewRef(object), Complex::viewed_as_real, label, &like);
-    if (!is_lazily_conjugated(object, fields, array)) return {std::move(array), is_copy};
+    view = from_tensor(fields, Py_NewRef(object.ptr()), Complex::viewed_as_real, label);
   } catch (const TypeError&) {
-    refuse(object, label);
+    refuse(object.ptr(), label);
   }
-  return {view_gradient(parameter, resolved_(gradient), label, like).view, true};
+  if (!is_lazily_conjugated(object.ptr(), fields, view)) return is_copy;
+  const py::object resolved = resolved_(object);
+  view_unusual_gradient(parameter, resolved.ptr(), label, view);
+  return true;
 }
 
 bool TorchTensors::is_lazily_conjugated(PyObject* tensor, const dlpack::Tensor& fields,
@@ -124,10 +141,10 @@ bool TorchTensors::is_lazily_conjugated(PyObject* tensor, const dlpack::Tensor& 
   return conjugated || is_lazily_negated(tensor, array);
 }
 
-void TorchTensors::increment_versions(PyObject* tensors) const {
+void TorchTensors::increment_versions(PyObject* tensors) const noexcept {
   PyObject* result = PyObject_CallOneArg(increment_versions_.ptr(), tensors);
-  if (!result) throw py::error_already_set();
-  Py_DECREF(result);
+  if (!result) PyErr_WriteUnraisable(increment_versions_.ptr());  // the step is under way
+  Py_XDECREF(result);
 }
 
 }  // namespace fusestep::arrays

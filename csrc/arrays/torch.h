@@ -25,25 +25,23 @@ class TorchTensors {
 
   bool uses_exchange_table() const { return api_ != nullptr; }
 
-  // The tensor's memory as it is now, seen as real. Nothing is kept alive. A geometry like that of
-  // `like` (or null) is borrowed from it.
-  Array view(PyObject* tensor, const Label& label, const Array* like = nullptr) const;
+  // The tensor's memory as it is now, seen as real. Nothing is kept alive.
+  Array view(PyObject* tensor, const Label& label) const;
 
   // True where view() would find this very memory and geometry.
   bool is_at(PyObject* tensor, const Array& array) const;
 
   // A new reference to parameter.grad, or to None.
-  pybind11::object gradient_of(PyObject* parameter) const;
+  PyObject* gradient_of(PyObject* parameter) const;
 
-  struct Gradient {
-    Array view;    // keeps the memory alive
-    bool is_copy;  // of a gradient that was not yet conjugated, or that lay otherwise
-  };
-  Gradient view_gradient(PyObject* parameter, pybind11::object gradient, const Label& label,
-                         const Array& like) const;
+  // Makes `view`, an empty array, one of a parameter's gradient that keeps the memory alive, and
+  // may borrow the geometry of the parameter's own view. Returns whether it is of a copy, made
+  // because the gradient was not yet conjugated, or lay otherwise.
+  bool view_gradient(PyObject* parameter, const Array& parameter_view, PyObject* gradient,
+                     const Label& label, Array& view) const;
 
   // Tells autograd that these tensors have changed.
-  void increment_versions(PyObject* tensors) const;
+  void increment_versions(PyObject* tensors) const noexcept;
 
  private:
   bool is_plain(PyObject* tensor) const {
@@ -53,6 +51,8 @@ class TorchTensors {
   [[noreturn]] void refuse(PyObject* tensor, const Label& label) const;
   bool is_lazily_conjugated(PyObject* tensor, const dlpack::Tensor& fields,
                             const Array& array) const;
+  bool view_unusual_gradient(PyObject* parameter, PyObject* gradient, const Label& label,
+                             Array& view) const;
 
   PyTypeObject* tensor_type_;
   PyTypeObject* parameter_type_;

@@ -1,3 +1,4 @@
+#include "arrays/state_memory.h"
 #include "engine/torch_optimizer.h"
 
 #include <pybind11/stl.h>
@@ -94,6 +95,13 @@ void register_torch(py::module_& module) {
               "skipped_steps",
               [](const TorchOptimizer& self) { return self.stepper.skipped_steps; },
               [](TorchOptimizer& self, std::int64_t value) { self.stepper.skipped_steps = value; });
+  module.def(
+      "allocate_state",
+      [](const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides,
+         std::uint8_t code, std::uint8_t bits) {
+        return arrays::StateMemory::allocate(shape, strides, {code, bits, 1});
+      },
+      "shape"_a, "strides"_a, "code"_a, "bits"_a);
   optimizer.attr("DONE") = static_cast<int>(Outcome::done);
   optimizer.attr("STALE") = static_cast<int>(Outcome::stale);
   optimizer.attr("NEW_OPTIONS") = static_cast<int>(Outcome::new_options);

@@ -37,11 +37,12 @@ std::vector<std::int64_t> cut_into_chunks(std::int64_t tiles, int threads) {
 // Calls visit(work, first tile, last tile, number of the first tile in the whole list) until every
 // tile of the list has been visited once, from as many threads as the list is worth.
 template <class Visit>
-void for_each_tile_range(WorkList list, Visit visit) {
+void for_each_tile_range(WorkList list, Visit visit, const Errand& errand = {}) {
   std::int64_t elements = 0;
   for (const Work* work : list) elements += work->iteration.size;
 
   if (elements < kParallelElements || num_threads() == 1) {
+    if (errand) errand();
     const IeeeEnvironment ieee;
     std::int64_t before = 0;
     for (const Work* work : list) {
@@ -58,7 +59,7 @@ void for_each_tile_range(WorkList list, Visit visit) {
   for (const Work* work : list) ends.push_back(total += work->iteration.tiles());
 
   const std::vector<std::int64_t> chunk_ends = cut_into_chunks(total, num_threads());
-  parallel_for(std::ssize(chunk_ends), num_threads(), [&](std::int64_t chunk) {
+  auto work_on = [&](std::int64_t chunk) {
     const IeeeEnvironment ieee;
     const std::int64_t end = chunk_ends[static_cast<std::size_t>(chunk)];
     std::int64_t begin = chunk == 0 ? 0 : chunk_ends[static_cast<std::size_t>(chunk - 1)];
@@ -70,7 +71,8 @@ void for_each_tile_range(WorkList list, Visit visit) {
       if (begin < stop) visit(*list[i], begin - start, stop - start, begin);
       begin = stop;
     }
-  });
+  };
+  parallel_for(std::ssize(chunk_ends), num_threads(), work_on, errand);
 }
 
 // Calls visit(T{}) with the type a piece of work is computed in.
@@ -186,13 +188,19 @@ double sum_of_squares(WorkList list, double prescale) {
 
 }  // namespace
 
-void update(WorkList list, const StepOptions& options) {
+void update(WorkList list, const StepOptions& options, const Errand& errand) {
   const KernelTable& kernels = *active_tier().kernels;
   for_each_tile_range(
-      list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
+      list,
+      [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
         in_compute_type(
             work, [&](auto type) { Updater<decltype(type)>(kernels, work, options)(first, last); });
-      });
+      },
+      errand);
+}
+
+void announce(std::int64_t elements) {
+  if (elements >= kParallelElements) rouse(num_threads());
 }
 
 GradientNorm gradient_norm(WorkList list) {

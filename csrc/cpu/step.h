@@ -6,6 +6,7 @@
 
 #include "core/dtypes.h"
 #include "core/layout.h"
+#include "cpu/thread_pool.h"
 #include "rules/registry.h"
 
 namespace fusestep::cpu {
@@ -25,8 +26,13 @@ struct StepOptions {
 
 using WorkList = std::span<const Work* const>;
 
-// Moves every parameter and its state.
-void update(WorkList list, const StepOptions& options);
+// Moves every parameter and its state. The calling thread runs the errand (which may be empty, and
+// must not throw) before it takes part; where there are several threads the others begin without
+// it.
+void update(WorkList list, const StepOptions& options, const Errand& errand = {});
+
+// Wakes the threads that a step over so many elements will use, if it is to begin soon.
+void announce(std::int64_t elements);
 
 struct GradientNorm {
   double value;  // the L2 norm of all gradients together

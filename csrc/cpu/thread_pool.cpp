@@ -61,7 +61,8 @@ inline void relax() {
 class Pool {
  public:
   // False where the pool is at work for somebody else.
-  bool run(std::int64_t chunks, int threads, ChunkFunction function, void* context) {
+  bool run(std::int64_t chunks, int threads, ChunkFunction function, void* context,
+           const Errand& errand) {
     std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) return false;
     grow_to(threads - 1);
@@ -69,11 +70,22 @@ class Pool {
     next_.store(0, std::memory_order_relaxed);
     helpers_.store(threads - 1, std::memory_order_relaxed);
     gate_.store(kOpen, std::memory_order_release);
+    is_alert_.store(false, std::memory_order_relaxed);
     epoch_.fetch_add(1, std::memory_order_release);
     epoch_.notify_all();
+    if (errand) errand();
     work();
     close();
     return true;
+  }
+
+  void rouse(int threads) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) return;
+    grow_to(threads - 1);
+    is_alert_.store(true, std::memory_order_relaxed);
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
   }
 
  private:
@@ -117,9 +129,21 @@ class Pool {
     for (std::uint32_t seen = 0;;) {
       epoch_.wait(seen, std::memory_order_acquire);
       seen = epoch_.load(std::memory_order_acquire);
-      if (!enter()) continue;
+      if (!enter()) {
+        stay_alert(seen);
+        continue;
+      }
       if (helper < helpers_.load(std::memory_order_relaxed)) work();
       leave();
+    }
+  }
+
+  void stay_alert(std::uint32_t seen) const {
+    const auto end = std::chrono::steady_clock::now() + kAlertTime;
+    while (is_alert_.load(std::memory_order_relaxed) &&
+           epoch_.load(std::memory_order_relaxed) == seen) {
+      for (int i = 0; i < 16; ++i) relax();
+      if (std::chrono::steady_clock::now() > end) return;
     }
   }
 
@@ -159,6 +183,7 @@ class Pool {
   std::atomic<std::int64_t> next_{0};
   std::atomic<std::uint32_t> gate_{0};
   std::atomic<std::uint32_t> epoch_{0};
+  std::atomic<bool> is_alert_{false};  // a job is about to come
 };
 
 // Never destroyed: its threads may outlive main(). After fork() the child starts with a new one,
@@ -197,10 +222,16 @@ std::uint64_t fork_generation() {
   return forks.load(std::memory_order_relaxed);
 }
 
-void parallel_for(std::int64_t chunks, int threads, ChunkFunction function, void* context) {
+void parallel_for(std::int64_t chunks, int threads, ChunkFunction function, void* context,
+                  const Errand& errand) {
   threads = static_cast<int>(std::min<std::int64_t>(threads, chunks));
-  if (threads > 1 && pool().run(chunks, threads, function, context)) return;
+  if (threads > 1 && pool().run(chunks, threads, function, context, errand)) return;
+  if (errand) errand();
   for (std::int64_t i = 0; i < chunks; ++i) function(context, i);
+}
+
+void rouse(int threads) {
+  if (threads > 1) pool().rouse(threads);
 }
 
 }  // namespace fusestep::cpu

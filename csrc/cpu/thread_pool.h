@@ -6,7 +6,10 @@
 // thread computes a chunk never changes its bits.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <functional>
+#include <type_traits>
 
 namespace fusestep::cpu {
 
@@ -23,17 +26,30 @@ std::uint64_t fork_generation();
 
 using ChunkFunction = void (*)(void* context, std::int64_t chunk);
 
+// What the calling thread does first, while others are at work already. May be empty.
+using Errand = std::function<void()>;
+
 // Calls function(context, i) for every i in [0, chunks), on up to `threads` threads, and returns
-// when all calls have. The function must not throw. Safe to call from several threads at once: who
-// finds the pool busy works alone.
-void parallel_for(std::int64_t chunks, int threads, ChunkFunction function, void* context);
+// when all calls have. Neither the function nor the errand may throw. Safe to call from several
+// threads at once: who finds the pool busy works alone.
+void parallel_for(std::int64_t chunks, int threads, ChunkFunction function, void* context,
+                  const Errand& errand);
 
 template <class Function>
-void parallel_for(std::int64_t chunks, int threads, Function&& function) {
+void parallel_for(std::int64_t chunks, int threads, Function&& function,
+                  const Errand& errand = {}) {
   parallel_for(
       chunks, threads,
-      [](void* context, std::int64_t chunk) { (*static_cast<Function*>(context))(chunk); },
-      &function);
+      [](void* context, std::int64_t chunk) {
+        (*static_cast<std::remove_reference_t<Function>*>(context))(chunk);
+      },
+      &function, errand);
 }
+
+// Wakes the threads that a parallel_for is about to need, which takes them some 10 to 50 us. They
+// stay awake for at most kAlertTime.
+void rouse(int threads);
+
+inline constexpr std::chrono::microseconds kAlertTime{300};
 
 }  // namespace fusestep::cpu

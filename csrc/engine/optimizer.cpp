@@ -58,8 +58,8 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count) {
     if (gradients[i] == Py_None) continue;
     Slot& slot = slots_[i];
     slot.check_is_current();
-    updates_.push_back(
-        {&slot, &group, arrays::from_object(gradients[i], {"the gradient of ", slot.name()})});
+    updates_.emplace_back(&slot, &group,
+                          arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));
     foreign = foreign || updates_.back().gradient.is_foreign();
   }
   // Exporting an array of another library runs its code, which may have done anything.

@@ -55,6 +55,7 @@ void Slot::bind(Array parameter, std::vector<Array> states) {
   all_in_c_order_ = all_in_c_order;
   work.compute = in_double ? DType::float64 : DType::float32;
   known_ = {};
+  work.iteration.operands = 0;  // to be planned anew
 }
 
 void Slot::occupy(OccupiedMemory& memory) const {
@@ -64,7 +65,7 @@ void Slot::occupy(OccupiedMemory& memory) const {
 
 void Slot::prepare(const Array& gradient, const OccupiedMemory& memory, bool clears_gradient) {
   check_gradient(gradient, memory, clears_gradient);
-  plan(gradient);
+  if (!gradient_is_known_ || work.iteration.operands == 0) plan(gradient);
 }
 
 void Slot::check_is_current() const {

@@ -95,11 +95,12 @@ std::vector<cpu::GradientNorm> Stepper::gradient_norms() const {
   return norms;
 }
 
-bool Stepper::take(const std::vector<Update>& updates, const StepArguments& arguments) {
+bool Stepper::take(const std::vector<Update>& updates, const StepArguments& arguments,
+                   const cpu::Errand& errand) {
   if (updates.empty()) return true;
   add_coefficients(updates);
   // A copy of the settings: another thread may assign to an attribute while the GIL is released.
-  if (!run(arguments, Settings(settings))) {
+  if (!run(arguments, Settings(settings), errand)) {
     ++skipped_steps;
     return false;
   }
@@ -108,13 +109,13 @@ bool Stepper::take(const std::vector<Update>& updates, const StepArguments& argu
   return true;
 }
 
-bool Stepper::run(const StepArguments& arguments, const Settings& settings) const {
-  const GilRelease release(will_release_gil());
-
+bool Stepper::run(const StepArguments& arguments, const Settings& settings,
+                  const cpu::Errand& errand) const {
   cpu::StepOptions options;
   options.clear_gradients = arguments.zero_grad;
   options.gradient_factor = arguments.grad_scale;
   if (settings.need_norm()) {
+    const GilRelease release(will_release_gil());
     const cpu::GradientNorm norm = arguments.norm ? *arguments.norm : cpu::gradient_norm(work_);
     if (settings.skip_nonfinite && !norm.finite) {
       if (arguments.zero_grad) cpu::clear_gradients(work_);
@@ -124,7 +125,11 @@ bool Stepper::run(const StepArguments& arguments, const Settings& settings) cons
       options.gradient_factor *=
           clip_factor(*settings.max_norm, norm.value * std::abs(arguments.grad_scale));
   }
-  cpu::update(work_, options);
+  std::optional<GilRelease> release;
+  cpu::update(work_, options, [&] {
+    if (errand) errand();
+    release.emplace(will_release_gil());
+  });
   return true;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "arrays/array.h"
@@ -31,6 +32,8 @@ struct Settings {
 
 // A parameter that is to move, and its gradient.
 struct Update {
+  Update(Slot* slot, const Group* group, arrays::Array gradient = {})
+      : slot(slot), group(group), gradient(std::move(gradient)) {}
   Slot* slot;
   const Group* group;
   arrays::Array gradient;
@@ -62,15 +65,20 @@ class Stepper {
   // True where take() will let other Python threads run.
   bool will_release_gil() const;
 
+  // Elements of the last step that was prepared.
+  std::int64_t elements() const { return elements_; }
+
   // Forgets the slots it has met, which are about to go.
   void forget_gradients() { disjoint_gradients_.clear(); }
 
   // The norm of each gradient that was prepared.
   std::vector<cpu::GradientNorm> gradient_norms() const;
 
-  // Takes the step that was prepared; releases the GIL if that pays. False where a gradient was not
-  // finite and the step was therefore left out.
-  bool take(const std::vector<Update>& updates, const StepArguments& arguments);
+  // Takes the step that was prepared; releases the GIL if that pays. The errand, which needs the
+  // GIL and may be empty, is run while other threads are at work already. False, without the
+  // errand, where a gradient was not finite and the step was therefore left out.
+  bool take(const std::vector<Update>& updates, const StepArguments& arguments,
+            const cpu::Errand& errand = {});
 
   Settings settings;
   std::int64_t steps = 0;          // that moved at least one parameter
@@ -79,7 +87,8 @@ class Stepper {
  private:
   void check_gradients_are_disjoint(const std::vector<Update>& updates);
   void add_coefficients(const std::vector<Update>& updates);
-  bool run(const StepArguments& arguments, const Settings& settings) const;
+  bool run(const StepArguments& arguments, const Settings& settings,
+           const cpu::Errand& errand) const;
 
   // The parameters whose last gradients were found to be disjoint from each other. Void as soon as
   // one of them meets other memory, with or without zero_grad.

@@ -15,6 +15,9 @@ namespace {
 
 using Watch = WatchedDict::Watch;
 
+// From so many on, looking at all tensors takes longer than waking a thread.
+constexpr std::size_t kManyTensors = 100;
+
 bool is_text(PyObject* key, std::string_view text) {
   if (!PyUnicode_Check(key)) return false;
   Py_ssize_t size = 0;
@@ -23,11 +26,14 @@ bool is_text(PyObject* key, std::string_view text) {
   return characters && std::string_view(characters, static_cast<std::size_t>(size)) == text;
 }
 
+// A number, or a tensor of one element: a scheduler may write to it at any time.
 double number(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  const py::object as_float = py::reinterpret_steal<py::object>(PyNumber_Float(value));
-  if (!as_float) throw py::error_already_set();
-  return PyFloat_AS_DOUBLE(as_float.ptr());
+  py::object element = py::reinterpret_borrow<py::object>(value);
+  if (py::hasattr(element, "item")) element = element.attr("item")();
+  const double result = PyFloat_AsDouble(element.ptr());
+  if (result == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return result;
 }
 
 }  // namespace
@@ -174,6 +180,7 @@ Outcome TorchOptimizer::step(PyObject* groups, PyObject* state, const StepArgume
   const Turnstile::Turn turn(turnstile);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   const StepUnderWay under_way(*this);
+  if (updates_.capacity() >= kManyTensors) cpu::announce(stepper.elements());
   if (const Outcome seen = look_at(groups, state); seen != Outcome::done) return seen;
   if (!collect()) return Outcome::stale;
   const auto is_sharded = [](const FollowedParameter* p) { return p->is_sharded; };
@@ -181,9 +188,8 @@ Outcome TorchOptimizer::step(PyObject* groups, PyObject* state, const StepArgume
     return Outcome::needs_norm;
 
   stepper.prepare(updates_, occupied_memory(), arguments);
-  increment_versions();
   if (stepper.will_release_gil()) keep_alive();
-  const bool moved = stepper.take(updates_, arguments);
+  const bool moved = stepper.take(updates_, arguments, [this] { increment_versions(); });
   if (moved) write_progress();
   if (arguments.zero_grad)
     for (const py::object& gradient : copied_gradients_) gradient.attr("zero_")();
@@ -209,30 +215,37 @@ bool TorchOptimizer::collect() {
   for (const FollowedGroup& group : groups_) {
     for (std::size_t i = group.begin; i < group.end; ++i) {
       FollowedParameter& parameter = parameters_[i];
-      py::object gradient = tensors_.gradient_of(parameter.tensor);
+      const auto gradient =
+          py::reinterpret_steal<py::object>(tensors_.gradient_of(parameter.tensor));
       if (gradient.is_none()) continue;
       if (!parameter.is_ready) return false;
       follow_memory(parameter);
       read_progress(parameter);
-      auto [view, is_copy] = tensors_.view_gradient(parameter.tensor, gradient,
-                                                    {"the gradient of ", parameter.slot.name()},
-                                                    parameter.slot.parameter());
-      if (is_copy) copied_gradients_.push_back(std::move(gradient));
-      updates_.push_back({&parameter.slot, &group.group, std::move(view)});
+      Slot& slot = parameter.slot;
+      Update& update = updates_.emplace_back(&slot, &group.group);
+      if (tensors_.view_gradient(parameter.tensor, slot.parameter(), gradient.ptr(),
+                                 {"the gradient of ", slot.name()}, update.gradient))
+        copied_gradients_.push_back(gradient);
       moving_.push_back(&parameter);
     }
   }
   return true;
 }
 
+bool TorchOptimizer::is_where_it_was(const FollowedParameter& parameter) const {
+  if (!parameter.is_bound || !tensors_.is_at(parameter.tensor, parameter.slot.parameter()))
+    return false;
+  for (std::size_t i = 0; i < parameter.state_count; ++i) {
+    const bool is_ours = parameter.state_memory[i] && parameter.state_memory[i]->is_in_use();
+    if (!is_ours && !tensors_.is_at(parameter.states[i], parameter.slot.state(i))) return false;
+  }
+  return true;
+}
+
 // Notices where the parameter or its state has been given other memory, shape or dtype.
 void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
+  if (is_where_it_was(parameter)) return;
   Slot& slot = parameter.slot;
-  bool same = parameter.is_bound && tensors_.is_at(parameter.tensor, slot.parameter());
-  for (std::size_t i = 0; same && i < parameter.state_count; ++i)
-    same = tensors_.is_at(parameter.states[i], slot.state(i));
-  if (same) return;
-
   memory_.reset();
   const auto view = [&](PyObject* tensor, const std::string& label) {
     arrays::Array array = tensors_.view(tensor, {"", label});
@@ -243,6 +256,8 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
   for (std::size_t i = 0; i < parameter.state_count; ++i)
     states.push_back(view(parameter.states[i], slot.state_label(i)));
   slot.bind(view(parameter.tensor, slot.name()), std::move(states));
+  for (std::size_t i = 0; i < parameter.state_count; ++i)
+    parameter.state_memory[i] = arrays::StateMemory::at(slot.state(i).data);
   parameter.is_bound = true;
 }
 
@@ -311,7 +326,7 @@ void TorchOptimizer::write_progress() {
 }
 
 // A group that moves as a whole hands over its own list.
-void TorchOptimizer::increment_versions() const {
+void TorchOptimizer::increment_versions() const noexcept {
   auto moving = moving_.begin();
   for (const FollowedGroup& group : groups_) {
     const auto first = moving;

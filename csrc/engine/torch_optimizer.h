@@ -20,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "arrays/state_memory.h"
 #include "arrays/torch.h"
 #include "engine/memory.h"
 #include "engine/slot.h"
@@ -94,6 +95,7 @@ class TorchOptimizer {
   struct FollowedParameter {
     PyObject* tensor;
     std::array<PyObject*, kMaxStates> states;
+    std::array<std::shared_ptr<const arrays::StateMemory>, kMaxStates> state_memory{};  // if ours
     std::size_t state_count = 0;
     Slot slot;
     std::optional<std::size_t> scalars;
@@ -112,13 +114,14 @@ class TorchOptimizer {
   bool holds_its_parameters(const FollowedGroup& group) const;
   bool is_known_state(PyObject* state) const;
   bool collect();
+  bool is_where_it_was(const FollowedParameter& parameter) const;
   void follow_memory(FollowedParameter& parameter);
   void find_scalars();
   template <class Visit>
   void for_each_scalar(const FollowedParameter& parameter, Visit visit) const;
   void read_progress(FollowedParameter& parameter);
   void write_progress();
-  void increment_versions() const;
+  void increment_versions() const noexcept;
   void keep_alive();
   const OccupiedMemory& occupied_memory();
 

@@ -86,19 +86,14 @@ def _fitted_entry(
     for name, value in present.items():
         what = f"the {name} of {label}"
         if name in rule.states:
-            fitted[name] = _own(_state.fitted(value, what, parameter, dtype), value)
+            fitted[name] = _state.copied(_state.fitted(value, what, parameter, dtype))
         elif name in rule.scalars:
             fitted[name] = torch.tensor(_state.number(value, what), dtype=_state.scalar_dtype())
         elif isinstance(value, torch.Tensor):
-            fitted[name] = _own(value.to(parameter.device), value)
+            fitted[name] = _state.copied(value.to(parameter.device))
         else:
             fitted[name] = deepcopy(value)
     return fitted
-
-
-def _own(tensor: Tensor, saved: Tensor) -> Tensor:
-    """Return a tensor that shares no memory with the saved one."""
-    return tensor.detach().clone() if tensor is saved else tensor
 
 
 def checked_extras(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
+from .. import _cpu
 from .._state import check_state_dtype
+from ._tensors import DLPACK_DTYPES, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,10 +36,21 @@ def dtype_for(state_dtype: str | None, parameter: Tensor) -> torch.dtype:
 def new(parameter: Tensor, dtype: torch.dtype, fill: float) -> Tensor:
     """Return state of a parameter's shape, strides, device and (for a DTensor) placements."""
     value = complex(fill, fill) if dtype.is_complex else fill
-    with torch.no_grad():
-        return torch.full_like(
-            parameter, value, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
-        )
+    return _empty_like(parameter, dtype).fill_(value)
+
+
+def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor like `tensor`; in memory of ours, which a step need not ask for, if it can be.
+
+    See ``csrc/arrays/state_memory.h``.
+    """
+    like = functools.partial(torch.empty_like, dtype=dtype, requires_grad=False)
+    if not is_plain(tensor) or tensor.device.type != "cpu":
+        with torch.no_grad():
+            return like(tensor)
+    strides = like(tensor, device="meta").stride()
+    code, bits = DLPACK_DTYPES[dtype]
+    return from_dlpack(_cpu.allocate_state(tensor.shape, strides, code, bits))
 
 
 def fitted(value: Any, label: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,6 +74,11 @@ def fitted(value: Any, label: str, parameter: Tensor, dtype: torch.dtype) -> Ten
     ):
         raise TypeError(f"{label} has dtype {value.dtype}; expected {dtype}")
     return value.to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype))
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy that shares no memory, and carries no gradient."""
+    return _empty_like(tensor, tensor.dtype).copy_(tensor.detach())
 
 
 def scalar_dtype() -> torch.dtype:

@@ -22,7 +22,7 @@ USE_EXCHANGE_TABLE = True
 """Whether to read tensors through torch's table of functions, where it has one (2.10)."""
 
 _FLOAT, _BFLOAT, _COMPLEX = 2, 4, 5  # DLPack's type codes
-_DLPACK_DTYPES = {
+DLPACK_DTYPES = {
     torch.float64: (_FLOAT, 64),
     torch.float32: (_FLOAT, 32),
     torch.float16: (_FLOAT, 16),
@@ -32,6 +32,11 @@ _DLPACK_DTYPES = {
     torch.complex32: (_COMPLEX, 32),
 }
 _DLPACK_CPU = 1
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor holds its numbers itself, in memory of the usual kind."""
+    return type(tensor) in (Tensor, Parameter) and tensor.layout is torch.strided
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -85,7 +90,7 @@ def refusal(tensor: Tensor) -> str:
         )
     if tensor.device.type != "cpu":
         return f"is on device '{tensor.device}'; this version updates tensors on the CPU only"
-    if tensor.dtype not in _DLPACK_DTYPES:
+    if tensor.dtype not in DLPACK_DTYPES:
         return (
             f"has dtype {tensor.dtype}; expected float64, float32, float16, bfloat16 or a complex "
             "dtype"
@@ -99,9 +104,9 @@ def describe(
     """Return address, DLPack's device type, type code and bits, shape, and strides in elements."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
         raise TypeError(refusal(tensor))
-    if tensor.dtype not in _DLPACK_DTYPES:
+    if tensor.dtype not in DLPACK_DTYPES:
         raise TypeError(refusal(tensor))
-    code, bits = _DLPACK_DTYPES[tensor.dtype]
+    code, bits = DLPACK_DTYPES[tensor.dtype]
     return tensor.data_ptr(), _DLPACK_CPU, code, bits, tuple(tensor.shape), tensor.stride()
 
 

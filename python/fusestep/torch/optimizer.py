@@ -11,7 +11,6 @@ from torch.optim import optimizer as torch_optimizer
 
 from .. import _cpu
 from .._hyperparameters import flag, max_norm
-from .._version import __version__
 from . import _distributed, _load, _state, _tensors
 
 if TYPE_CHECKING:
