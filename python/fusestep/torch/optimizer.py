@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 _Native = _cpu.TorchOptimizer
 _global_pre_hooks = torch_optimizer._global_optimizer_pre_hooks
 _global_post_hooks = torch_optimizer._global_optimizer_post_hooks
+
+_not_compiled = torch._compile._disable_dynamo  # as torch's own optimizers do
 
 # Hyper-parameters that are not options of a rule.
 _OUTSIDE_THE_RULE = frozenset({"lr", "maximize", "max_norm", "skip_nonfinite"})
@@ -131,9 +135,16 @@ class Optimizer(torch.optim.Optimizer):
     # does. This says that it need not: we do it ourselves when somebody is looking.
     step.hooked = True  # type: ignore[attr-defined]
 
+    # torch.compile calls it as it is: there is nothing in it to compile.
+    step._torchdynamo_disable = True  # type: ignore[attr-defined]
+    step._torchdynamo_disable_msg = "fusestep's step is compiled already"  # type: ignore[attr-defined]
+
+    @_not_compiled
     def _observed_step(
         self, closure: Callable[[], Any] | None, grad_scale: float, zero_grad: bool
     ) -> Any:
+        if type(self).step is not Optimizer.step:  # a subclass's, around which torch runs the hooks
+            return self._plain_step(closure, grad_scale=grad_scale, zero_grad=zero_grad)
         args = () if closure is None else (closure,)
         kwargs: dict[str, Any] = {}  # hooks see what the user wrote
         if grad_scale != 1.0:
@@ -170,6 +181,7 @@ class Optimizer(torch.optim.Optimizer):
     # The profiler range and the hooks, global and our own, in torch's order.
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
+    @_not_compiled
     def _settle(self, outcome: int, grad_scale: float, zero_grad: bool) -> None:
         """Take the step after telling the native half what it does not know."""
         with self._lock:
@@ -337,7 +349,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- groups and state -----------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @_not_compiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see ``torch.optim.Optimizer.add_param_group``.
 
@@ -368,7 +380,7 @@ class Optimizer(torch.optim.Optimizer):
             state_dict["fusestep"] = extras
         return state_dict
 
-    @torch._disable_dynamo
+    @_not_compiled
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Continue from a state dict of this class, or of the torch class of this name.
 
@@ -433,6 +445,7 @@ class Optimizer(torch.optim.Optimizer):
         skipped_steps: int = 0,
     ) -> None:
         """Create what is neither torch's nor pickled."""
+        _keep_compiler_out_of_step()
         self._state_dtype = _state.checked_dtype(state_dtype)
         self._native = _Native(_tensors, _tensors.USE_EXCHANGE_TABLE)
         self._native.skipped_steps = skipped_steps
@@ -461,6 +474,15 @@ class Optimizer(torch.optim.Optimizer):
         torch.optim.Optimizer.__init__(optimizer, [{"params": []}], dict(other.defaults))
         optimizer.__setstate__({"state": other.state, "param_groups": other.param_groups})
         return optimizer
+
+
+@functools.cache
+def _keep_compiler_out_of_step() -> None:
+    """Have torch.compile run the frame of ``step`` as it is, rather than look for graphs in it."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # torch's constructor has imported it
+    skip_code = getattr(dynamo, "skip_code", None)
+    if skip_code is not None:
+        skip_code(Optimizer.step.__code__)
 
 
 def _labelled(groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
