@@ -12,7 +12,7 @@ namespace fusestep::bind {
 
 void register_runtime(py::module_& module) {
   using namespace py::literals;
-  module.def("num_threads", &cpu::num_threads);
+  module.def("num_threads", &cpu::own_threads);
   module.def("set_num_threads", &cpu::set_num_threads, "n"_a);
   module.def("active_tier", [] { return std::string(cpu::active_tier().name); });
   module.def("use_tier", [](const std::string& name) { cpu::use_tier(name); }, "name"_a);

@@ -15,9 +15,13 @@
 #include <type_traits>
 
 #include "core/errors.h"
+#include "cpu/borrowed_threads.h"
 
 namespace fusestep::cpu {
 namespace {
+
+std::atomic<int> thread_count{0};
+std::atomic<bool> are_chosen{false};
 
 // A positive integer in an environment variable; 0 where it is unset. OMP_NUM_THREADS may be a
 // list ("4,2"), of which the first counts.
@@ -42,12 +46,14 @@ int processors() {
 }
 
 int default_threads() {
-  if (const int n = threads_from("FUSESTEP_NUM_THREADS", true)) return n;
+  if (const int n = threads_from("FUSESTEP_NUM_THREADS", true)) {
+    are_chosen.store(true, std::memory_order_relaxed);
+    return n;
+  }
   if (const int n = threads_from("OMP_NUM_THREADS", false)) return n;
   return std::min(processors(), kMaxThreads);
 }
 
-std::atomic<int> thread_count{0};
 std::atomic<std::uint64_t> forks{0};
 
 inline void relax() {
@@ -205,6 +211,16 @@ Pool& pool() {
 }  // namespace
 
 int num_threads() {
+  if (const int borrowed = borrowed::threads()) return borrowed;
+  return own_threads();
+}
+
+bool threads_are_chosen() {
+  own_threads();  // looks at the environment
+  return are_chosen.load(std::memory_order_relaxed);
+}
+
+int own_threads() {
   int n = thread_count.load(std::memory_order_relaxed);
   if (n == 0) thread_count.store(n = default_threads(), std::memory_order_relaxed);
   return n;
@@ -215,6 +231,7 @@ void set_num_threads(int n) {
     throw ValueError("num_threads is " + std::to_string(n) + "; expected 1 to " +
                      std::to_string(kMaxThreads));
   thread_count.store(n, std::memory_order_relaxed);
+  are_chosen.store(true, std::memory_order_relaxed);
 }
 
 std::uint64_t fork_generation() {
@@ -225,13 +242,15 @@ std::uint64_t fork_generation() {
 void parallel_for(std::int64_t chunks, int threads, ChunkFunction function, void* context,
                   const Errand& errand) {
   threads = static_cast<int>(std::min<std::int64_t>(threads, chunks));
+  if (threads > 1 && borrowed::threads() != 0)
+    return borrowed::run(chunks, threads, function, context, errand);
   if (threads > 1 && pool().run(chunks, threads, function, context, errand)) return;
   if (errand) errand();
   for (std::int64_t i = 0; i < chunks; ++i) function(context, i);
 }
 
 void rouse(int threads) {
-  if (threads > 1) pool().rouse(threads);
+  if (threads > 1 && borrowed::threads() == 0) pool().rouse(threads);
 }
 
 }  // namespace fusestep::cpu

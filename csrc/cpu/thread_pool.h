@@ -16,7 +16,11 @@ namespace fusestep::cpu {
 // Threads a step may use, the calling one included. At start: FUSESTEP_NUM_THREADS, else
 // OMP_NUM_THREADS, else the processors this process may run on.
 int num_threads();
+int own_threads();            // of our own pool, whatever is borrowed
 void set_num_threads(int n);  // throws ValueError unless 1 <= n <= kMaxThreads
+
+// True where somebody has said how many: set_num_threads, or FUSESTEP_NUM_THREADS.
+bool threads_are_chosen();
 
 inline constexpr int kMaxThreads = 1024;
 

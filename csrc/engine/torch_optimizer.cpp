@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/errors.h"
+#include "cpu/borrowed_threads.h"
 #include "cpu/fp_environment.h"
 
 namespace py = pybind11;
@@ -47,8 +48,7 @@ void TorchOptimizer::forget() {
   parameters_.clear();
   groups_.clear();
   state_.clear();
-  scalars_ = py::none();
-  scalars_view_ = {};
+  scalars_.clear();
 }
 
 TorchOptimizer::FollowedDict::FollowedDict(const py::dict& dict, const py::set& options)
@@ -97,7 +97,7 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
   group.end = parameters_.size();
 }
 
-void TorchOptimizer::seal(const py::dict& state, py::object scalars) {
+void TorchOptimizer::seal(const py::dict& state, const std::vector<py::object>& scalars) {
   std::vector<std::string_view> names;
   for (const FollowedGroup& followed : groups_) {
     const rules::AnyRule& rule = *followed.group.rule;
@@ -115,7 +115,7 @@ void TorchOptimizer::seal(const py::dict& state, py::object scalars) {
     FollowedState& followed = state_.emplace_back(FollowedState{key, value, {}});
     if (PyDict_Check(value)) followed.entry.emplace(value, watch);
   }
-  scalars_ = std::move(scalars);
+  for (const py::object& tensor : scalars) scalars_.push_back({tensor, {}});
 }
 
 // ---- whether it is still so
@@ -179,6 +179,7 @@ struct TorchOptimizer::StepUnderWay {
 Outcome TorchOptimizer::step(PyObject* groups, PyObject* state, const StepArguments& arguments) {
   const Turnstile::Turn turn(turnstile);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
+  const cpu::BorrowedThreads threads;
   const StepUnderWay under_way(*this);
   if (updates_.capacity() >= kManyTensors) cpu::announce(stepper.elements());
   if (const Outcome seen = look_at(groups, state); seen != Outcome::done) return seen;
@@ -272,40 +273,39 @@ const OccupiedMemory& TorchOptimizer::occupied_memory() {
   return *memory_;
 }
 
-// Notices where the tensor of scalars has been given other memory.
+// Notices where a tensor of scalars has been given other memory.
 void TorchOptimizer::find_scalars() {
-  if (scalars_.is_none() || (scalars_view_.data && tensors_.is_at(scalars_.ptr(), scalars_view_)))
-    return;
   static const std::string kName = "the tensor of step counts";
-  scalars_view_ = tensors_.view(scalars_.ptr(), {"", kName});
-  scalars_view_.pin();
-  const DType dtype = scalars_view_.dtype;
-  if (scalars_view_.geometry().shape.size() != 2 || !scalars_view_.c_contiguous ||
-      (dtype != DType::float32 && dtype != DType::float64))
-    throw ValueError(kName + " is not a contiguous matrix of float32 or float64");
+  for (auto& [tensor, view] : scalars_) {
+    if (view.data && tensors_.is_at(tensor.ptr(), view)) continue;
+    view = tensors_.view(tensor.ptr(), {"", kName});
+    view.pin();
+    if (view.geometry().shape.size() != 1 || !view.c_contiguous ||
+        (view.dtype != DType::float32 && view.dtype != DType::float64))
+      throw ValueError(kName + " is not a contiguous tensor of float32 or float64");
+  }
 }
 
-// Calls visit(element) with each scalar of a parameter, in the rule's order.
+// Calls visit(number of the scalar, element) for each scalar of a parameter, in the rule's order.
 template <class Visit>
 void TorchOptimizer::for_each_scalar(const FollowedParameter& parameter, Visit visit) const {
   if (!parameter.scalars) return;
-  const auto shape = scalars_view_.geometry().shape;
-  for (std::int64_t row = 0; row < shape[0]; ++row) {
-    const std::int64_t i = row * shape[1] + static_cast<std::int64_t>(*parameter.scalars);
-    if (scalars_view_.dtype == DType::float64)
-      visit(row, reinterpret_cast<double*>(scalars_view_.data)[i]);
+  for (std::size_t i = 0; i < scalars_.size(); ++i) {
+    const arrays::Array& view = scalars_[i].view;
+    if (view.dtype == DType::float64)
+      visit(i, reinterpret_cast<double*>(view.data)[*parameter.scalars]);
     else
-      visit(row, reinterpret_cast<float*>(scalars_view_.data)[i]);
+      visit(i, reinterpret_cast<float*>(view.data)[*parameter.scalars]);
   }
 }
 
 // What the tensors say counts: users may write to them. But a float32 cannot count beyond 2^24.
 void TorchOptimizer::read_progress(FollowedParameter& parameter) {
   rules::Progress& progress = parameter.slot.progress;
-  for_each_scalar(parameter, [&](std::int64_t row, const auto& element) {
+  for_each_scalar(parameter, [&](std::size_t scalar, const auto& element) {
     using T = std::decay_t<decltype(element)>;
-    if (row == 1) progress.momentum_product = element;
-    if (row != 0 || element == static_cast<T>(progress.step)) return;
+    if (scalar == 1) progress.momentum_product = element;
+    if (scalar != 0 || element == static_cast<T>(progress.step)) return;
     if (!(element >= 0 && element <= 0x1p53 && element == std::floor(element)))
       throw ValueError("the step of " + parameter.slot.name() + " is " + std::to_string(element) +
                        "; expected a whole number from 0 to 2**53");
@@ -317,10 +317,10 @@ void TorchOptimizer::write_progress() {
   find_scalars();  // other threads may have run
   for (const FollowedParameter* parameter : moving_) {
     const rules::Progress& progress = parameter->slot.progress;
-    for_each_scalar(*parameter, [&](std::int64_t row, auto& element) {
+    for_each_scalar(*parameter, [&](std::size_t scalar, auto& element) {
       using T = std::decay_t<decltype(element)>;
       element =
-          row == 0 ? static_cast<T>(progress.step) : static_cast<T>(progress.momentum_product);
+          scalar == 0 ? static_cast<T>(progress.step) : static_cast<T>(progress.momentum_product);
     });
   }
 }

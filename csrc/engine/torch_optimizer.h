@@ -57,14 +57,14 @@ class TorchOptimizer {
     PyObject* tensor;
     std::vector<PyObject*> states;       // in the order of the rule's names
     std::int64_t updates = 0;            // it has had, where no scalar says it
-    std::optional<std::size_t> scalars;  // its place in the tensor of scalars
+    std::optional<std::size_t> scalars;  // its place in the tensors of scalars
     bool is_ready = false;               // has all the state that it needs
     bool is_sharded = false;             // this process holds a part of it
   };
   void add_parameter(Parameter parameter);  // to the last group
 
-  // `scalars` is a matrix of floats with a row for each scalar of the rule, or None.
-  void seal(const pybind11::dict& state, pybind11::object scalars);
+  // `scalars` has a tensor of floats for each scalar of the rule.
+  void seal(const pybind11::dict& state, const std::vector<pybind11::object>& scalars);
 
   Outcome step(PyObject* groups, PyObject* state, const StepArguments& arguments);
 
@@ -130,8 +130,11 @@ class TorchOptimizer {
   std::deque<FollowedParameter> parameters_;
   std::vector<FollowedState> state_;
   std::optional<OccupiedMemory> memory_;
-  pybind11::object scalars_ = pybind11::none();
-  arrays::Array scalars_view_;
+  struct FollowedScalar {
+    pybind11::object tensor;
+    arrays::Array view;
+  };
+  std::vector<FollowedScalar> scalars_;  // step, momentum product
 
   // Of the step under way.
   std::vector<Update> updates_;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from .._state_dict import count, expect_keys, mapping
 from . import _state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -88,7 +87,9 @@ def _fitted_entry(
         if name in rule.states:
             fitted[name] = _state.copied(_state.fitted(value, what, parameter, dtype))
         elif name in rule.scalars:
-            fitted[name] = torch.tensor(_state.number(value, what), dtype=_state.scalar_dtype())
+            fitted[name] = torch.tensor(
+                _state.number(value, what), dtype=_state.scalar_dtype([value])
+            )
         elif isinstance(value, torch.Tensor):
             fitted[name] = _state.copied(value.to(parameter.device))
         else:

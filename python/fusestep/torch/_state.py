@@ -40,9 +40,9 @@ def new(parameter: Tensor, dtype: torch.dtype, fill: float) -> Tensor:
 
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor like `tensor`; in memory of ours, which a step need not ask for, if it can be.
+    """Return a tensor like `tensor`, in memory of our own if it can be.
 
-    See ``csrc/arrays/state_memory.h``.
+    A step need not ask where that is; see ``csrc/arrays/state_memory.h``.
     """
     like = functools.partial(torch.empty_like, dtype=dtype, requires_grad=False)
     if not is_plain(tensor) or tensor.device.type != "cpu":
@@ -81,42 +81,53 @@ def copied(tensor: Tensor) -> Tensor:
     return _empty_like(tensor, tensor.dtype).copy_(tensor.detach())
 
 
-def scalar_dtype() -> torch.dtype:
-    """Return torch.optim's dtype of a step count."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+def scalar_dtype(values: Iterable[Any] = ()) -> torch.dtype:
+    """Return torch.optim's dtype of a step count, or float64 if one of these tensors has it."""
+    dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+    is_double = torch.get_default_dtype() == torch.float64 or torch.float64 in dtypes
+    return torch.float64 if is_double else torch.float32
 
 
 class Scalars:
-    """The scalars of all parameters (``step`` and the like), in one tensor.
+    """The scalars of all parameters (``step`` and the like): one tensor for each name.
 
-    In the state of a parameter each is a tensor of no dimensions, as in torch, and a view of this
-    one: so a step finds all of them with a single look.
+    In the state of a parameter each is a tensor of no dimensions, as in torch, and a view of one of
+    these: so a step finds the scalars of all parameters with a single look.
 
     Parameters
     ----------
     names
-        The rule's scalars, a row each.
-    columns
-        Parameters of the optimizer.
+        The rule's scalars.
+    entries
+        The state of each parameter, or an empty dict.
     """
 
-    def __init__(self, names: Sequence[str], columns: int) -> None:
-        self.names = tuple(names)
-        self.tensor = torch.zeros(len(names), columns, dtype=scalar_dtype())
+    def __init__(self, names: Sequence[str], entries: Sequence[dict[str, Any]]) -> None:
+        self.tensors = {
+            name: torch.zeros(
+                len(entries), dtype=scalar_dtype(entry.get(name) for entry in entries)
+            )
+            for name in names
+        }
+
+    def have_a_place_for(self, names: Sequence[str], entries: Sequence[dict[str, Any]]) -> bool:
+        """Return whether these are the scalars that such an object would hold."""
+        return list(names) == list(self.tensors) and all(
+            len(tensor) == len(entries)
+            and tensor.dtype == scalar_dtype(entry.get(name) for entry in entries)
+            for name, tensor in self.tensors.items()
+        )
 
     def adopt(self, entry: dict[str, Any], column: int, label: str) -> None:
-        """Make the scalars in a parameter's state, if it has them, views of our tensor."""
-        for row, name in enumerate(self.names):
-            value = entry.get(name, 1.0 if name == "mu_product" else 0.0)
-            place = self.tensor[row, column]
+        """Make the scalars in a parameter's state, new ones included, views of our tensors."""
+        for name, tensor in self.tensors.items():
+            value, place = entry.get(name), tensor[column]
             if isinstance(value, torch.Tensor) and _is_same_memory(value, place):
                 continue
+            if value is None or getattr(value, "is_meta", False):
+                value = 1.0 if name == "mu_product" else 0.0
             place.fill_(number(value, f"the {name} of {label}"))
             entry[name] = place
-
-    def fits(self, names: Iterable[str], columns: int) -> bool:
-        """Return whether the tensor has a place for each of these."""
-        return self.names == tuple(names) and self.tensor.shape[1] == columns
 
 
 def _is_same_memory(value: Tensor, place: Tensor) -> bool:

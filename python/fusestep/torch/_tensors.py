@@ -48,7 +48,7 @@ def local(tensor: Tensor) -> Tensor:
     """Return the plain tensor that holds the numbers of a tensor in this process."""
     if is_sharded(tensor):
         with torch.no_grad():
-            tensor = tensor.to_local()  # type: ignore[operator]
+            tensor = tensor.to_local()  # type: ignore[attr-defined]
     if type(tensor) is Tensor or is_traceable_wrapper_subclass(tensor):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
@@ -66,7 +66,8 @@ def local_gradient(parameter: Tensor, gradient: Tensor) -> tuple[Tensor, bool]:
         return local(gradient), False
     with torch.no_grad():
         placements = parameter.placements  # type: ignore[attr-defined]
-        return local(gradient.redistribute(placements=placements)), True  # type: ignore[operator]
+        copy = gradient.redistribute(placements=placements)  # type: ignore[attr-defined]
+    return local(copy), True
 
 
 def resolved(tensor: Tensor) -> Tensor:

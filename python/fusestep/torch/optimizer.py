@@ -31,6 +31,12 @@ _not_compiled = torch._compile._disable_dynamo  # as torch's own optimizers do
 # Hyper-parameters that are not options of a rule.
 _OUTSIDE_THE_RULE = frozenset({"lr", "maximize", "max_norm", "skip_nonfinite"})
 
+# torch's words, which its users may look for.
+_META_AND_FUSED = (
+    "`fused=True` requires all the params to be floating point Tensors of supported devices: {} is "
+    "on the meta device"
+)
+
 # A step settles in two or three attempts. More means that somebody changes the state meanwhile.
 _MOST_ATTEMPTS = 10
 
@@ -44,7 +50,6 @@ class Rule(NamedTuple):
     is_mutable: bool  # a value may change without being replaced
     states: list[str]
     scalars: list[str]
-    initial: float
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -75,12 +80,14 @@ class Optimizer(torch.optim.Optimizer):
     _array_class: ClassVar[type[ArrayOptimizer]]
     """The class for arrays with the same rule, whose hyper-parameters these are."""
 
+    _scalars: _state.Scalars | None
+    _rules: list[Rule]
     _step_supports_amp_scaling = False  # torch's constructors set it where fused=True
     _has_mutable_options = False
 
     # ---- stepping -------------------------------------------------------------------------------
 
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -236,41 +243,48 @@ class Optimizer(torch.optim.Optimizer):
         What is made is appended to `added` at once: the caller knows it even if this fails.
         """
         self._native.forget()
-        rules = self._rules = [self._rule_of(group) for group in self.param_groups]
-        self._has_mutable_options = any(rule.is_mutable for rule in rules)
-        columns = sum(len(group["params"]) for group in self.param_groups)
-        if self._scalars is None or not self._scalars.fits(rules[0].scalars, columns):
-            self._scalars = _state.Scalars(rules[0].scalars, columns)
+        self._rules = [self._rule_of(group) for group in self.param_groups]
+        self._has_mutable_options = any(rule.is_mutable for rule in self._rules)
+        scalars = self._scalars = self._scalars_for(self._rules[0].scalars)
         parameters = enumerate(_labelled(self.param_groups))
-        for group, rule in zip(self.param_groups, rules, strict=True):
+        for group, rule in zip(self.param_groups, self._rules, strict=True):
             self._native.add_group(
                 group, self._array_class._rule, rule.options, rule.maximize, rule.watched
             )
             for _ in group["params"]:
                 column, (parameter, label) = next(parameters)
-                self._tell_parameter(parameter, label, rule, column, added)
-        self._native.seal(self.state, self._scalars.tensor if rules[0].scalars else None)
+                if parameter.is_meta and parameter.grad is not None and group.get("fused"):
+                    raise RuntimeError(_META_AND_FUSED.format(label))
+                self._tell_parameter(parameter, label, rule, scalars, column, added)
+        self._native.seal(self.state, list(scalars.tensors.values()))
+
+    def _scalars_for(self, names: list[str]) -> _state.Scalars:
+        entries = [self.state.get(parameter, {}) for parameter, _ in _labelled(self.param_groups)]
+        if self._scalars is not None and self._scalars.have_a_place_for(names, entries):
+            return self._scalars
+        return _state.Scalars(names, entries)
 
     def _tell_parameter(
         self,
         parameter: Tensor,
         label: str,
         rule: Rule,
+        scalars: _state.Scalars,
         column: int,
         added: list[tuple[Tensor, str]],
     ) -> None:
         entry = self.state.get(parameter, {})
         needed = [*rule.scalars, *rule.states]
-        missing = [name for name in needed if entry.get(name) is None]
+        missing = [name for name in needed if not _is_there(entry.get(name))]
         is_ready = not missing or parameter.grad is not None
         if needed and is_ready:
             entry = self.state[parameter]
-            self._complete_state(parameter, entry, label, rule)
+            states = self._complete_states(parameter, entry, label, rule)
             added += [(parameter, name) for name in missing]
-            assert self._scalars is not None
-            self._scalars.adopt(entry, column, label)
+            scalars.adopt(entry, column, label)
             for name in rule.states:  # behind the scalars, as in torch
-                entry[name] = entry.pop(name)
+                entry.pop(name, None)
+            entry.update(states)
         self._native.add_parameter(
             parameter,
             label,
@@ -280,17 +294,23 @@ class Optimizer(torch.optim.Optimizer):
             _tensors.is_sharded(parameter),
         )
 
-    def _complete_state(
+    def _complete_states(
         self, parameter: Tensor, entry: dict[str, Any], label: str, rule: Rule
-    ) -> None:
+    ) -> dict[str, Tensor]:
+        """Return the tensors that a rule needs: those there are, widened, or new ones."""
         dtype = _state.dtype_for(self._state_dtype, parameter)
-        fitted = {
-            name: _state.new(parameter, dtype, rule.initial)
-            if entry.get(name) is None
-            else _state.fitted(entry[name], f"the {name} of {label}", parameter, dtype)
-            for name in rule.states
-        }
-        entry.update(fitted)
+        states = {}
+        for name in rule.states:
+            if _is_there(entry.get(name)):
+                what = f"the {name} of {label}"
+                states[name] = _state.fitted(entry[name], what, parameter, dtype)
+            else:
+                states[name] = _state.new(parameter, dtype, self._initial_state())
+        return states
+
+    def _initial_state(self) -> float:
+        """Return what new state is filled with."""
+        return 0.0
 
     def _tell_options(self) -> bool:
         """Describe the options of all groups; False where they ask for other state."""
@@ -311,7 +331,7 @@ class Optimizer(torch.optim.Optimizer):
         given = {name: group[name] for name in fields.keys() - _OUTSIDE_THE_RULE if name in group}
         checked = {name: fields[name].checked(value) for name, value in given.items()}
         options = cls._array_class._native_options(checked)
-        states, scalars, initial = _cpu.describe_rule(cls._array_class._rule, options)
+        states, scalars, _ = _cpu.describe_rule(cls._array_class._rule, options)
         return Rule(
             options,
             bool(group.get("maximize", False)),
@@ -319,7 +339,6 @@ class Optimizer(torch.optim.Optimizer):
             any(map(_is_mutable, given.values())),
             states,
             scalars,
-            initial,
         )
 
     # ---- our own hyper-parameters ---------------------------------------------------------------
@@ -366,6 +385,7 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _refuse_modes(self.param_groups[-1])
+            self._check_group(self.param_groups[-1])
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -381,7 +401,7 @@ class Optimizer(torch.optim.Optimizer):
         return state_dict
 
     @_not_compiled
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state dict of this class, or of the torch class of this name.
 
         State is copied, and moved to its parameter's device. It is never rounded: bfloat16 and
@@ -406,6 +426,7 @@ class Optimizer(torch.optim.Optimizer):
         groups = _load.matched_groups(self.param_groups, loaded["param_groups"])
         for group in groups:
             _refuse_modes(group, is_loaded=True)
+            self._check_group(group)
         keys = [key for group in loaded["param_groups"] for key in group["params"]]
         rules = [rule for group in groups for rule in [self._rule_of(group)] * len(group["params"])]
         places = [
@@ -437,6 +458,10 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- for this package -----------------------------------------------------------------------
 
+    @classmethod
+    def _check_group(cls, group: dict[str, Any]) -> None:
+        """Raise ValueError for a group that asks for another rule than the class has."""
+
     def _attach(
         self,
         max_norm: float | None = None,
@@ -450,8 +475,8 @@ class Optimizer(torch.optim.Optimizer):
         self._native = _Native(_tensors, _tensors.USE_EXCHANGE_TABLE)
         self._native.skipped_steps = skipped_steps
         self._lock = threading.Lock()
-        self._scalars: _state.Scalars | None = None
-        self._rules: list[Rule] = []
+        self._scalars = None
+        self._rules = []
         self.max_norm = max_norm
         self.skip_nonfinite = skip_nonfinite
 
@@ -491,6 +516,11 @@ def _labelled(groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
         names = group.get("param_names", range(len(group["params"])))
         for parameter, name in zip(group["params"], names, strict=True):
             yield parameter, f"parameter {name!r}{of_group}"
+
+
+def _is_there(state: Any) -> bool:
+    """Return whether a piece of state exists, and not only as a promise on the meta device."""
+    return state is not None and not getattr(state, "is_meta", False)
 
 
 def _is_mutable(value: Any) -> bool:

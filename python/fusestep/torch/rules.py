@@ -7,16 +7,19 @@ formulas are in ``csrc/rules``, one header each, and described in :mod:`fusestep
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from .. import rules
+from . import _state
 from .optimizer import Optimizer
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
+
+    from .. import Optimizer as ArrayOptimizer
 
 
 class SGD(Optimizer, torch.optim.SGD):
@@ -42,7 +45,7 @@ class SGD(Optimizer, torch.optim.SGD):
     deep learning", equations 1-4.
     """
 
-    _array_class = rules.SGD
+    _array_class: ClassVar[type[ArrayOptimizer]] = rules.SGD
 
     def __init__(
         self,
@@ -129,6 +132,14 @@ class NAG(SGD):
             skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
         )
+
+    @classmethod
+    def _check_group(cls, group: dict[str, Any]) -> None:
+        if not group.get("nesterov", True) or group.get("dampening", 0) != 0:
+            raise ValueError(
+                "a parameter group has nesterov=False or a dampening, and NAG is SGD with "
+                "nesterov=True and none: use fusestep.torch.SGD"
+            )
 
 
 class Adam(Optimizer, torch.optim.Adam):
@@ -371,3 +382,13 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
             fused=fused,
         )
         self._attach(max_norm, skip_nonfinite, state_dtype)
+        self._widen_state()
+
+    def _widen_state(self) -> None:
+        """Start the sums, which torch's constructor has made, in the dtype they are kept in."""
+        for parameter, entry in self.state.items():
+            dtype = _state.dtype_for(self._state_dtype, parameter)
+            entry["sum"] = _state.new(parameter, dtype, self._initial_state())
+
+    def _initial_state(self) -> float:
+        return float(self.defaults["initial_accumulator_value"])
