@@ -142,9 +142,20 @@ class Optimizer(torch.optim.Optimizer):
     # does. This says that it need not: we do it ourselves when somebody is looking.
     step.hooked = True  # type: ignore[attr-defined]
 
-    # torch.compile calls it as it is: there is nothing in it to compile.
-    step._torchdynamo_disable = True  # type: ignore[attr-defined]
-    step._torchdynamo_disable_msg = "fusestep's step is compiled already"  # type: ignore[attr-defined]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters; see ``torch.optim.Optimizer.zero_grad``.
+
+        Parameters
+        ----------
+        set_to_none
+            Drop the gradients, rather than fill them with zeros.
+        """
+        if not set_to_none or profiler._is_profiler_enabled:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     @_not_compiled
     def _observed_step(
@@ -470,7 +481,7 @@ class Optimizer(torch.optim.Optimizer):
         skipped_steps: int = 0,
     ) -> None:
         """Create what is neither torch's nor pickled."""
-        _keep_compiler_out_of_step()
+        _keep_compiler_out()
         self._state_dtype = _state.checked_dtype(state_dtype)
         self._native = _Native(_tensors, _tensors.USE_EXCHANGE_TABLE)
         self._native.skipped_steps = skipped_steps
@@ -502,12 +513,18 @@ class Optimizer(torch.optim.Optimizer):
 
 
 @functools.cache
-def _keep_compiler_out_of_step() -> None:
-    """Have torch.compile run the frame of ``step`` as it is, rather than look for graphs in it."""
+def _keep_compiler_out() -> None:
+    """Have torch.compile run the frames of short methods as they are: they have no graph in them.
+
+    A wrapper, as torch's own ``zero_grad`` has, would cost more than they do.
+    """
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # torch's constructor has imported it
     skip_code = getattr(dynamo, "skip_code", None)
-    if skip_code is not None:
-        skip_code(Optimizer.step.__code__)
+    for method in (Optimizer.step, Optimizer.zero_grad):
+        method._torchdynamo_disable = True  # type: ignore[attr-defined]
+        method._torchdynamo_disable_msg = "there is nothing to compile"  # type: ignore[attr-defined]
+        if skip_code is not None:
+            skip_code(method.__code__)
 
 
 def _labelled(groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
