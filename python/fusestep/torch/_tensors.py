@@ -78,12 +78,14 @@ def resolved(tensor: Tensor) -> Tensor:
 
 def refusal(tensor: Tensor) -> str:
     """Say what is wrong with a tensor whose memory cannot be used."""
-    if tensor.layout is not torch.strided:
+    if tensor.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
         return (
             f"is sparse ({tensor.layout}). Sparse gradients will be taken as fusestep.Rows, which "
             "this version does not have: use nn.Embedding(sparse=False), or torch.optim.SparseAdam "
             "or SGD for this parameter"
         )
+    if tensor.layout is not torch.strided:
+        return f"has layout {tensor.layout}; expected torch.strided"
     if is_traceable_wrapper_subclass(tensor) or type(tensor).__name__ == "FakeTensor":
         return (
             f"is a {type(tensor).__name__}, which keeps its numbers in other tensors; expected "

@@ -202,27 +202,31 @@ class Optimizer(torch.optim.Optimizer):
     @_not_compiled
     def _settle(self, outcome: int, grad_scale: float, zero_grad: bool) -> None:
         """Take the step after telling the native half what it does not know."""
+        if outcome == _Native.SKIPPED:
+            return
         with self._lock:
             added: list[tuple[Tensor, str]] = []
-            norm = None
             try:
-                for _ in range(_MOST_ATTEMPTS):
-                    if outcome == _Native.NEEDS_NORM:
-                        norm = self._global_norm()
-                    elif outcome == _Native.STALE or not self._tell_options():
-                        self._tell_everything(added)
-                    outcome = self._native.step(
-                        self.param_groups, self.state, grad_scale, zero_grad, norm
-                    )
-                    if outcome in (_Native.DONE, _Native.SKIPPED):
-                        break
-                else:
-                    raise RuntimeError("the optimizer's state was changed during its own step")
+                outcome = self._persevere(outcome, grad_scale, zero_grad, added)
             except BaseException:
                 self._take_back(added)
                 raise
             if outcome == _Native.SKIPPED:
                 self._take_back(added)
+
+    def _persevere(
+        self, outcome: int, grad_scale: float, zero_grad: bool, added: list[tuple[Tensor, str]]
+    ) -> int:
+        norm = None
+        for _ in range(_MOST_ATTEMPTS):
+            if outcome == _Native.NEEDS_NORM:
+                norm = self._global_norm()
+            elif outcome == _Native.STALE or not self._tell_options():
+                self._tell_everything(added)
+            outcome = self._native.step(self.param_groups, self.state, grad_scale, zero_grad, norm)
+            if outcome in (_Native.DONE, _Native.SKIPPED):
+                return outcome
+        raise RuntimeError("the optimizer's groups or state were changed during its own step")
 
     def _take_back(self, added: list[tuple[Tensor, str]]) -> None:
         """Remove state that was made for a step which has not happened."""
@@ -289,6 +293,8 @@ class Optimizer(torch.optim.Optimizer):
         missing = [name for name in needed if not _is_there(entry.get(name))]
         is_ready = not missing or parameter.grad is not None
         if needed and is_ready:
+            if parameter.layout is not torch.strided:  # there would be no such state either
+                raise TypeError(f"{label} {_tensors.refusal(parameter)}")
             entry = self.state[parameter]
             states = self._complete_states(parameter, entry, label, rule)
             added += [(parameter, name) for name in missing]
@@ -520,9 +526,10 @@ def _keep_compiler_out() -> None:
     """
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # torch's constructor has imported it
     skip_code = getattr(dynamo, "skip_code", None)
-    for method in (Optimizer.step, Optimizer.zero_grad):
-        method._torchdynamo_disable = True  # type: ignore[attr-defined]
-        method._torchdynamo_disable_msg = "there is nothing to compile"  # type: ignore[attr-defined]
+    methods: list[Any] = [Optimizer.step, Optimizer.zero_grad]
+    for method in methods:
+        method._torchdynamo_disable = True
+        method._torchdynamo_disable_msg = "there is nothing to compile"
         if skip_code is not None:
             skip_code(method.__code__)
 
