@@ -469,7 +469,7 @@ def test_parameters_that_cannot_be_updated(
     opt = fst.Adam(params)
     set_gradients(params[:1], 0)
     before = snapshot(opt, params[:1])
-    params[1].grad = torch.ones_like(params[1])
+    params[1].grad = params[1].clone()
     with pytest.raises(TypeError, match=message):
         opt.step()
     params[1].grad = None
@@ -927,4 +927,4 @@ def test_steps_leave_no_tensors_behind() -> None:
     train(opt, params, 3)
     before = tensors_alive()
     train(opt, params, 50)
-    assert tensors_alive() == before
+    assert tensors_alive() <= before
