@@ -52,6 +52,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Before anybody calls fusestep.set_num_threads, which cannot be taken back; see there.
+    items.sort(key=lambda item: item.path.name != "test_torch.py")
+
+
 @pytest.fixture(scope="session")
 def budget(request: pytest.FixtureRequest) -> Budget:
     """How long to measure; with --benchmark-disable, as short as can be."""

@@ -41,6 +41,19 @@ _RATIOS = (
 )
 _LIMIT = (("adam", "30M", 2), 0.97)
 
+# task for fusestep.torch, threads, peer, how many times faster
+_TASKS = (
+    ("adam 1k", 1, "torch fused", 15.0),
+    ("adam 1k", 2, "torch fused", 15.0),
+    ("adam 500x1k", 2, "torch fused", 10.0),
+    ("adam gpt2", 1, "torch fused", 1.0),
+    ("adam gpt2", 2, "torch fused", 1.0),
+    ("online mlp 64-32-10", 1, "torch fused", 1.6),
+    ("online mlp 64-32-10", 2, "torch fused", 1.6),
+    ("online mlp 64-32-10", 1, "torch", 2.5),
+    ("online mlp 64-32-10", 2, "torch", 2.5),
+)
+
 # group, what it is, unit, its seconds, at most so many
 _TIMES = (
     ("call", "opt.step([g]), Adam, 1 x 1,000", "µs", 1e-6, 1.5),
@@ -53,10 +66,15 @@ def outcomes(results: Results) -> list[Outcome]:
 
     The first number of a ratio is the median over the rounds, those in brackets are the quartiles.
     """
+    arrays = _of_arrays(results) if results.groups or results.others else []
+    return arrays + (_of_torch(results) if results.tasks else [])
+
+
+def _of_arrays(results: Results) -> list[Outcome]:
     lines = [_limit(results)]
     for rule, workload, threads, peer, goal in _RATIOS:
         ratio = results.ratio((rule, workload, threads), peer, "fusestep")
-        work = f"{rule} {workload}, {threads} thread" + "s" * (threads > 1)
+        work = f"{rule} {workload}, {_threads(threads)}"
         lines.append(_at_least(f"{work}: faster than {peer}", goal, "x", ratio))
     for group, work, unit, seconds, goal in _TIMES:
         entry = results.others.get(group)
@@ -65,6 +83,19 @@ def outcomes(results: Results) -> list[Outcome]:
         verdict = "" if measured is None else _verdict(measured < goal)
         lines.append(Outcome(work, f"< {goal:g} {unit}", text, verdict))
     return lines
+
+
+def _of_torch(results: Results) -> list[Outcome]:
+    lines = []
+    for task, threads, peer, goal in _TASKS:
+        ratio = results.ratio((task, threads), peer, "fusestep")
+        work = f"{task}, {_threads(threads)}: faster than {peer}"
+        lines.append(_at_least(f"fusestep.torch, {work}", goal, "x", ratio))
+    return lines
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + "s" * (count > 1)
 
 
 def _limit(results: Results) -> Outcome:

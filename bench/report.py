@@ -2,8 +2,9 @@
 
 Prints, for every rule and number of threads, the medians of all peers, how many times longer each
 takes than fusestep (the median of the ratios within the rounds), and fusestep's share of the limit;
-then the goals. Beside the first file it writes what it prints (``.txt``) and a picture for each
-number of threads (``-1-thread.png``, ``-2-threads.png``).
+what was measured of ``fusestep.torch``; then the goals. Beside the first file it writes what it
+prints (``.txt``) and, of the steps over arrays, a picture for each number of threads
+(``-1-thread.png``, ``-2-threads.png``).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PEERS = {
     "numpy in-place": "#7f7f7f",
     "numpy": "#c7c7c7",
 }
+_STEPPERS = ("fusestep", "torch fused", "torch foreach", "torch", "no step")
 _BARS = [peer for peer in PEERS if peer != "torch fused"]  # that one is the line at 1
 _LIMIT_LINE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 _TITLES = {"adam": "Adam", "nag": "NAG", "adagrad": "Adagrad"}
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _print_machine(console, measured)
     for rule, threads in _panels(measured):
         console.print(_table(measured, rule, threads))
+    for threads in sorted({threads for _, threads in measured.tasks}):
+        console.print(_table_of_tasks(measured, threads))
     console.print(_goals(measured))
     output.with_suffix(".txt").write_text(console.export_text())
     for threads in sorted({threads for _, threads in _panels(measured)}):
@@ -121,8 +125,22 @@ def _table(measured: results.Results, rule: str, threads: int) -> Table:
     return table
 
 
-def _cell(measured: results.Results, key: results.GroupKey, peer: str) -> str:
-    entry = measured.groups[key].get(peer)
+def _table_of_tasks(measured: results.Results, threads: int) -> Table:
+    plural = "s" * (threads > 1)
+    table = Table(
+        title=f"fusestep.torch, {threads} thread{plural}: median, times fusestep's",
+        title_justify="left",
+    )
+    for column in ("", *_STEPPERS):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for key in measured.tasks:
+        if key[1] == threads:
+            table.add_row(key[0], *(_cell(measured, key, stepper) for stepper in _STEPPERS))
+    return table
+
+
+def _cell(measured: results.Results, key: results.GroupKey | results.TaskKey, peer: str) -> str:
+    entry = measured.peers(key).get(peer)
     if entry is None:
         return "-"
     ratio = measured.ratio(key, peer, "fusestep")

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 GroupKey = tuple[str, str, int]
 """Rule, workload, threads."""
 
+TaskKey = tuple[str, int]
+"""A task for torch's optimizers, threads."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -63,13 +66,19 @@ class Results:
     """All groups of one or several files."""
 
     groups: dict[GroupKey, dict[str, Entry]] = field(default_factory=dict)
+    tasks: dict[TaskKey, dict[str, Entry]] = field(default_factory=dict)
+    """What `fusestep.torch` was measured with."""
     others: dict[str, Entry] = field(default_factory=dict)
     """What is not an optimizer's step: "call", "import"."""
     files: list[dict[str, Any]] = field(default_factory=list)
 
-    def ratio(self, key: GroupKey, slower: str, faster: str) -> Ratio | None:
+    def peers(self, key: GroupKey | TaskKey) -> dict[str, Entry]:
+        """Return what was measured of a group or a task; nothing where it was not."""
+        return (self.tasks if len(key) == 2 else self.groups).get(key, {})
+
+    def ratio(self, key: GroupKey | TaskKey, slower: str, faster: str) -> Ratio | None:
         """Return how many times longer `slower` takes, or None where one was not measured."""
-        peers = self.groups.get(key, {})
+        peers = self.peers(key)
         if slower not in peers or faster not in peers:
             return None
         both = zip(peers[slower].seconds, peers[faster].seconds, strict=False)
@@ -105,6 +114,9 @@ def _add(results: Results, benchmark: dict[str, Any]) -> None:
     entry = Entry(benchmark["stats"]["data"], benchmark["extra_info"].get("elements", 0))
     if params is None:
         results.others[benchmark["group"]] = entry
+    elif "task" in params:
+        task = (params["task"], params["threads_of_torch"])
+        results.tasks.setdefault(task, {})[params["stepper"]] = entry
     else:
         key = (params["rule"], params["workload"], params["count"])
         results.groups.setdefault(key, {})[params["peer"]] = entry

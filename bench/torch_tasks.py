@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import cached_property
+from functools import lru_cache
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,12 @@ class Task(ABC):
         return getattr(torch.optim, name)(params, lr=_LR, **options, **_THEIRS[stepper])
 
 
+@lru_cache(maxsize=1)
+def gradients_of(workload: Workload) -> list[Tensor]:
+    """Return gradients which all steppers share, kept until others are asked for."""
+    return [torch.from_numpy(gradient) for gradient in gradients(workload)]
+
+
 class _OverTensors(Task):
     """A task over given shapes and gradients that stay; parameters start as copies of these."""
 
@@ -108,19 +114,12 @@ class _OverTensors(Task):
         self._workload = workload
         self.elements, self.tensors = workload.elements, len(workload.shapes)
 
-    @cached_property
-    def _gradients(self) -> list[Tensor]:
-        return [torch.from_numpy(gradient) for gradient in gradients(self._workload)]
-
     def _parameters(self) -> list[torch.nn.Parameter]:
-        params = [torch.nn.Parameter(gradient.clone()) for gradient in self._gradients]
-        for param, gradient in zip(params, self._gradients, strict=True):
+        grads = gradients_of(self._workload)
+        params = [torch.nn.Parameter(gradient.clone()) for gradient in grads]
+        for param, gradient in zip(params, grads, strict=True):
             param.grad = gradient
         return params
-
-    def clear(self) -> None:
-        """Give the gradients back."""
-        self.__dict__.pop("_gradients", None)
 
 
 class Step(_OverTensors):
@@ -153,8 +152,8 @@ class ClippedStep(_OverTensors):
         if stepper == OURS:
             step = self._optimizer(stepper, params, max_norm=_MAX_NORM).step
             return Run(step, lambda: _values(params))
-        for param, gradient in zip(params, self._gradients, strict=True):
-            param.grad = gradient.clone()  # torch clips in place
+        for param in params:
+            param.grad = param.detach().clone()  # not everybody's: torch clips in place
         optimizer = self._optimizer(stepper, params)
         foreach = _THEIRS[stepper].get("foreach")
 

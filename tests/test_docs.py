@@ -6,6 +6,8 @@ import doctest
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,10 +54,41 @@ def test_signatures_are_torchs(cls: type) -> None:
             assert ours[name].default == expected[name].default, name
 
 
+@pytest.mark.parametrize("name", ["SGD", "NAG", "Adam", "AdamW", "NAdam", "Adagrad"])
+def test_the_torch_classes(name: str) -> None:
+    """Torch's arguments, order and defaults, then ours; all of them described."""
+    torch = pytest.importorskip("torch")
+    ours = inspect.signature(getattr(fs.torch, name).__init__).parameters
+    test_every_argument_is_documented(getattr(fs.torch, name))
+    if name == "NAG":
+        return
+    theirs = inspect.signature(getattr(torch.optim, name).__init__).parameters
+    assert list(ours) == [*theirs, "max_norm", "skip_nonfinite", "state_dtype"]
+    for argument, parameter in theirs.items():
+        assert ours[argument].kind == parameter.kind
+        assert ours[argument].default == parameter.default
+
+
+def test_the_readmes_gradient_with_transposed_strides(capsys: pytest.CaptureFixture[str]) -> None:
+    if not (ROOT / "README.md").exists():
+        pytest.skip("not in a source tree")
+    pytest.importorskip("torch")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", readme, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    *_, ours = re.findall(r"tensor\((.*?)\)", capsys.readouterr().out)
+    assert float(ours) < 1e-6
+
+
+def test_importing_fusestep_imports_no_framework() -> None:
+    code = "import sys, fusestep; assert not {'torch', 'jax', 'sklearn'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_links_in_the_readme_lead_somewhere() -> None:
     if not (ROOT / "README.md").exists():
         pytest.skip("not in a source tree")
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "numerics.md"]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,4 +1,4 @@
-"""Fused, in-place optimizer steps for NumPy arrays (and whatever speaks DLPack).
+"""Fused, in-place optimizer steps for NumPy arrays, torch tensors, and whatever speaks DLPack.
 
 >>> import numpy as np, fusestep as fs
 >>> w = np.zeros(3, np.float32)
@@ -10,11 +10,17 @@ array([-0.1, -0.1, -0.1], dtype=float32)
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import functional
 from ._version import __version__
 from .optimizer import Optimizer
 from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam
 from .runtime import get_num_threads, set_num_threads, show_config
+
+if TYPE_CHECKING:
+    from . import torch as torch
 
 __all__ = [
     "NAG",
@@ -30,3 +36,9 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "torch":  # imports the framework, so only when it is asked for
+        return importlib.import_module(".torch", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

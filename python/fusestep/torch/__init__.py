@@ -8,8 +8,15 @@ and the right result for gradients of any strides.
 
 from __future__ import annotations
 
-from .convert import convert
-from .optimizer import Optimizer
-from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam
+try:
+    from .convert import convert
+    from .optimizer import Optimizer
+    from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        "fusestep.torch needs PyTorch 2.4 or later: pip install torch", name="torch"
+    ) from error
 
 __all__ = ["NAG", "SGD", "Adagrad", "Adam", "AdamW", "NAdam", "Optimizer", "convert"]
