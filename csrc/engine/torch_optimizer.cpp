@@ -43,6 +43,7 @@ double number(PyObject* value) {
 // --------------------------------------------------------------------
 
 void TorchOptimizer::forget() {
+  const Turnstile::Turn turn(turnstile);
   memory_.reset();  // it points into parameters_
   stepper.forget_gradients();
   parameters_.clear();
@@ -66,6 +67,7 @@ TorchOptimizer::FollowedDict::FollowedDict(const py::dict& dict, const py::set& 
 
 void TorchOptimizer::add_group(const py::dict& dict, std::unique_ptr<rules::AnyRule> rule,
                                bool maximize, const py::set& options) {
+  const Turnstile::Turn turn(turnstile);
   groups_.push_back({Group{std::move(rule), 0, maximize}, FollowedDict(dict, options),
                      parameters_.size(), parameters_.size()});
 }
@@ -73,12 +75,14 @@ void TorchOptimizer::add_group(const py::dict& dict, std::unique_ptr<rules::AnyR
 void TorchOptimizer::set_options(std::size_t group, const py::dict& dict,
                                  std::unique_ptr<rules::AnyRule> rule, bool maximize,
                                  const py::set& options) {
+  const Turnstile::Turn turn(turnstile);
   FollowedGroup& followed = groups_.at(group);
   followed.dict = FollowedDict(dict, options);
   followed.group = {std::move(rule), 0, maximize};
 }
 
 void TorchOptimizer::add_parameter(Parameter parameter) {
+  const Turnstile::Turn turn(turnstile);
   FollowedGroup& group = groups_.back();
   FollowedParameter& followed = parameters_.emplace_back(FollowedParameter{
       .tensor = parameter.tensor,
@@ -98,6 +102,7 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
 }
 
 void TorchOptimizer::seal(const py::dict& state, const std::vector<py::object>& scalars) {
+  const Turnstile::Turn turn(turnstile);
   std::vector<std::string_view> names;
   for (const FollowedGroup& followed : groups_) {
     const rules::AnyRule& rule = *followed.group.rule;

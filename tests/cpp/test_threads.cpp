@@ -12,18 +12,23 @@
 namespace fusestep::testing {
 namespace {
 
-// Each chunk is visited once; what it wrote is visible to the caller afterwards.
-void check_parallel_for(std::int64_t chunks, int threads) {
+// Each chunk is visited once; what it wrote is visible to the caller afterwards. The errand is run
+// once, by the caller. It makes no difference whether the threads were announced.
+void check_parallel_for(std::int64_t chunks, int threads, bool announced) {
   std::vector<int> visits(static_cast<std::size_t>(chunks));  // not atomic: TSan looks on
-  cpu::parallel_for(chunks, threads,
-                    [&](std::int64_t i) { ++visits[static_cast<std::size_t>(i)]; });
+  std::vector<std::thread::id> errands;
+  if (announced) cpu::rouse(threads);
+  cpu::parallel_for(
+      chunks, threads, [&](std::int64_t i) { ++visits[static_cast<std::size_t>(i)]; },
+      [&] { errands.push_back(std::this_thread::get_id()); });
   for (const int count : visits) CHECK(count == 1);
+  CHECK(errands == std::vector{std::this_thread::get_id()});
 }
 
 void stress(int rounds) {
   Random random(static_cast<std::uint64_t>(rounds));
   for (int i = 0; i < rounds; ++i)
-    check_parallel_for(random.below(50), static_cast<int>(1 + random.below(6)));
+    check_parallel_for(random.below(50), static_cast<int>(1 + random.below(6)), i % 3 == 0);
 }
 
 void run(int rounds) {
