@@ -237,7 +237,8 @@ def test_compiling_nothing_but_the_step(fresh_compiler: Any) -> None:
         step()
         twin.step()
     assert_close(model, other, 0)
-    assert not fresh_compiler["stats"].get("unique_graphs")
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10):
+        assert not fresh_compiler["stats"].get("unique_graphs")
 
 
 # ---- hooks, closures, profiler -------------------------------------------------------------------

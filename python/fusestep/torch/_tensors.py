@@ -123,7 +123,7 @@ def _find_increment_versions() -> Any:
     increment = getattr(torch._C, "_increment_version", _increment_each)
     try:
         increment([])
-    except TypeError:
+    except (TypeError, RuntimeError):
         return _increment_each
     return increment
 

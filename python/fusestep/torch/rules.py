@@ -7,6 +7,7 @@ formulas are in ``csrc/rules``, one header each, and described in :mod:`fusestep
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
     from .. import Optimizer as ArrayOptimizer
+
+
+# From torch 2.6 on.
+_ADAM_DECOUPLES = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters
 
 
 class SGD(Optimizer, torch.optim.SGD):
@@ -188,8 +193,7 @@ class Adam(Optimizer, torch.optim.Adam):
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
     ) -> None:
-        # Before torch 2.6, Adam had no decoupled weight decay.
-        decoupled = {"decoupled_weight_decay": True} if decoupled_weight_decay else {}
+        decoupled = {"decoupled_weight_decay": decoupled_weight_decay} if _ADAM_DECOUPLES else {}
         super().__init__(
             params,
             lr,
@@ -204,6 +208,9 @@ class Adam(Optimizer, torch.optim.Adam):
             fused=fused,
             **decoupled,
         )
+        if decoupled_weight_decay and not _ADAM_DECOUPLES:
+            for options in (self.defaults, *self.param_groups):
+                options.setdefault("decoupled_weight_decay", True)
         self._attach(max_norm, skip_nonfinite, state_dtype)
 
 
