@@ -27,7 +27,7 @@ _WATCH = pytest.StashKey[company.Watch]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fusestep's benchmarks")
     group.addoption("--quick", action="store_true", help="small workloads, short (the default)")
-    group.addoption("--full", action="store_true", help="all workloads; a quarter of an hour, 20 GB")
+    group.addoption("--full", action="store_true", help="all workloads; fifteen minutes, 20 GB")
     group.addoption("--wheel", type=Path, help="a built wheel, whose size is to be reported")
 
 

@@ -50,6 +50,8 @@ class Array {
   bool c_contiguous = false;
   std::int64_t size = 0;  // elements
 
+  PyObject* owner() const { return owner_; }
+
   Geometry geometry() const { return {{shape_, ndim_}, {strides_, ndim_}}; }
   Operand operand() const { return {data, dtype}; }
 

@@ -31,6 +31,7 @@ TorchTensors::TorchTensors(const py::object& module, bool use_exchange_table)
 // False, with a Python exception, where the tensor has no memory that can be described.
 bool TorchTensors::read(PyObject* tensor, dlpack::Tensor& fields) const {
   if (api_) return api_->read(tensor, &fields) == 0;
+  has_run_code = true;
   try {
     const py::tuple description = describe_(py::handle(tensor));
     const auto [address, device, code, bits, shape, strides] =
@@ -58,14 +59,20 @@ void TorchTensors::refuse(PyObject* tensor, const Label& label) const {
   throw TypeError(label.text() + " " + refusal_(py::handle(tensor)).cast<std::string>());
 }
 
+// The plain tensor that holds the numbers of a tensor.
+py::object TorchTensors::plain(PyObject* tensor) const {
+  if (is_plain(tensor)) return py::reinterpret_borrow<py::object>(tensor);
+  has_run_code = true;
+  return local_(py::handle(tensor));
+}
+
 Array TorchTensors::view(PyObject* tensor, const Label& label) const {
-  auto plain = py::reinterpret_borrow<py::object>(tensor);
-  if (!is_plain(tensor)) plain = local_(plain);
+  const py::object object = plain(tensor);
   dlpack::Tensor fields;
-  if (!read(plain.ptr(), fields)) refuse(tensor, label);
+  if (!read(object.ptr(), fields)) refuse(tensor, label);
   try {
     Array array = from_tensor(fields, nullptr, Complex::viewed_as_real, label);
-    if (is_lazily_conjugated(plain.ptr(), fields, array))
+    if (is_lazily_conjugated(object.ptr(), fields, array))
       throw ValueError(label.text() +
                        " is a view that torch has not yet conjugated or negated; pass its "
                        ".resolve_conj().resolve_neg()");
@@ -76,11 +83,14 @@ Array TorchTensors::view(PyObject* tensor, const Label& label) const {
 }
 
 bool TorchTensors::is_at(PyObject* tensor, const Array& array) const {
+  const py::object object = plain(tensor);
   dlpack::Tensor fields;
-  const bool found =
-      is_plain(tensor) ? read(tensor, fields) : read(local_(py::handle(tensor)).ptr(), fields);
-  if (!found) PyErr_Clear();
-  return found && array.is_view_of(fields);
+  if (!read(object.ptr(), fields)) {
+    PyErr_Clear();
+    return false;
+  }
+  return array.is_view_of(fields) && (fields.dtype.code != dlpack::kComplex ||
+                                      !is_lazily_conjugated(object.ptr(), fields, array));
 }
 
 PyObject* TorchTensors::gradient_of(PyObject* parameter) const {
@@ -91,6 +101,7 @@ PyObject* TorchTensors::gradient_of(PyObject* parameter) const {
         *reinterpret_cast<PyGetSetDescrObject*>(grad_descriptor_.ptr())->d_getset;
     gradient = getter.get(parameter, getter.closure);
   } else {
+    has_run_code = true;
     gradient = PyObject_GetAttrString(parameter, "grad");
   }
   if (!gradient) throw py::error_already_set();
@@ -115,6 +126,7 @@ bool TorchTensors::view_gradient(PyObject* parameter, const Array& parameter_vie
 bool TorchTensors::view_unusual_gradient(PyObject* parameter, PyObject* gradient,
                                          const Label& label, Array& view) const {
   auto object = py::reinterpret_borrow<py::object>(gradient);
+  has_run_code = true;
   bool is_copy = false;
   if (!is_plain(gradient) || !is_plain(parameter)) {
     const py::tuple local = local_gradient_(py::handle(parameter), object);

@@ -40,13 +40,19 @@ class TorchTensors {
   bool view_gradient(PyObject* parameter, const Array& parameter_view, PyObject* gradient,
                      const Label& label, Array& view) const;
 
+  // True for a tensor that is read without running Python code, where there is a table.
+  bool is_plain(PyObject* tensor) const {
+    return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
+  }
+
+  // Set where looking at tensors has run Python code, which may have changed anything.
+  mutable bool has_run_code = false;
+
   // Tells autograd that these tensors have changed.
   void increment_versions(PyObject* tensors) const noexcept;
 
  private:
-  bool is_plain(PyObject* tensor) const {
-    return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
-  }
+  pybind11::object plain(PyObject* tensor) const;
   bool read(PyObject* tensor, dlpack::Tensor& fields) const;
   [[noreturn]] void refuse(PyObject* tensor, const Label& label) const;
   bool is_lazily_conjugated(PyObject* tensor, const dlpack::Tensor& fields,

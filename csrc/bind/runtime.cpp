@@ -12,6 +12,7 @@ namespace fusestep::bind {
 
 void register_runtime(py::module_& module) {
   using namespace py::literals;
+  cpu::fork_generation();  // counts from here on, for locks that a forked child inherits
   module.def("num_threads", &cpu::own_threads);
   module.def("set_num_threads", &cpu::set_num_threads, "n"_a);
   module.def("active_tier", [] { return std::string(cpu::active_tier().name); });

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 #include "core/errors.h"
@@ -19,6 +21,12 @@ using Watch = WatchedDict::Watch;
 // From so many on, looking at all tensors takes longer than waking a thread.
 constexpr std::size_t kManyTensors = 100;
 
+// A step settles in two or three attempts. More means that somebody changes the state meanwhile.
+constexpr int kMostAttempts = 10;
+
+// Places in the list of a rule's scalars.
+constexpr std::size_t kStep = 0, kMomentumProduct = 1;
+
 bool is_text(PyObject* key, std::string_view text) {
   if (!PyUnicode_Check(key)) return false;
   Py_ssize_t size = 0;
@@ -28,10 +36,9 @@ bool is_text(PyObject* key, std::string_view text) {
 }
 
 // A number, or a tensor of one element: a scheduler may write to it at any time.
-double number(PyObject* value) {
-  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  py::object element = py::reinterpret_borrow<py::object>(value);
-  if (py::hasattr(element, "item")) element = element.attr("item")();
+double number(const py::object& value) {
+  if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  const py::object element = py::hasattr(value, "item") ? value.attr("item")() : value;
   const double result = PyFloat_AsDouble(element.ptr());
   if (result == -1 && PyErr_Occurred()) throw py::error_already_set();
   return result;
@@ -39,56 +46,54 @@ double number(PyObject* value) {
 
 }  // namespace
 
-// ---- being told what there is
-// --------------------------------------------------------------------
+// ---- being told what there is ----
 
 void TorchOptimizer::forget() {
-  const Turnstile::Turn turn(turnstile);
   memory_.reset();  // it points into parameters_
   stepper.forget_gradients();
+  updates_.clear();
+  moving_.clear();
   parameters_.clear();
   groups_.clear();
   state_.clear();
   scalars_.clear();
 }
 
-TorchOptimizer::FollowedDict::FollowedDict(const py::dict& dict, const py::set& options)
-    : watched(dict.ptr(), [&](PyObject* key) {
+TorchOptimizer::FollowedDict::FollowedDict(const GroupOptions& options)
+    : is_mutable(options.is_mutable), watched(options.dict.ptr(), [&](PyObject* key) {
         if (is_text(key, "lr")) lr_key = key;
         if (is_text(key, "params")) {
-          params = PyDict_GetItem(dict.ptr(), key);
+          params = PyDict_GetItem(options.dict.ptr(), key);
           return Watch::value;
         }
-        return options.contains(py::handle(key)) ? Watch::kept_value : Watch::key;
+        return options.watched.contains(py::handle(key)) ? Watch::kept_value : Watch::key;
       }) {
   if (!lr_key || !params || !PyList_Check(params))
     throw ValueError("a parameter group lacks 'lr', or its list of 'params'");
 }
 
-void TorchOptimizer::add_group(const py::dict& dict, std::unique_ptr<rules::AnyRule> rule,
-                               bool maximize, const py::set& options) {
-  const Turnstile::Turn turn(turnstile);
-  groups_.push_back({Group{std::move(rule), 0, maximize}, FollowedDict(dict, options),
-                     parameters_.size(), parameters_.size()});
+void TorchOptimizer::add_group(GroupOptions options) {
+  FollowedDict dict(options);
+  groups_.push_back({Group{std::move(options.rule), 0, options.maximize},
+                     std::move(dict),
+                     {},
+                     parameters_.size(),
+                     parameters_.size()});
 }
 
-void TorchOptimizer::set_options(std::size_t group, const py::dict& dict,
-                                 std::unique_ptr<rules::AnyRule> rule, bool maximize,
-                                 const py::set& options) {
-  const Turnstile::Turn turn(turnstile);
+void TorchOptimizer::set_options(std::size_t group, GroupOptions options) {
   FollowedGroup& followed = groups_.at(group);
-  followed.dict = FollowedDict(dict, options);
-  followed.group = {std::move(rule), 0, maximize};
+  followed.dict = FollowedDict(options);
+  followed.group = {std::move(options.rule), 0, options.maximize};
 }
 
 void TorchOptimizer::add_parameter(Parameter parameter) {
-  const Turnstile::Turn turn(turnstile);
   FollowedGroup& group = groups_.back();
   FollowedParameter& followed = parameters_.emplace_back(FollowedParameter{
       .tensor = parameter.tensor,
       .states = {},
       .slot = Slot(std::move(parameter.name), group.group.rule->state_names()),
-      .scalars = parameter.scalars,
+      .scalars = {},
       .is_ready = parameter.is_ready,
       .is_sharded = parameter.is_sharded,
       .index = parameters_.size(),
@@ -97,22 +102,34 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
     throw ValueError(followed.slot.name() + " has too many state tensors");
   std::ranges::copy(parameter.states, followed.states.begin());
   followed.state_count = parameter.states.size();
-  followed.slot.progress.step = parameter.updates;
+  followed.slot.progress.step = parameter.is_first ? 0 : 1;
+  for (const auto& [tensor, element] : parameter.scalars)
+    followed.scalars.push_back({follow_scalar(tensor), element});
   group.end = parameters_.size();
 }
 
-void TorchOptimizer::seal(const py::dict& state, const std::vector<py::object>& scalars) {
-  const Turnstile::Turn turn(turnstile);
-  std::vector<std::string_view> names;
+// Most parameters have theirs in the same few tensors, which come first.
+std::size_t TorchOptimizer::follow_scalar(const py::object& tensor) {
+  constexpr std::size_t kFew = 4;
+  for (std::size_t i = 0; i < std::min(kFew, scalars_.size()); ++i)
+    if (scalars_[i].tensor.is(tensor)) return i;
+  scalars_.push_back({tensor, {}});
+  return scalars_.size() - 1;
+}
+
+void TorchOptimizer::seal(const py::dict& state) {
+  std::vector<std::string_view> names, scalar_names;
   for (const FollowedGroup& followed : groups_) {
-    const rules::AnyRule& rule = *followed.group.rule;
-    for (const auto& list : {rule.state_names(), rule.scalar_names()})
-      names.insert(names.end(), list.begin(), list.end());
+    for (const auto name : followed.group.rule->state_names()) names.push_back(name);
+    for (const auto name : followed.group.rule->scalar_names()) scalar_names.push_back(name);
   }
+  const auto is_among = [](PyObject* key, const std::vector<std::string_view>& list) {
+    return std::ranges::any_of(list, [&](std::string_view name) { return is_text(key, name); });
+  };
   const auto watch = [&](PyObject* key) {
-    const bool watched =
-        std::ranges::any_of(names, [&](std::string_view name) { return is_text(key, name); });
-    return watched ? Watch::value : Watch::key;
+    // A scalar's tensor is not asked for its address: it is told apart for certain.
+    if (is_among(key, scalar_names)) return Watch::kept_value;
+    return is_among(key, names) ? Watch::value : Watch::key;
   };
   Py_ssize_t position = 0;
   PyObject *key, *value;
@@ -120,28 +137,23 @@ void TorchOptimizer::seal(const py::dict& state, const std::vector<py::object>& 
     FollowedState& followed = state_.emplace_back(FollowedState{key, value, {}});
     if (PyDict_Check(value)) followed.entry.emplace(value, watch);
   }
-  for (const py::object& tensor : scalars) scalars_.push_back({tensor, {}});
 }
 
-// ---- whether it is still so
-// ----------------------------------------------------------------------
+// ---- whether it is still so ----
 
-Outcome TorchOptimizer::look_at(PyObject* groups, PyObject* state) {
-  if (!PyList_Check(groups) || PyList_GET_SIZE(groups) != std::ssize(groups_))
+TorchOptimizer::Outcome TorchOptimizer::compare(py::handle groups, py::handle state) {
+  if (!PyList_Check(groups.ptr()) || PyList_GET_SIZE(groups.ptr()) != std::ssize(groups_))
     return Outcome::stale;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     FollowedGroup& followed = groups_[i];
-    py::object lr;
     const auto look = [&](PyObject* key, PyObject* value) {
-      if (key == followed.dict.lr_key) lr = py::reinterpret_borrow<py::object>(value);
+      if (key == followed.dict.lr_key) followed.lr = py::reinterpret_borrow<py::object>(value);
     };
-    PyObject* dict = PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i));
+    PyObject* dict = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(i));
     if (!followed.dict.watched.is_unchanged(dict, look)) return Outcome::new_options;
     if (!holds_its_parameters(followed)) return Outcome::stale;
-    followed.group.lr = number(lr.ptr());
-    check_rate(followed.group.lr);
   }
-  return is_known_state(state) ? Outcome::done : Outcome::stale;
+  return is_known_state(state.ptr()) ? Outcome::done : Outcome::stale;
 }
 
 bool TorchOptimizer::holds_its_parameters(const FollowedGroup& group) const {
@@ -167,8 +179,7 @@ bool TorchOptimizer::is_known_state(PyObject* state) const {
   return true;
 }
 
-// ---- a step
-// --------------------------------------------------------------------------------------
+// ---- a step ----
 
 struct TorchOptimizer::StepUnderWay {
   explicit StepUnderWay(TorchOptimizer& optimizer) : optimizer(optimizer) {}
@@ -181,43 +192,84 @@ struct TorchOptimizer::StepUnderWay {
   TorchOptimizer& optimizer;
 };
 
-Outcome TorchOptimizer::step(PyObject* groups, PyObject* state, const StepArguments& arguments) {
-  const Turnstile::Turn turn(turnstile);
+void TorchOptimizer::step(py::handle groups, py::handle state, StepArguments arguments,
+                          Teller& teller) {
+  const Turnstile::Turn turn(turnstile_);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   const cpu::BorrowedThreads threads;
-  const StepUnderWay under_way(*this);
   if (updates_.capacity() >= kManyTensors) cpu::announce(stepper.elements());
-  if (const Outcome seen = look_at(groups, state); seen != Outcome::done) return seen;
-  if (!collect()) return Outcome::stale;
-  const auto is_sharded = [](const FollowedParameter* p) { return p->is_sharded; };
-  if (stepper.settings.need_norm() && !arguments.norm && std::ranges::any_of(moving_, is_sharded))
-    return Outcome::needs_norm;
+  Outcome outcome = attempt(groups, state, arguments, false);
+  if (outcome == Outcome::done || outcome == Outcome::skipped) return;
 
-  stepper.prepare(updates_, occupied_memory(), arguments);
-  if (stepper.will_release_gil()) keep_alive();
-  const bool moved = stepper.take(updates_, arguments, [this] { increment_versions(); });
+  try {
+    for (int attempts = 0; attempts < kMostAttempts; ++attempts) {
+      if (outcome == Outcome::needs_norm)
+        arguments.norm = teller.global_norm(local_norms_);
+      else if (outcome == Outcome::stale || !teller.tell_options())
+        teller.tell_everything();
+      outcome = attempt(teller.groups(), teller.state(), arguments, true);
+      if (outcome == Outcome::done) return teller.keep();
+      if (outcome == Outcome::skipped) return teller.undo();
+    }
+    throw std::runtime_error("the optimizer's groups or state were changed during its own step");
+  } catch (...) {
+    teller.undo();
+    throw;
+  }
+}
+
+// Everything up to the kernels may fail, or find that something is not as it was told, and has
+// changed nothing then. From there on nothing throws.
+TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle state,
+                                                const StepArguments& arguments,
+                                                bool options_are_new) {
+  const StepUnderWay under_way(*this);
+  const auto is_mutable = [](const FollowedGroup& group) { return group.dict.is_mutable; };
+  if (!options_are_new && std::ranges::any_of(groups_, is_mutable)) return Outcome::new_options;
+  if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
+  const bool rates_ran_code = read_rates();
+  if (rates_ran_code)
+    if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
+  tensors_.has_run_code = false;
+  if (!collect()) return Outcome::stale;
+  if (tensors_.has_run_code)
+    if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
+
+  prepare(arguments);
+  const auto is_sharded = [](const FollowedParameter* p) { return p->is_sharded; };
+  if (stepper.settings.need_norm() && !arguments.norm && std::ranges::any_of(moving_, is_sharded)) {
+    local_norms_ = gradient_norms();
+    return Outcome::needs_norm;
+  }
+  if (stepper.will_release_gil())
+    for (const FollowedParameter* parameter : moving_) keep_alive(*parameter);
+  const bool moved =
+      stepper.take(updates_, arguments, [&] { increment_versions(arguments.zero_grad); });
   if (moved) write_progress();
-  if (arguments.zero_grad)
-    for (const py::object& gradient : copied_gradients_) gradient.attr("zero_")();
+  if (arguments.zero_grad) clear_copied_gradients();
   return moved ? Outcome::done : Outcome::skipped;
 }
 
-std::optional<std::vector<TorchOptimizer::Norm>> TorchOptimizer::gradient_norms(PyObject* groups,
-                                                                                PyObject* state) {
-  const Turnstile::Turn turn(turnstile);
-  const cpu::IeeeEnvironment ieee;
-  const StepUnderWay under_way(*this);
-  if (look_at(groups, state) != Outcome::done || !collect()) return std::nullopt;
-  stepper.prepare(updates_, occupied_memory(), {});
-  const std::vector<cpu::GradientNorm> norms = stepper.gradient_norms();
-  std::vector<Norm> result;
-  for (std::size_t i = 0; i < norms.size(); ++i) result.push_back({moving_[i]->index, norms[i]});
-  return result;
+// True where that has run Python code: a tensor's item().
+bool TorchOptimizer::read_rates() {
+  bool ran_code = false;
+  for (FollowedGroup& followed : groups_) {
+    ran_code = ran_code || !PyFloat_CheckExact(followed.lr.ptr());
+    followed.group.lr = number(followed.lr);
+    check_rate(followed.group.lr);
+  }
+  return ran_code;
 }
 
 // Finds the parameters that have a gradient. False where one of them lacks state.
 bool TorchOptimizer::collect() {
   find_scalars();
+  const bool is_plain = tensors_.uses_exchange_table() &&
+                        std::ranges::all_of(parameters_, [&](const FollowedParameter& p) {
+                          return tensors_.is_plain(p.tensor);
+                        });
+  if (!is_plain)  // looking at the others runs Python code, which may do anything
+    for (const FollowedParameter& parameter : parameters_) keep_alive(parameter);
   for (const FollowedGroup& group : groups_) {
     for (std::size_t i = group.begin; i < group.end; ++i) {
       FollowedParameter& parameter = parameters_[i];
@@ -253,6 +305,7 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
   if (is_where_it_was(parameter)) return;
   Slot& slot = parameter.slot;
   memory_.reset();
+  parameter.is_bound = false;
   const auto view = [&](PyObject* tensor, const std::string& label) {
     arrays::Array array = tensors_.view(tensor, {"", label});
     array.pin();
@@ -267,6 +320,19 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
   parameter.is_bound = true;
 }
 
+// Parameters without a gradient are not asked where they lie now.
+void TorchOptimizer::follow_all_memory() {
+  memory_.reset();
+  for (FollowedParameter& parameter : parameters_) {
+    if (!parameter.is_bound) continue;
+    try {
+      follow_memory(parameter);
+    } catch (const TypeError&) {  // it has gone where there is no memory
+    } catch (const ValueError&) {
+    }
+  }
+}
+
 const OccupiedMemory& TorchOptimizer::occupied_memory() {
   if (!memory_) {
     OccupiedMemory memory;
@@ -278,15 +344,32 @@ const OccupiedMemory& TorchOptimizer::occupied_memory() {
   return *memory_;
 }
 
+void TorchOptimizer::prepare(const StepArguments& arguments) {
+  try {
+    stepper.prepare(updates_, occupied_memory(), arguments);
+  } catch (const ValueError&) {  // an overlap, perhaps with memory that was left long ago
+    follow_all_memory();
+    stepper.prepare(updates_, occupied_memory(), arguments);
+  }
+}
+
+std::vector<Teller::Norm> TorchOptimizer::gradient_norms() const {
+  const std::vector<cpu::GradientNorm> norms = stepper.gradient_norms();
+  std::vector<Teller::Norm> result;
+  for (std::size_t i = 0; i < norms.size(); ++i) result.push_back({moving_[i]->index, norms[i]});
+  return result;
+}
+
+// ---- scalars ----
+
 // Notices where a tensor of scalars has been given other memory.
 void TorchOptimizer::find_scalars() {
-  static const std::string kName = "the tensor of step counts";
+  static const std::string kName = "a tensor of step counts";
   for (auto& [tensor, view] : scalars_) {
     if (view.data && tensors_.is_at(tensor.ptr(), view)) continue;
     view = tensors_.view(tensor.ptr(), {"", kName});
     view.pin();
-    if (view.geometry().shape.size() != 1 || !view.c_contiguous ||
-        (view.dtype != DType::float32 && view.dtype != DType::float64))
+    if (!view.c_contiguous || (view.dtype != DType::float32 && view.dtype != DType::float64))
       throw ValueError(kName + " is not a contiguous tensor of float32 or float64");
   }
 }
@@ -294,13 +377,13 @@ void TorchOptimizer::find_scalars() {
 // Calls visit(number of the scalar, element) for each scalar of a parameter, in the rule's order.
 template <class Visit>
 void TorchOptimizer::for_each_scalar(const FollowedParameter& parameter, Visit visit) const {
-  if (!parameter.scalars) return;
-  for (std::size_t i = 0; i < scalars_.size(); ++i) {
-    const arrays::Array& view = scalars_[i].view;
+  for (std::size_t i = 0; i < parameter.scalars.size(); ++i) {
+    const auto [tensor, element] = parameter.scalars[i];
+    const arrays::Array& view = scalars_[tensor].view;
     if (view.dtype == DType::float64)
-      visit(i, reinterpret_cast<double*>(view.data)[*parameter.scalars]);
+      visit(i, reinterpret_cast<double*>(view.data)[element]);
     else
-      visit(i, reinterpret_cast<float*>(view.data)[*parameter.scalars]);
+      visit(i, reinterpret_cast<float*>(view.data)[element]);
   }
 }
 
@@ -309,8 +392,8 @@ void TorchOptimizer::read_progress(FollowedParameter& parameter) {
   rules::Progress& progress = parameter.slot.progress;
   for_each_scalar(parameter, [&](std::size_t scalar, const auto& element) {
     using T = std::decay_t<decltype(element)>;
-    if (scalar == 1) progress.momentum_product = element;
-    if (scalar != 0 || element == static_cast<T>(progress.step)) return;
+    if (scalar == kMomentumProduct) progress.momentum_product = element;
+    if (scalar != kStep || element == static_cast<T>(progress.step)) return;
     if (!(element >= 0 && element <= 0x1p53 && element == std::floor(element)))
       throw ValueError("the step of " + parameter.slot.name() + " is " + std::to_string(element) +
                        "; expected a whole number from 0 to 2**53");
@@ -318,45 +401,62 @@ void TorchOptimizer::read_progress(FollowedParameter& parameter) {
   });
 }
 
-void TorchOptimizer::write_progress() {
-  find_scalars();  // other threads may have run
+void TorchOptimizer::write_progress() noexcept {
+  try {
+    find_scalars();  // other threads may have run
+  } catch (...) {
+    return;  // and have taken them away
+  }
   for (const FollowedParameter* parameter : moving_) {
     const rules::Progress& progress = parameter->slot.progress;
     for_each_scalar(*parameter, [&](std::size_t scalar, auto& element) {
       using T = std::decay_t<decltype(element)>;
-      element =
-          scalar == 0 ? static_cast<T>(progress.step) : static_cast<T>(progress.momentum_product);
+      element = scalar == kStep ? static_cast<T>(progress.step)
+                                : static_cast<T>(progress.momentum_product);
     });
   }
 }
 
-// A group that moves as a whole hands over its own list.
-void TorchOptimizer::increment_versions() const noexcept {
+// ---- around the kernels ----
+
+// A group that moves as a whole hands over its own list, if no other thread can have changed it.
+void TorchOptimizer::increment_versions(bool gradients_too) noexcept {
+  const bool lists_may_have_changed = stepper.settings.need_norm() && stepper.will_release_gil();
   auto moving = moving_.begin();
   for (const FollowedGroup& group : groups_) {
     const auto first = moving;
     while (moving != moving_.end() && (*moving)->index < group.end) ++moving;
-    const std::size_t count = static_cast<std::size_t>(moving - first);
-    if (count == 0) continue;
-    if (count == group.end - group.begin) {
+    if (moving == first) continue;
+    if (moving - first == static_cast<std::ptrdiff_t>(group.end - group.begin) &&
+        !lists_may_have_changed) {
       tensors_.increment_versions(group.dict.params);
       continue;
     }
-    py::list tensors(count);
-    for (std::size_t i = 0; i < count; ++i)
-      tensors[i] =
-          py::reinterpret_borrow<py::object>(first[static_cast<std::ptrdiff_t>(i)]->tensor);
+    py::list tensors;
+    for (auto parameter = first; parameter != moving; ++parameter)
+      tensors.append(py::handle((*parameter)->tensor));
     tensors_.increment_versions(tensors.ptr());
+  }
+  if (gradients_too) {
+    py::list gradients;
+    for (const Update& update : updates_) gradients.append(py::handle(update.gradient.owner()));
+    tensors_.increment_versions(gradients.ptr());
   }
 }
 
-// While the GIL is released, another thread may replace tensors that this step works on.
-void TorchOptimizer::keep_alive() {
-  for (const FollowedParameter* parameter : moving_) {
-    alive_.push_back(py::reinterpret_borrow<py::object>(parameter->tensor));
-    for (std::size_t i = 0; i < parameter->state_count; ++i)
-      alive_.push_back(py::reinterpret_borrow<py::object>(parameter->states[i]));
+void TorchOptimizer::clear_copied_gradients() noexcept {
+  for (const py::object& gradient : copied_gradients_) {
+    PyObject* result = PyObject_CallMethod(gradient.ptr(), "zero_", nullptr);
+    if (!result) PyErr_WriteUnraisable(gradient.ptr());  // the step has happened
+    Py_XDECREF(result);
   }
+}
+
+// While other code runs, it may replace tensors that this step works on.
+void TorchOptimizer::keep_alive(const FollowedParameter& parameter) {
+  alive_.push_back(py::reinterpret_borrow<py::object>(parameter.tensor));
+  for (std::size_t i = 0; i < parameter.state_count; ++i)
+    alive_.push_back(py::reinterpret_borrow<py::object>(parameter.states[i]));
 }
 
 }  // namespace fusestep::engine

@@ -1,12 +1,14 @@
 // The native half of a torch.optim.Optimizer: follows its param_groups and its state, which users
 // may change at any time, and takes the step.
 //
-// Python tells it once what there is (add_group, add_parameter, seal). From then on each step
-// compares the objects in those lists and dicts with the ones it was told, which costs nanoseconds
-// a parameter, and reads every tensor's address anew: a parameter or its state may have been given
-// other memory (p.data = ..., share_memory_()), and a step must neither miss that nor write to
-// memory that is no longer theirs. Where an object is not the one it was told, the step reports
-// `stale`, with nothing changed, and Python tells again.
+// Python tells it once what there is. From then on each step compares the objects in those lists
+// and dicts with the ones it was told, which costs nanoseconds a parameter, and reads addresses
+// anew: a parameter or its state may have been given other memory (p.data = ..., share_memory_()),
+// and a step must neither miss that nor write to memory that is no longer theirs. Where an object
+// is not the one it was told, Python tells again, inside the same step and before anything moves.
+//
+// One thread at a time: step() takes the turn, and calls the Teller while it has it. The functions
+// by which Python tells are for the Teller alone. See docs/adr/0005.
 #pragma once
 
 #include <Python.h>
@@ -30,67 +32,89 @@
 
 namespace fusestep::engine {
 
-enum class Outcome {
-  done,         // parameters have moved, or none had a gradient
-  stale,        // tell me again what there is
-  new_options,  // tell me again the options of the groups
-  needs_norm,   // parameters are sharded: other processes know the rest of the norm
-  skipped,      // a gradient was not finite
+// What Python does for a step.
+class Teller {
+ public:
+  virtual ~Teller() = default;
+
+  virtual pybind11::object groups() = 0;
+  virtual pybind11::object state() = 0;
+
+  // Describe everything, making what state is missing.
+  virtual void tell_everything() = 0;
+
+  // Describe the options of all groups; false where they ask for other state.
+  virtual bool tell_options() = 0;
+
+  struct Norm {
+    std::size_t parameter;  // its place in all groups
+    cpu::GradientNorm norm;
+  };
+  // The norm of all gradients over all processes, given those of this one's parts.
+  virtual cpu::GradientNorm global_norm(const std::vector<Norm>& norms) = 0;
+
+  // Take back the state that was made for this step, because it does not happen; or keep it.
+  virtual void undo() = 0;
+  virtual void keep() = 0;
 };
 
 class TorchOptimizer {
  public:
   explicit TorchOptimizer(arrays::TorchTensors tensors) : tensors_(std::move(tensors)) {}
 
+  // Returns when parameters have moved, or none had a gradient, or one was not finite and the step
+  // is to be skipped then. `groups` and `state` are the Teller's: fetching them costs time.
+  void step(pybind11::handle groups, pybind11::handle state, StepArguments arguments,
+            Teller& teller);
+
+  // ---- for the Teller, during a step ----
+
   void forget();
 
-  // `options` are the keys of the group, besides lr, that decide how its parameters move.
-  void add_group(const pybind11::dict& dict, std::unique_ptr<rules::AnyRule> rule, bool maximize,
-                 const pybind11::set& options);
-
-  void set_options(std::size_t group, const pybind11::dict& dict,
-                   std::unique_ptr<rules::AnyRule> rule, bool maximize,
-                   const pybind11::set& options);
+  struct GroupOptions {
+    pybind11::dict dict;
+    std::unique_ptr<rules::AnyRule> rule;
+    bool maximize;
+    pybind11::set watched;  // the keys, besides lr, that decide how the parameters move
+    bool is_mutable;        // a value may change without being replaced
+  };
+  void add_group(GroupOptions options);
+  void set_options(std::size_t group, GroupOptions options);
 
   struct Parameter {
     std::string name;
     PyObject* tensor;
-    std::vector<PyObject*> states;       // in the order of the rule's names
-    std::int64_t updates = 0;            // it has had, where no scalar says it
-    std::optional<std::size_t> scalars;  // its place in the tensors of scalars
-    bool is_ready = false;               // has all the state that it needs
-    bool is_sharded = false;             // this process holds a part of it
+    std::vector<PyObject*> states;  // in the order of the rule's names
+    std::vector<std::pair<pybind11::object, std::size_t>> scalars;  // a tensor, its element
+    bool is_ready;    // has all the state that it needs
+    bool is_first;    // its next update is the first, if no scalar counts them
+    bool is_sharded;  // this process holds a part of it
   };
   void add_parameter(Parameter parameter);  // to the last group
 
-  // `scalars` has a tensor of floats for each scalar of the rule.
-  void seal(const pybind11::dict& state, const std::vector<pybind11::object>& scalars);
-
-  Outcome step(PyObject* groups, PyObject* state, const StepArguments& arguments);
-
-  // The norm of each gradient that a step would use, with the parameter's place in all groups;
-  // nothing where it is stale.
-  struct Norm {
-    std::size_t parameter;
-    cpu::GradientNorm norm;
-  };
-  std::optional<std::vector<Norm>> gradient_norms(PyObject* groups, PyObject* state);
+  void seal(const pybind11::dict& state);
 
   Stepper stepper;
-  Turnstile turnstile;
 
  private:
+  enum class Outcome { done, skipped, stale, new_options, needs_norm };
+
   // Pointers to objects are borrowed: that a list or dict holds them is checked before each use.
   struct FollowedDict {  // one of param_groups
-    FollowedDict(const pybind11::dict& dict, const pybind11::set& options);
+    explicit FollowedDict(const GroupOptions& options);
     PyObject* lr_key = nullptr;
     PyObject* params = nullptr;
-    WatchedDict watched;  // finds the other two
+    bool is_mutable;
+    WatchedDict watched;  // finds the first two
   };
   struct FollowedGroup {
     Group group;
     FollowedDict dict;
+    pybind11::object lr;     // of the step under way
     std::size_t begin, end;  // its parameters
+  };
+  struct ScalarPlace {
+    std::size_t tensor, element;  // in scalars_
   };
   struct FollowedParameter {
     PyObject* tensor;
@@ -98,7 +122,7 @@ class TorchOptimizer {
     std::array<std::shared_ptr<const arrays::StateMemory>, kMaxStates> state_memory{};  // if ours
     std::size_t state_count = 0;
     Slot slot;
-    std::optional<std::size_t> scalars;
+    std::vector<ScalarPlace> scalars;
     bool is_ready, is_sharded;
     bool is_bound = false;  // the slot has been told where they lie
     std::size_t index;
@@ -108,39 +132,49 @@ class TorchOptimizer {
     PyObject* value;
     std::optional<WatchedDict> entry;
   };
-  struct StepUnderWay;
-
-  Outcome look_at(PyObject* groups, PyObject* state);
-  bool holds_its_parameters(const FollowedGroup& group) const;
-  bool is_known_state(PyObject* state) const;
-  bool collect();
-  bool is_where_it_was(const FollowedParameter& parameter) const;
-  void follow_memory(FollowedParameter& parameter);
-  void find_scalars();
-  template <class Visit>
-  void for_each_scalar(const FollowedParameter& parameter, Visit visit) const;
-  void read_progress(FollowedParameter& parameter);
-  void write_progress();
-  void increment_versions() const noexcept;
-  void keep_alive();
-  const OccupiedMemory& occupied_memory();
-
-  arrays::TorchTensors tensors_;
-  std::deque<FollowedGroup> groups_;
-  std::deque<FollowedParameter> parameters_;
-  std::vector<FollowedState> state_;
-  std::optional<OccupiedMemory> memory_;
   struct FollowedScalar {
     pybind11::object tensor;
     arrays::Array view;
   };
-  std::vector<FollowedScalar> scalars_;  // step, momentum product
+  struct StepUnderWay;
+
+  Outcome attempt(pybind11::handle groups, pybind11::handle state, const StepArguments& arguments,
+                  bool options_are_new);
+  Outcome compare(pybind11::handle groups, pybind11::handle state);
+  std::size_t follow_scalar(const pybind11::object& tensor);
+  bool holds_its_parameters(const FollowedGroup& group) const;
+  bool is_known_state(PyObject* state) const;
+  bool read_rates();
+  bool collect();
+  bool is_where_it_was(const FollowedParameter& parameter) const;
+  void follow_memory(FollowedParameter& parameter);
+  void follow_all_memory();
+  void prepare(const StepArguments& arguments);
+  std::vector<Teller::Norm> gradient_norms() const;
+  void find_scalars();
+  template <class Visit>
+  void for_each_scalar(const FollowedParameter& parameter, Visit visit) const;
+  void read_progress(FollowedParameter& parameter);
+  void write_progress() noexcept;
+  void increment_versions(bool gradients_too) noexcept;
+  void clear_copied_gradients() noexcept;
+  void keep_alive(const FollowedParameter& parameter);
+  const OccupiedMemory& occupied_memory();
+
+  Turnstile turnstile_;
+  arrays::TorchTensors tensors_;
+  std::deque<FollowedGroup> groups_;
+  std::deque<FollowedParameter> parameters_;
+  std::vector<FollowedState> state_;
+  std::vector<FollowedScalar> scalars_;
+  std::optional<OccupiedMemory> memory_;
 
   // Of the step under way.
   std::vector<Update> updates_;
   std::vector<FollowedParameter*> moving_;
   std::vector<pybind11::object> copied_gradients_;  // that are not what the step reads
   std::vector<pybind11::object> alive_;
+  std::vector<Teller::Norm> local_norms_;
 };
 
 }  // namespace fusestep::engine

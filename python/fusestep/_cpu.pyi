@@ -1,7 +1,7 @@
 """The native extension. Private: its functions take exactly the types written here."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -28,15 +28,18 @@ class Optimizer:
     def exclusively(self, function: Callable[[], _T]) -> _T: ...
 
 class TorchOptimizer:
-    DONE: ClassVar[int]
-    STALE: ClassVar[int]
-    NEW_OPTIONS: ClassVar[int]
-    NEEDS_NORM: ClassVar[int]
-    SKIPPED: ClassVar[int]
     skip_nonfinite: bool
     max_norm: float | None
     skipped_steps: int
     def __init__(self, tensors: Any, use_exchange_table: bool) -> None: ...
+    def step(
+        self,
+        optimizer: Any,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        grad_scale: float,
+        zero_grad: bool,
+    ) -> None: ...
     def forget(self) -> None: ...
     def add_group(
         self,
@@ -45,6 +48,7 @@ class TorchOptimizer:
         options: Mapping[str, float],
         maximize: bool,
         watched: set[str],
+        is_mutable: bool,
     ) -> None: ...
     def set_options(
         self,
@@ -54,28 +58,18 @@ class TorchOptimizer:
         options: Mapping[str, float],
         maximize: bool,
         watched: set[str],
+        is_mutable: bool,
     ) -> None: ...
     def add_parameter(
         self,
         tensor: Any,
         name: str,
         states: list[Any] | None,
-        scalars: int | None,
-        updates: int,
+        scalars: list[tuple[Any, int]],
+        is_first: bool,
         is_sharded: bool,
     ) -> None: ...
-    def seal(self, state: dict[Any, Any], scalars: list[Any]) -> None: ...
-    def step(
-        self,
-        groups: list[dict[str, Any]],
-        state: dict[Any, Any],
-        grad_scale: float,
-        zero_grad: bool,
-        norm: tuple[float, bool] | None = None,
-    ) -> int: ...
-    def gradient_norms(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any]
-    ) -> list[tuple[int, float, bool]] | None: ...
+    def seal(self, state: dict[Any, Any]) -> None: ...
 
 def allocate_state(shape: Sequence[int], strides: Sequence[int], code: int, bits: int) -> Any: ...
 def describe_array(array: Any, name: str) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]: ...

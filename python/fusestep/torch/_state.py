@@ -13,7 +13,7 @@ from .._state import check_state_dtype
 from ._tensors import DLPACK_DTYPES, is_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -88,54 +88,103 @@ def scalar_dtype(values: Iterable[Any] = ()) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
+def is_there(state: Any) -> bool:
+    """Return whether a piece of state exists, and not only as a promise on the meta device."""
+    return state is not None and not getattr(state, "is_meta", False)
+
+
 class Scalars:
     """The scalars of all parameters (``step`` and the like): one tensor for each name.
 
     In the state of a parameter each is a tensor of no dimensions, as in torch, and a view of one of
-    these: so a step finds the scalars of all parameters with a single look.
+    these: so a step finds the scalars of all parameters with a single look. Tensors that somebody
+    else has made, to share them between processes or for whatever reason, are used where they are.
 
     Parameters
     ----------
     names
         The rule's scalars.
     entries
-        The state of each parameter, or an empty dict.
+        The state of each parameter, or an empty dict. Each has a column, which is given away once:
+        state that is saved, or put away for a while, keeps it.
     """
 
-    def __init__(self, names: Sequence[str], entries: Sequence[dict[str, Any]]) -> None:
-        self.tensors = {
+    def __init__(self, names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
+        self._tensors = {
             name: torch.zeros(
                 len(entries), dtype=scalar_dtype(entry.get(name) for entry in entries)
             )
             for name in names
         }
+        self._columns = len(entries)
+        self._given: set[int] = set()
 
-    def have_a_place_for(self, names: Sequence[str], entries: Sequence[dict[str, Any]]) -> bool:
-        """Return whether these are the scalars that such an object would hold."""
-        return list(names) == list(self.tensors) and all(
-            len(tensor) == len(entries)
-            and tensor.dtype == scalar_dtype(entry.get(name) for entry in entries)
-            for name, tensor in self.tensors.items()
+    def suit(self, entries: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether each of these can have its scalars in its own column, or elsewhere."""
+        return len(entries) == self._columns and all(
+            self._suits(entry, column) for column, entry in enumerate(entries)
         )
 
-    def adopt(self, entry: dict[str, Any], column: int, label: str) -> None:
-        """Make the scalars in a parameter's state, new ones included, views of our tensors."""
-        for name, tensor in self.tensors.items():
-            value, place = entry.get(name), tensor[column]
-            if isinstance(value, torch.Tensor) and _is_same_memory(value, place):
-                continue
-            if value is None or getattr(value, "is_meta", False):
-                value = 1.0 if name == "mu_product" else 0.0
-            place.fill_(number(value, f"the {name} of {label}"))
-            entry[name] = place
+    def _suits(self, entry: Mapping[str, Any], column: int) -> bool:
+        for name, tensor in self._tensors.items():
+            value = entry.get(name)
+            if not _is_usable(value):
+                if column in self._given:
+                    return False
+            elif _lies_in(value, tensor) and not _is_at(value, tensor[column]):
+                return False
+        return True
+
+    def own(self, entry: Mapping[str, Any]) -> bool:
+        """Return whether some of these scalars are ours."""
+        return any(_lies_in(entry.get(name), tensor) for name, tensor in self._tensors.items())
+
+    def completed(self, entry: Mapping[str, Any], column: int, label: str) -> dict[str, Tensor]:
+        """Return the scalars of a parameter: those there are, or new ones in its column."""
+        return {
+            name: entry[name]
+            if _is_usable(entry.get(name))
+            else self._put(name, entry.get(name), column, f"the {name} of {label}")
+            for name in self._tensors
+        }
+
+    def moved(self, entry: Mapping[str, Any], column: int) -> dict[str, Any]:
+        """Return a state with its scalars, as far as there are any, in our column."""
+        there = [name for name in self._tensors if is_there(entry.get(name))]
+        return {**entry, **{name: self._put(name, entry[name], column, name) for name in there}}
+
+    def places(self, entry: Mapping[str, Any], column: int) -> list[tuple[Tensor, int]]:
+        """Return where the scalars of a parameter are: a tensor, and the element of it."""
+        return [
+            (tensor, column) if _is_at(entry[name], tensor[column]) else (entry[name], 0)
+            for name, tensor in self._tensors.items()
+        ]
+
+    def _put(self, name: str, value: Any, column: int, what: str) -> Tensor:
+        self._given.add(column)
+        initial = 1.0 if name == "mu_product" else 0.0
+        place = self._tensors[name][column]
+        return place.fill_(number(value, what) if is_there(value) else initial)
 
 
-def _is_same_memory(value: Tensor, place: Tensor) -> bool:
+def _is_usable(value: Any) -> bool:
     return (
-        value.data_ptr() == place.data_ptr()
-        and value.dtype == place.dtype
-        and value.shape == place.shape
+        type(value) is torch.Tensor
+        and value.ndim == 0
+        and value.dtype in (torch.float32, torch.float64)
+        and value.device.type == "cpu"
     )
+
+
+def _lies_in(value: Any, tensor: Tensor) -> bool:
+    if not _is_usable(value):
+        return False
+    offset = value.data_ptr() - tensor.data_ptr()
+    return bool(0 <= offset < tensor.numel() * tensor.element_size())
+
+
+def _is_at(value: Any, place: Tensor) -> bool:
+    return bool(value.data_ptr() == place.data_ptr() and value.dtype == place.dtype)
 
 
 def number(value: Any, label: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from .. import Optimizer as ArrayOptimizer
 
-_Native = _cpu.TorchOptimizer
 _global_pre_hooks = torch_optimizer._global_optimizer_pre_hooks
 _global_post_hooks = torch_optimizer._global_optimizer_post_hooks
 
@@ -37,17 +36,13 @@ _META_AND_FUSED = (
     "on the meta device"
 )
 
-# A step settles in two or three attempts. More means that somebody changes the state meanwhile.
-_MOST_ATTEMPTS = 10
-
 
 class Rule(NamedTuple):
-    """How the parameters of a group move."""
+    """How the parameters of a group move, and what state that takes."""
 
-    options: dict[str, float]  # the kernels'
-    maximize: bool
-    watched: set[str]  # keys of the group that say so
-    is_mutable: bool  # a value may change without being replaced
+    # The kernels' options, maximize, the keys of the group that say so, and whether a value may
+    # change without being replaced: what the native half is told of a group.
+    told: tuple[dict[str, float], bool, set[str], bool]
     states: list[str]
     scalars: list[str]
 
@@ -80,10 +75,12 @@ class Optimizer(torch.optim.Optimizer):
     _array_class: ClassVar[type[ArrayOptimizer]]
     """The class for arrays with the same rule, whose hyper-parameters these are."""
 
+    _implied: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Hyper-parameters of groups that do not say otherwise."""
+
     _scalars: _state.Scalars | None
     _rules: list[Rule]
     _step_supports_amp_scaling = False  # torch's constructors set it where fused=True
-    _has_mutable_options = False
 
     # ---- stepping -------------------------------------------------------------------------------
 
@@ -125,7 +122,6 @@ class Optimizer(torch.optim.Optimizer):
         if (
             closure is not None
             or self._step_supports_amp_scaling
-            or self._has_mutable_options
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_pre_hooks
@@ -133,9 +129,7 @@ class Optimizer(torch.optim.Optimizer):
             or profiler._is_profiler_enabled
         ):
             return self._observed_step(closure, grad_scale, zero_grad)
-        outcome = self._native.step(self.param_groups, self.state, grad_scale, zero_grad)
-        if outcome:  # is not DONE
-            self._settle(outcome, grad_scale, zero_grad)
+        self._native.step(self, self.param_groups, self.state, grad_scale, zero_grad)
         return None
 
     # torch wraps the step of every class in a profiler range, which costs more than a small step
@@ -189,174 +183,152 @@ class Optimizer(torch.optim.Optimizer):
         loss_scale = getattr(self, "grad_scale", None)
         if loss_scale is not None:
             grad_scale /= float(loss_scale)
-        if self._has_mutable_options:
-            self._tell_options()
-        outcome = self._native.step(self.param_groups, self.state, grad_scale, zero_grad)
-        if outcome:
-            self._settle(outcome, grad_scale, zero_grad)
+        self._native.step(self, self.param_groups, self.state, grad_scale, zero_grad)
         return loss
 
     # The profiler range and the hooks, global and our own, in torch's order.
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_plain_step)
-
-    @_not_compiled
-    def _settle(self, outcome: int, grad_scale: float, zero_grad: bool) -> None:
-        """Take the step after telling the native half what it does not know."""
-        if outcome == _Native.SKIPPED:
-            return
-        with self._lock:
-            added: list[tuple[Tensor, str]] = []
-            try:
-                outcome = self._persevere(outcome, grad_scale, zero_grad, added)
-            except BaseException:
-                self._take_back(added)
-                raise
-            if outcome == _Native.SKIPPED:
-                self._take_back(added)
-
-    def _persevere(
-        self, outcome: int, grad_scale: float, zero_grad: bool, added: list[tuple[Tensor, str]]
-    ) -> int:
-        norm = None
-        for _ in range(_MOST_ATTEMPTS):
-            if outcome == _Native.NEEDS_NORM:
-                norm = self._global_norm()
-            elif outcome == _Native.STALE or not self._tell_options():
-                self._tell_everything(added)
-            outcome = self._native.step(self.param_groups, self.state, grad_scale, zero_grad, norm)
-            if outcome in (_Native.DONE, _Native.SKIPPED):
-                return outcome
-        raise RuntimeError("the optimizer's groups or state were changed during its own step")
-
-    def _take_back(self, added: list[tuple[Tensor, str]]) -> None:
-        """Remove state that was made for a step which has not happened."""
-        for parameter, name in added:
-            entry = self.state[parameter]
-            entry.pop(name, None)
-            if not entry:
-                del self.state[parameter]
-
-    def _global_norm(self) -> tuple[float, bool] | None:
-        norms = self._native.gradient_norms(self.param_groups, self.state)
-        if norms is None:
-            return None
-        parameters = [parameter for parameter, _ in _labelled(self.param_groups)]
-        return _distributed.global_norm(
-            [(parameters[i], norm, is_finite) for i, norm, is_finite in norms]
-        )
 
     @property
     def skipped_steps(self) -> int:
         """Steps left out because ``skip_nonfinite`` found a NaN or an infinity."""
         return self._native.skipped_steps
 
-    # ---- telling the native half what there is --------------------------------------------------
+    # ---- telling the native half what there is, when it asks, inside a step ---------------------
 
-    def _tell_everything(self, added: list[tuple[Tensor, str]]) -> None:
-        """Describe all groups, parameters and state, making what state is missing.
-
-        What is made is appended to `added` at once: the caller knows it even if this fails.
-        """
+    @_not_compiled
+    def _tell_everything(self) -> None:
+        """Describe all groups, parameters and state, making what state is missing."""
         self._native.forget()
+        self.param_groups = _in_lists(self.param_groups)
         self._rules = [self._rule_of(group) for group in self.param_groups]
-        self._has_mutable_options = any(rule.is_mutable for rule in self._rules)
-        scalars = self._scalars = self._scalars_for(self._rules[0].scalars)
-        parameters = enumerate(_labelled(self.param_groups))
+        parameters = list(_labelled(self.param_groups))
+        scalars = self._scalars = self._scalars_for([parameter for parameter, _ in parameters])
+        column = 0
         for group, rule in zip(self.param_groups, self._rules, strict=True):
-            self._native.add_group(
-                group, self._array_class._rule, rule.options, rule.maximize, rule.watched
-            )
+            self._native.add_group(group, self._array_class._rule, *rule.told)
             for _ in group["params"]:
-                column, (parameter, label) = next(parameters)
+                parameter, label = parameters[column]
                 if parameter.is_meta and parameter.grad is not None and group.get("fused"):
                     raise RuntimeError(_META_AND_FUSED.format(label))
-                self._tell_parameter(parameter, label, rule, scalars, column, added)
-        self._native.seal(self.state, list(scalars.tensors.values()))
+                self._tell_parameter(parameter, label, rule, scalars, column)
+                column += 1
+        self._native.seal(self.state)
 
-    def _scalars_for(self, names: list[str]) -> _state.Scalars:
-        entries = [self.state.get(parameter, {}) for parameter, _ in _labelled(self.param_groups)]
-        if self._scalars is not None and self._scalars.have_a_place_for(names, entries):
+    def _scalars_for(self, parameters: list[Tensor]) -> _state.Scalars:
+        """Return scalars in which the state of each parameter has, or can have, its place."""
+        entries = [self.state.get(parameter, {}) for parameter in parameters]
+        if self._scalars is not None and self._scalars.suit(entries):
             return self._scalars
-        return _state.Scalars(names, entries)
+        scalars = _state.Scalars(self._rule_of({}).scalars, entries)
+        if self._scalars is not None:
+            for column, entry in enumerate(entries):
+                if self._scalars.own(entry):
+                    self._change(parameters[column], scalars.moved(entry, column))
+        return scalars
 
     def _tell_parameter(
-        self,
-        parameter: Tensor,
-        label: str,
-        rule: Rule,
-        scalars: _state.Scalars,
-        column: int,
-        added: list[tuple[Tensor, str]],
+        self, parameter: Tensor, label: str, rule: Rule, scalars: _state.Scalars, column: int
     ) -> None:
         entry = self.state.get(parameter, {})
         needed = [*rule.scalars, *rule.states]
-        missing = [name for name in needed if not _is_there(entry.get(name))]
-        is_ready = not missing or parameter.grad is not None
+        is_first = not all(_state.is_there(entry.get(name)) for name in needed)
+        is_ready = not is_first or parameter.grad is not None
         if needed and is_ready:
             if parameter.layout is not torch.strided:  # there would be no such state either
                 raise TypeError(f"{label} {_tensors.refusal(parameter)}")
-            entry = self.state[parameter]
-            states = self._complete_states(parameter, entry, label, rule)
-            added += [(parameter, name) for name in missing]
-            scalars.adopt(entry, column, label)
-            for name in rule.states:  # behind the scalars, as in torch
-                entry.pop(name, None)
-            entry.update(states)
+            complete = {
+                **scalars.completed(entry, column, label),
+                **self._completed_states(parameter, entry, label, rule),
+            }
+            rest = {name: value for name, value in entry.items() if name not in complete}
+            entry = self._change(parameter, {**complete, **rest})
         self._native.add_parameter(
             parameter,
             label,
             [entry[name] for name in rule.states] if is_ready else None,
-            column if rule.scalars and is_ready else None,
-            0 if missing else 1,  # updates it has had, for a rule that keeps no count
+            scalars.places(entry, column) if is_ready else [],
+            is_first,
             _tensors.is_sharded(parameter),
         )
 
-    def _complete_states(
+    def _completed_states(
         self, parameter: Tensor, entry: dict[str, Any], label: str, rule: Rule
     ) -> dict[str, Tensor]:
         """Return the tensors that a rule needs: those there are, widened, or new ones."""
         dtype = _state.dtype_for(self._state_dtype, parameter)
-        states = {}
-        for name in rule.states:
-            if _is_there(entry.get(name)):
-                what = f"the {name} of {label}"
-                states[name] = _state.fitted(entry[name], what, parameter, dtype)
-            else:
-                states[name] = _state.new(parameter, dtype, self._initial_state())
-        return states
+        return {
+            name: _state.fitted(entry[name], f"the {name} of {label}", parameter, dtype)
+            if _state.is_there(entry.get(name))
+            else _state.new(parameter, dtype, self._initial_state())
+            for name in rule.states
+        }
 
     def _initial_state(self) -> float:
         """Return what new state is filled with."""
         return 0.0
 
+    def _change(self, parameter: Tensor, new: dict[str, Any]) -> dict[str, Any]:
+        """Make the state of a parameter `new`, in a way that can be undone; return it."""
+        old = self.state.get(parameter)
+        if old is not None and [*map(id, old.values())] == [*map(id, new.values())]:
+            return old  # type: ignore[no-any-return]
+        self._changes.append((parameter, None if old is None else dict(old)))
+        entry: dict[str, Any] = self.state[parameter]
+        entry.clear()
+        entry.update(new)
+        return entry
+
+    def _undo(self) -> None:
+        """Take back all changes of state that were made for a step: it does not happen."""
+        while self._changes:
+            parameter, old = self._changes.pop()
+            if old is None:
+                self.state.pop(parameter, None)
+            else:
+                entry = self.state[parameter]
+                entry.clear()
+                entry.update(old)
+
+    def _keep(self) -> None:
+        """Keep the changes: the step has happened."""
+        self._changes.clear()
+
+    @_not_compiled
     def _tell_options(self) -> bool:
         """Describe the options of all groups; False where they ask for other state."""
         rules = [self._rule_of(group) for group in self.param_groups]
         if [rule.states for rule in rules] != [rule.states for rule in self._rules]:
             return False
+        if not all(isinstance(group["params"], list) for group in self.param_groups):
+            return False
         for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
-            self._native.set_options(
-                i, group, self._array_class._rule, rule.options, rule.maximize, rule.watched
-            )
+            self._native.set_options(i, group, self._array_class._rule, *rule.told)
         self._rules = rules
-        self._has_mutable_options = any(rule.is_mutable for rule in rules)
         return True
+
+    def _global_norm(self, norms: list[tuple[int, float, bool]]) -> tuple[float, bool]:
+        """Return norm and finiteness over all processes, from those of this process's parts."""
+        parameters = [parameter for parameter, _ in _labelled(self.param_groups)]
+        return _distributed.global_norm(
+            [(parameters[i], norm, is_finite) for i, norm, is_finite in norms]
+        )
 
     @classmethod
     def _rule_of(cls, group: Mapping[str, Any]) -> Rule:
-        fields = cls._array_class._fields()
-        given = {name: group[name] for name in fields.keys() - _OUTSIDE_THE_RULE if name in group}
+        cls._check_group(group)
+        fields = _fields_of(cls._array_class)
+        given = {name: group[name] for name in fields if name in group}
         checked = {name: fields[name].checked(value) for name, value in given.items()}
-        options = cls._array_class._native_options(checked)
+        options = cls._array_class._native_options({**cls._implied, **checked})
         states, scalars, _ = _cpu.describe_rule(cls._array_class._rule, options)
-        return Rule(
+        told = (
             options,
             bool(group.get("maximize", False)),
-            {*given, "maximize"},
-            any(map(_is_mutable, given.values())),
-            states,
-            scalars,
+            {*given, *cls._array_class._fixed, "maximize", "differentiable"},
+            not all(map(_is_immutable, given.values())),
         )
+        return Rule(told, states, scalars)
 
     # ---- our own hyper-parameters ---------------------------------------------------------------
 
@@ -401,8 +373,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            _refuse_modes(self.param_groups[-1])
             self._check_group(self.param_groups[-1])
+            _refuse_capturable(self.param_groups[-1])
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -441,9 +413,6 @@ class Optimizer(torch.optim.Optimizer):
             if result is not None:
                 loaded = result
         groups = _load.matched_groups(self.param_groups, loaded["param_groups"])
-        for group in groups:
-            _refuse_modes(group, is_loaded=True)
-            self._check_group(group)
         keys = [key for group in loaded["param_groups"] for key in group["params"]]
         rules = [rule for group in groups for rule in [self._rule_of(group)] * len(group["params"])]
         places = [
@@ -453,6 +422,7 @@ class Optimizer(torch.optim.Optimizer):
         state = _load.fitted_state(loaded["state"], places, self._state_dtype)
         extras = _load.checked_extras(loaded)
         self.__setstate__({"state": state, "param_groups": groups})
+        self._adopt_scalars()
         for name, value in extras.items():
             setattr(self._native, name, value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -470,14 +440,20 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if extras is not None:
             self._attach(**extras)
+            self._adopt_scalars()
             if any(group.get("fused") for group in self.param_groups):
                 self._step_supports_amp_scaling = True
 
     # ---- for this package -----------------------------------------------------------------------
 
     @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        """Raise ValueError for a group that asks for another rule than the class has."""
+    def _check_group(cls, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for a group that asks for what the class does not do."""
+        if group.get("differentiable"):
+            raise ValueError(
+                "differentiable=True needs a step made of operations that autograd records, which "
+                "a fused step in place is not: use the torch.optim class for it"
+            )
 
     def _attach(
         self,
@@ -489,13 +465,21 @@ class Optimizer(torch.optim.Optimizer):
         """Create what is neither torch's nor pickled."""
         _keep_compiler_out()
         self._state_dtype = _state.checked_dtype(state_dtype)
-        self._native = _Native(_tensors, _tensors.USE_EXCHANGE_TABLE)
+        self._native = _cpu.TorchOptimizer(_tensors, _tensors.USE_EXCHANGE_TABLE)
         self._native.skipped_steps = skipped_steps
-        self._lock = threading.Lock()
+        self._changes: list[tuple[Tensor, dict[str, Any] | None]] = []
         self._scalars = None
         self._rules = []
         self.max_norm = max_norm
         self.skip_nonfinite = skip_nonfinite
+
+    def _adopt_scalars(self) -> None:
+        """Keep the scalars of the state, which nobody else has a hold on yet, all in one place."""
+        parameters = [parameter for parameter, _ in _labelled(self.param_groups)]
+        entries = [self.state.get(parameter, {}) for parameter in parameters]
+        self._scalars = _state.Scalars(self._rule_of({}).scalars, entries)
+        for column, entry in enumerate(entries):
+            entry.update(self._scalars.moved(entry, column))
 
     def _extras(self) -> dict[str, Any]:
         """Return our own settings that are not the default."""
@@ -510,7 +494,8 @@ class Optimizer(torch.optim.Optimizer):
     def _taking_over(cls, other: torch.optim.Optimizer, **extras: Any) -> Optimizer:
         """Return an optimizer that shares the groups and the state of `other`."""
         for group in other.param_groups:
-            _refuse_modes(group)
+            cls._check_group(group)
+            _refuse_capturable(group)
         optimizer = cls.__new__(cls)
         optimizer._attach(**extras)
         torch.optim.Optimizer.__init__(optimizer, [{"params": []}], dict(other.defaults))
@@ -534,32 +519,38 @@ def _keep_compiler_out() -> None:
             skip_code(method.__code__)
 
 
+@functools.cache  # classes are hashable, whatever their instances are
+def _fields_of(array_class: Any) -> dict[str, Any]:
+    """Return the hyper-parameters that are options of the rule."""
+    fields = array_class._fields()
+    return {name: field for name, field in fields.items() if name not in _OUTSIDE_THE_RULE}
+
+
 def _labelled(groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
+    """Yield all parameters, each with what error messages call it."""
     for i, group in enumerate(groups):
         of_group = f" of group {i}" if len(groups) > 1 else ""
-        names = group.get("param_names", range(len(group["params"])))
-        for parameter, name in zip(group["params"], names, strict=True):
+        names = group.get("param_names", ())
+        for k, parameter in enumerate(group["params"]):
+            name = names[k] if len(names) == len(group["params"]) else k
             yield parameter, f"parameter {name!r}{of_group}"
 
 
-def _is_there(state: Any) -> bool:
-    """Return whether a piece of state exists, and not only as a promise on the meta device."""
-    return state is not None and not getattr(state, "is_meta", False)
+def _in_lists(groups: Any) -> list[dict[str, Any]]:
+    """Return groups, and parameters in them, as the lists that they nearly always are."""
+    for group in groups:
+        if not isinstance(group["params"], list):
+            group["params"] = list(group["params"])
+    return groups if isinstance(groups, list) else list(groups)
 
 
-def _is_mutable(value: Any) -> bool:
+def _is_immutable(value: Any) -> bool:
     elements: Iterable[Any] = value if isinstance(value, tuple) else (value,)
-    return any(isinstance(element, (torch.Tensor, list)) for element in elements)
+    return all(isinstance(element, (int, float, str, type(None))) for element in elements)
 
 
-def _refuse_modes(group: dict[str, Any], *, is_loaded: bool = False) -> None:
-    if group.get("differentiable"):
-        raise ValueError(
-            "differentiable=True needs a step made of operations that autograd records, which a "
-            "fused step in place is not: use the torch.optim class for it"
-        )
-    on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
-    if group.get("capturable") and on_cpu and not is_loaded:
+def _refuse_capturable(group: dict[str, Any]) -> None:
+    if group.get("capturable") and any(p.device.type == "cpu" for p in group["params"]):
         raise ValueError(
             "capturable=True is for CUDA graphs, and some of the parameters are on the CPU: leave "
             "it out"

@@ -8,6 +8,7 @@ formulas are in ``csrc/rules``, one header each, and described in :mod:`fusestep
 from __future__ import annotations
 
 import inspect
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +18,8 @@ from . import _state
 from .optimizer import Optimizer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
 
@@ -139,7 +142,8 @@ class NAG(SGD):
         )
 
     @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
+    def _check_group(cls, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
         if not group.get("nesterov", True) or group.get("dampening", 0) != 0:
             raise ValueError(
                 "a parameter group has nesterov=False or a dampening, and NAG is SGD with "
@@ -238,7 +242,8 @@ class AdamW(Optimizer, torch.optim.AdamW):
     Loshchilov & Hutter (2019), "Decoupled weight decay regularization", Algorithm 2.
     """
 
-    _array_class = rules.AdamW
+    _array_class = rules.Adam  # a group may ask for coupled decay, as in torch
+    _implied = MappingProxyType({"decoupled_weight_decay": True})
 
     def __init__(
         self,
@@ -389,13 +394,14 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
             fused=fused,
         )
         self._attach(max_norm, skip_nonfinite, state_dtype)
-        self._widen_state()
+        self._make_state_ours()
 
-    def _widen_state(self) -> None:
-        """Start the sums, which torch's constructor has made, in the dtype they are kept in."""
+    def _make_state_ours(self) -> None:
+        """Have the state that torch's constructor has made in our dtype and places."""
         for parameter, entry in self.state.items():
             dtype = _state.dtype_for(self._state_dtype, parameter)
             entry["sum"] = _state.new(parameter, dtype, self._initial_state())
+        self._adopt_scalars()
 
     def _initial_state(self) -> float:
         return float(self.defaults["initial_accumulator_value"])
