@@ -8,6 +8,7 @@ import inspect
 import io
 import os
 import pickle
+import signal
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -420,6 +421,109 @@ def test_counting_beyond_what_float32_holds() -> None:
     assert opt.state[params[0]]["step"] == 2**24 + 4  # 2**24 + 3 rounds to even
 
 
+def both_classes() -> list[Any]:
+    return [fst.Adam, torch.optim.Adam]
+
+
+def uneven(cls: Any) -> tuple[Any, list[Tensor]]:
+    """Two parameters that have had four and two steps."""
+    params = leaves((4,), (4,), seed=1)
+    opt = cls(params, lr=0.1)
+    for step in range(4):
+        set_gradients(params, step)
+        if step % 2:
+            params[1].grad = None
+        opt.step()
+    return opt, params
+
+
+def reorder(opt: Any, params: list[Tensor]) -> None:
+    opt.param_groups[0]["params"].reverse()
+
+
+def put_state_away_and_back(opt: Any, params: list[Tensor]) -> None:
+    old = opt.state
+    opt.state = copy.copy(old)
+    opt.state.clear()
+    train(opt, params, 1)
+    opt.state = old
+
+
+def load_another_and_come_back(opt: Any, params: list[Tensor]) -> None:
+    best = opt.state_dict()
+    opt.load_state_dict({**best, "state": {}})
+    train(opt, params, 2)
+    opt.load_state_dict(best)
+
+
+def swap_entries(opt: Any, params: list[Tensor]) -> None:
+    a, b = params
+    opt.state[a], opt.state[b] = opt.state[b], opt.state[a]
+
+
+@pytest.mark.parametrize(
+    "change", [reorder, put_state_away_and_back, load_another_and_come_back, swap_entries]
+)
+def test_step_counts_belong_to_their_entries(change: Callable[..., None], pointers: str) -> None:
+    """They lie in one tensor, which is nobody's business."""
+    results = []
+    for cls in both_classes():
+        opt, params = uneven(cls)
+        change(opt, params)
+        train(opt, params, 3, 7)
+        results.append(([int(opt.state[p]["step"]) for p in params], params))
+    assert results[0][0] == results[1][0]
+    for p, q in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_step_count_in_shared_memory_stays_there() -> None:
+    """What Hogwild training does: processes count their steps together."""
+    params = leaves((4,))
+    opt = fst.Adam(params)
+    shared = torch.zeros(()).share_memory_()
+    opt.state[params[0]] = {
+        "step": shared,
+        "exp_avg": torch.zeros(4).share_memory_(),
+        "exp_avg_sq": torch.zeros(4).share_memory_(),
+    }
+    train(opt, params, 2)
+    assert opt.state[params[0]]["step"] is shared
+    assert shared == 2
+    shared.fill_(9)
+    train(opt, params, 1)
+    assert shared == 10
+
+
+def test_odd_containers_that_torch_takes() -> None:
+    params = leaves((4,), (3,))
+    opt = fst.Adam(params)
+    train(opt, params, 1)
+    opt.param_groups[0]["params"] = tuple(params)
+    opt.param_groups = tuple(opt.param_groups)
+    train(opt, params, 1)
+    opt.param_groups[0]["param_names"] = ["only one"]
+    train(opt, params, 1)
+    assert [int(opt.state[p]["step"]) for p in params] == [3, 3]
+    opt.param_groups.clear()
+    opt.step()
+
+
+def test_a_frozen_parameter_that_has_moved_is_in_nobodys_way() -> None:
+    a, b = torch.zeros(1000), torch.zeros(1000)
+    old = torch.zeros(1000)
+    a.data = old
+    opt = fst.Adam([a, b])
+    for p in (a, b):
+        p.grad = torch.ones(1000)
+    opt.step()
+    a.grad = None
+    a.data = torch.zeros(1000)
+    b.grad = old.fill_(1.0)
+    opt.step()
+    assert opt.state[b]["step"] == 2
+
+
 # ---- all or nothing ------------------------------------------------------------------------------
 
 
@@ -544,6 +648,23 @@ def test_a_learning_rate_out_of_range(lr: Any) -> None:
     assert not opt.state
 
 
+def test_an_interrupt_during_the_first_step() -> None:
+    """It arrives when the step is over: parameters and state have both moved."""
+    params = leaves((4_000_000,))
+    set_gradients(params, 0)
+    opt = fst.Adam(params)
+    before = params[0].detach().clone()
+    timer = threading.Timer(0.002, signal.raise_signal, [signal.SIGINT])
+    try:
+        timer.start()
+        while True:
+            opt.step()
+    except KeyboardInterrupt:
+        pass
+    timer.join()
+    assert torch.equal(params[0], before) == (params[0] not in opt.state)
+
+
 def test_modes_that_are_refused() -> None:
     params = leaves((4,))
     with pytest.raises(ValueError, match="differentiable=True"):
@@ -554,6 +675,10 @@ def test_modes_that_are_refused() -> None:
     with pytest.raises(ValueError, match="differentiable=True"):
         opt.add_param_group({"params": leaves((2,)), "differentiable": True})
     assert len(opt.param_groups) == 1
+    opt.param_groups[0]["differentiable"] = True
+    set_gradients(params, 0)
+    with pytest.raises(ValueError, match="differentiable=True"):
+        opt.step()
     with pytest.raises(ValueError, match="NAG is SGD"):
         fst.NAG([{"params": params, "nesterov": False}])
 
@@ -875,6 +1000,41 @@ def test_two_threads_share_an_optimizer() -> None:
         thread.join()
     for p in params:
         assert (p == -200).all()
+
+
+@pytest.mark.parametrize("what", ["state", "groups"])
+def test_another_thread_replaces_things(what: str, pointers: str) -> None:
+    """No crash, and no step that is lost or made up: an error at worst."""
+    params = leaves(*[(20_000,)] * 4)
+    opt = fst.Adam(params, max_norm=1.0)
+    train(opt, params, 1)
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.wait(2e-4):
+            if what == "state":
+                entry = opt.state[params[0]]
+                entry["exp_avg"] = entry["exp_avg"].clone()
+            else:
+                opt.param_groups[0]["params"] = list(params)
+
+    def is_taken() -> bool:
+        try:
+            opt.step()
+        except RuntimeError as error:
+            if "changed during its own step" not in str(error):
+                raise
+            return False
+        return True
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        taken = 1 + sum(is_taken() for _ in range(300))
+    finally:
+        stop.set()
+        thread.join()
+    assert {int(opt.state[p]["step"]) for p in params} == {taken}
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -51,15 +51,12 @@ TorchOptimizer::GroupOptions group_options(const py::dict& group, const std::str
 
 // `states` are a list of tensors, or None where the parameter lacks state that it will need.
 void add_parameter(TorchOptimizer& self, const py::object& tensor, std::string name,
-                   const std::optional<py::list>& states,
-                   const std::vector<std::pair<py::object, std::size_t>>& scalars, bool is_first,
+                   const std::optional<std::vector<py::object>>& states,
+                   const std::vector<py::object>& scalars,
+                   const std::vector<std::pair<py::object, std::size_t>>& places, bool is_first,
                    bool is_sharded) {
-  TorchOptimizer::Parameter parameter{std::move(name),    tensor.ptr(), {},        {},
-                                      states.has_value(), is_first,     is_sharded};
-  parameter.scalars = scalars;
-  if (states)
-    for (const py::handle state : *states) parameter.states.push_back(state.ptr());
-  self.add_parameter(std::move(parameter));
+  self.add_parameter({tensor, std::move(name), states.value_or(std::vector<py::object>{}), scalars,
+                      places, states.has_value(), is_first, is_sharded});
 }
 
 }  // namespace
@@ -91,7 +88,7 @@ void register_torch(py::module_& module) {
           },
           "index"_a, "group"_a, "rule"_a, "options"_a, "maximize"_a, "watched"_a, "is_mutable"_a)
       .def("add_parameter", &add_parameter, "tensor"_a, "name"_a, "states"_a, "scalars"_a,
-           "is_first"_a, "is_sharded"_a)
+           "places"_a, "is_first"_a, "is_sharded"_a)
       .def("seal", &TorchOptimizer::seal, "state"_a)
       .def_property(
           "skip_nonfinite",

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string_view>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 
 #include "core/errors.h"
@@ -90,20 +91,22 @@ void TorchOptimizer::set_options(std::size_t group, GroupOptions options) {
 void TorchOptimizer::add_parameter(Parameter parameter) {
   FollowedGroup& group = groups_.back();
   FollowedParameter& followed = parameters_.emplace_back(FollowedParameter{
-      .tensor = parameter.tensor,
+      .tensor = parameter.tensor.ptr(),
       .states = {},
       .slot = Slot(std::move(parameter.name), group.group.rule->state_names()),
       .scalars = {},
       .is_ready = parameter.is_ready,
       .is_sharded = parameter.is_sharded,
       .index = parameters_.size(),
+      .told = parameter.states,
   });
   if (parameter.states.size() > followed.states.size())
     throw ValueError(followed.slot.name() + " has too many state tensors");
-  std::ranges::copy(parameter.states, followed.states.begin());
-  followed.state_count = parameter.states.size();
+  for (const py::object& state : parameter.states)
+    followed.states[followed.state_count++] = state.ptr();
+  followed.told.insert(followed.told.end(), parameter.scalars.begin(), parameter.scalars.end());
   followed.slot.progress.step = parameter.is_first ? 0 : 1;
-  for (const auto& [tensor, element] : parameter.scalars)
+  for (const auto& [tensor, element] : parameter.places)
     followed.scalars.push_back({follow_scalar(tensor), element});
   group.end = parameters_.size();
 }
@@ -136,6 +139,17 @@ void TorchOptimizer::seal(const py::dict& state) {
   while (PyDict_Next(state.ptr(), &position, &key, &value)) {
     FollowedState& followed = state_.emplace_back(FollowedState{key, value, {}});
     if (PyDict_Check(value)) followed.entry.emplace(value, watch);
+  }
+  std::unordered_map<PyObject*, const WatchedDict*> entries;
+  for (const FollowedState& followed : state_)
+    if (followed.entry) entries.emplace(followed.key, &*followed.entry);
+  for (FollowedParameter& parameter : parameters_) {
+    const auto found = entries.find(parameter.tensor);
+    parameter.is_ready =
+        parameter.is_ready && std::ranges::all_of(parameter.told, [&](const py::object& object) {
+          return found != entries.end() && found->second->watches(object.ptr());
+        });
+    parameter.told.clear();
   }
 }
 
@@ -263,13 +277,13 @@ bool TorchOptimizer::read_rates() {
 
 // Finds the parameters that have a gradient. False where one of them lacks state.
 bool TorchOptimizer::collect() {
-  find_scalars();
   const bool is_plain = tensors_.uses_exchange_table() &&
                         std::ranges::all_of(parameters_, [&](const FollowedParameter& p) {
                           return tensors_.is_plain(p.tensor);
                         });
   if (!is_plain)  // looking at the others runs Python code, which may do anything
     for (const FollowedParameter& parameter : parameters_) keep_alive(parameter);
+  find_scalars();
   for (const FollowedGroup& group : groups_) {
     for (std::size_t i = group.begin; i < group.end; ++i) {
       FollowedParameter& parameter = parameters_[i];

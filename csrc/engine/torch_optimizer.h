@@ -82,16 +82,20 @@ class TorchOptimizer {
   void set_options(std::size_t group, GroupOptions options);
 
   struct Parameter {
+    pybind11::object tensor;
     std::string name;
-    PyObject* tensor;
-    std::vector<PyObject*> states;  // in the order of the rule's names
-    std::vector<std::pair<pybind11::object, std::size_t>> scalars;  // a tensor, its element
+    std::vector<pybind11::object> states;   // in the order of the rule's names
+    std::vector<pybind11::object> scalars;  // likewise
+    // Where the scalars are: elements of tensors of which they are views, or of their own.
+    std::vector<std::pair<pybind11::object, std::size_t>> places;
     bool is_ready;    // has all the state that it needs
     bool is_first;    // its next update is the first, if no scalar counts them
     bool is_sharded;  // this process holds a part of it
   };
   void add_parameter(Parameter parameter);  // to the last group
 
+  // Takes note of the state. What is no longer what it was when its parameter was told (another
+  // thread has changed it) will be found stale.
   void seal(const pybind11::dict& state);
 
   Stepper stepper;
@@ -126,6 +130,7 @@ class TorchOptimizer {
     bool is_ready, is_sharded;
     bool is_bound = false;  // the slot has been told where they lie
     std::size_t index;
+    std::vector<pybind11::object> told;  // until seal(): states and scalars
   };
   struct FollowedState {
     PyObject* key;

@@ -4,6 +4,7 @@
 #include <Python.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,12 @@ class WatchedDict {
       if (how == Watch::kept_value)
         entry.kept = pybind11::reinterpret_borrow<pybind11::object>(value);
     }
+  }
+
+  // True where the value of a watched key is this object.
+  bool watches(PyObject* value) const {
+    return std::any_of(entries_.begin(), entries_.end(),
+                       [&](const Entry& entry) { return entry.value == value; });
   }
 
   // True where `dict` is the same dict, with the same keys in the same order, and the values that

@@ -65,7 +65,8 @@ class TorchOptimizer:
         tensor: Any,
         name: str,
         states: list[Any] | None,
-        scalars: list[tuple[Any, int]],
+        scalars: list[Any],
+        places: list[tuple[Any, int]],
         is_first: bool,
         is_sharded: bool,
     ) -> None: ...

@@ -247,6 +247,7 @@ class Optimizer(torch.optim.Optimizer):
             parameter,
             label,
             [entry[name] for name in rule.states] if is_ready else None,
+            [entry[name] for name in rule.scalars] if is_ready else [],
             scalars.places(entry, column) if is_ready else [],
             is_first,
             _tensors.is_sharded(parameter),
@@ -317,7 +318,7 @@ class Optimizer(torch.optim.Optimizer):
     @classmethod
     def _rule_of(cls, group: Mapping[str, Any]) -> Rule:
         cls._check_group(group)
-        fields = _fields_of(cls._array_class)
+        fields = _fields_of(cls._array_class)  # type: ignore[arg-type]
         given = {name: group[name] for name in fields if name in group}
         checked = {name: fields[name].checked(value) for name, value in given.items()}
         options = cls._array_class._native_options({**cls._implied, **checked})
@@ -519,8 +520,8 @@ def _keep_compiler_out() -> None:
             skip_code(method.__code__)
 
 
-@functools.cache  # classes are hashable, whatever their instances are
-def _fields_of(array_class: Any) -> dict[str, Any]:
+@functools.cache
+def _fields_of(array_class: type[ArrayOptimizer]) -> dict[str, Any]:
     """Return the hyper-parameters that are options of the rule."""
     fields = array_class._fields()
     return {name: field for name, field in fields.items() if name not in _OUTSIDE_THE_RULE}
