@@ -1,5 +1,7 @@
 #include "arrays/state_memory.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <mutex>
 #include <new>
@@ -22,7 +24,13 @@ struct Registry {
 };
 
 Registry& registry() {
-  static auto* registry = new Registry;
+  static Registry* const registry = [] {
+    static auto* made = new Registry;
+    // A child must not inherit the lock from a thread that it does not have.
+    pthread_atfork([] { made->mutex.lock(); }, [] { made->mutex.unlock(); },
+                   [] { made->mutex.unlock(); });
+    return made;
+  }();
   return *registry;
 }
 
