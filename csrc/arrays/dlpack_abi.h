@@ -19,8 +19,6 @@ struct DataType {
   std::uint8_t code;
   std::uint8_t bits;
   std::uint16_t lanes;
-
-  bool operator==(const DataType&) const = default;
 };
 
 struct Tensor {

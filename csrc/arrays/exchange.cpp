@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -39,19 +40,29 @@ struct Element {
   int components;  // 2 for a complex number
 };
 
-Element element_of(const dlpack::DataType& type, Complex complex, const Label& label) {
-  const auto [code, bits, lanes] = type;
-  if (lanes == 1 && code == dlpack::kFloat && bits == 64) return {DType::float64, 1};
-  if (lanes == 1 && code == dlpack::kFloat && bits == 32) return {DType::float32, 1};
-  if (lanes == 1 && code == dlpack::kFloat && bits == 16) return {DType::float16, 1};
-  if (lanes == 1 && code == dlpack::kBfloat && bits == 16) return {DType::bfloat16, 1};
-  if (complex == Complex::viewed_as_real && lanes == 1 && code == dlpack::kComplex) {
-    if (bits == 128) return {DType::float64, 2};
-    if (bits == 64) return {DType::float32, 2};
-    if (bits == 32) return {DType::float16, 2};
+std::optional<Element> element_of(const dlpack::DataType& type) {
+  if (type.lanes != 1) return {};
+  const int components = type.code == dlpack::kComplex ? 2 : 1;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return Element{DType::bfloat16, 1};
+  if (type.code != dlpack::kFloat && type.code != dlpack::kComplex) return {};
+  switch (type.bits / components) {
+    case 64: return Element{DType::float64, components};
+    case 32: return Element{DType::float32, components};
+    case 16: return Element{DType::float16, components};
+    default: return {};
   }
-  throw TypeError(label.text() + " has a dtype of DLPack code " + std::to_string(code) + ", " +
-                  std::to_string(bits) + " bits; expected float64, float32, float16 or bfloat16");
+}
+
+Element expected_element(const dlpack::DataType& type, Complex complex, const Label& label) {
+  const std::optional<Element> element = element_of(type);
+  if (element && (element->components == 1 || complex == Complex::viewed_as_real)) return *element;
+  throw TypeError(label.text() + " has a dtype of DLPack code " + std::to_string(type.code) + ", " +
+                  std::to_string(type.bits) +
+                  " bits; expected float64, float32, float16 or bfloat16");
+}
+
+bool is_cpu(std::int32_t device_type) {
+  return device_type == dlpack::kCpu || device_type == dlpack::kCudaHost;
 }
 
 // What an exporter that lies would lead us to read.
@@ -68,10 +79,6 @@ void check_plausible(const dlpack::Tensor& tensor, const Label& label) {
     throw TypeError(label.text() +
                     " was exported through DLPack with an impossible shape or no data");
   check_device(tensor.device.type, label);
-}
-
-bool is_on_cpu(const dlpack::Tensor& tensor) {
-  return tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost;
 }
 
 bool says_yes(PyObject* object, const char* method) {
@@ -94,17 +101,10 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
-dlpack::Tensor read_tensor(PyObject* object, const dlpack::ExchangeApi& api) {
-  dlpack::Tensor tensor;
-  if (api.read(object, &tensor) != 0) throw py::error_already_set();
-  return tensor;
-}
-
 Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label) {
   dlpack::Tensor tensor;
-  try {
-    tensor = read_tensor(object, api);
-  } catch (py::error_already_set& error) {  // sparse, on a device without memory, ...
+  if (api.read(object, &tensor) != 0) {  // sparse, on a device without memory, ...
+    const py::error_already_set error;
     const auto reason = py::str(error.value()).cast<std::string>();
     throw TypeError(label.text() +
                     " cannot be exported through DLPack: " + reason.substr(0, reason.find('\n')));
@@ -126,7 +126,8 @@ Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex
 }
 
 bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner, Array& view) {
-  if (!like.has_geometry_of(tensor) || !is_on_cpu(tensor) || (like.size > 0 && !tensor.data))
+  if (!like.has_geometry_of(tensor) || !is_cpu(tensor.device.type) ||
+      (like.size > 0 && !tensor.data))
     return false;
   view.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
   view.dtype = like.dtype;
@@ -142,7 +143,7 @@ bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner,
 
 void Array::describe(const dlpack::Tensor& tensor, Complex complex, const Label& label) {
   check_plausible(tensor, label);
-  const Element element = element_of(tensor.dtype, complex, label);
+  const Element element = expected_element(tensor.dtype, complex, label);
   dtype = element.dtype;
   data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
   owned_.assign(tensor.shape, tensor.shape + tensor.ndim);
@@ -164,33 +165,27 @@ void Array::describe(const dlpack::Tensor& tensor, Complex complex, const Label&
 }
 
 bool Array::has_geometry_of(const dlpack::Tensor& tensor) const {
-  static constexpr dlpack::DataType real[kDTypes] = {{dlpack::kFloat, 32, 1},
-                                                     {dlpack::kFloat, 64, 1},
-                                                     {dlpack::kFloat, 16, 1},
-                                                     {dlpack::kBfloat, 16, 1}};
+  const std::optional<Element> element = element_of(tensor.dtype);
+  if (!element || element->dtype != dtype || !tensor.strides) return false;
   const std::int64_t item = item_size(dtype);
   const auto ndim = static_cast<std::size_t>(tensor.ndim);
-  const bool is_real = tensor.dtype == real[static_cast<int>(dtype)] && ndim == ndim_;
-  const bool is_complex =
-      !is_real &&
-      tensor.dtype == dlpack::DataType{dlpack::kComplex, static_cast<std::uint8_t>(16 * item), 1};
-  if (!tensor.strides || !(is_real || (is_complex && dtype != DType::bfloat16))) return false;
-  if (is_complex && (ndim_ != ndim + 1 || shape_[ndim] != 2 || strides_[ndim] != item))
-    return false;
-  const std::int64_t element = is_real ? item : 2 * item;
+  const bool is_complex = element->components == 2;
+  if (ndim_ != ndim + is_complex) return false;
+  if (is_complex && (shape_[ndim] != 2 || strides_[ndim] != item)) return false;
   for (std::size_t axis = 0; axis < ndim; ++axis)
-    if (tensor.shape[axis] != shape_[axis] || tensor.strides[axis] * element != strides_[axis])
+    if (tensor.shape[axis] != shape_[axis] ||
+        tensor.strides[axis] * item * element->components != strides_[axis])
       return false;
   return true;
 }
 
 bool Array::is_view_of(const dlpack::Tensor& tensor) const {
-  return static_cast<std::byte*>(tensor.data) + tensor.byte_offset == data && is_on_cpu(tensor) &&
-         has_geometry_of(tensor);
+  return static_cast<std::byte*>(tensor.data) + tensor.byte_offset == data &&
+         is_cpu(tensor.device.type) && has_geometry_of(tensor);
 }
 
 void check_device(std::int32_t type, const Label& label) {
-  if (type != dlpack::kCpu && type != dlpack::kCudaHost)
+  if (!is_cpu(type))
     throw TypeError(label.text() + " is not in CPU memory (DLPack device type " +
                     std::to_string(type) + "); this build updates CPU arrays only");
 }

@@ -13,9 +13,6 @@ namespace fusestep::arrays {
 // type that merely inherits it (a DTensor) may hold its numbers somewhere else.
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type);
 
-// The tensor as it is at this moment. Its shape and strides are valid until other code runs.
-dlpack::Tensor read_tensor(PyObject* object, const dlpack::ExchangeApi& api);
-
 // A view that can tell whether it is current.
 Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label);
 

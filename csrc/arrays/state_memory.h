@@ -6,8 +6,8 @@
 // the reason, when no tensor uses it any more. As long as it has not, and the state dict still has
 // the very tensor we put there, the address holds. Other tensors are asked at every step.
 //
-// What this misses is a state tensor given other memory (or in-place another shape) while some
-// other tensor keeps the old memory alive; the step then goes on in the old memory.
+// What this misses: a state tensor that is given other memory while something else keeps the old
+// memory alive, or in place another shape. The step then goes on as before, in the old memory.
 #pragma once
 
 #include <pybind11/pybind11.h>

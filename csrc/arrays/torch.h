@@ -23,8 +23,6 @@ class TorchTensors {
   // `module` is fusestep.torch._tensors.
   TorchTensors(const pybind11::object& module, bool use_exchange_table);
 
-  bool uses_exchange_table() const { return api_ != nullptr; }
-
   // The tensor's memory as it is now, seen as real. Nothing is kept alive.
   Array view(PyObject* tensor, const Label& label) const;
 
@@ -40,11 +38,6 @@ class TorchTensors {
   bool view_gradient(PyObject* parameter, const Array& parameter_view, PyObject* gradient,
                      const Label& label, Array& view) const;
 
-  // True for a tensor that is read without running Python code, where there is a table.
-  bool is_plain(PyObject* tensor) const {
-    return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
-  }
-
   // Set where looking at tensors has run Python code, which may have changed anything.
   mutable bool has_run_code = false;
 
@@ -52,6 +45,10 @@ class TorchTensors {
   void increment_versions(PyObject* tensors) const noexcept;
 
  private:
+  // True for a tensor that is read without running Python code, where there is a table.
+  bool is_plain(PyObject* tensor) const {
+    return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
+  }
   pybind11::object plain(PyObject* tensor) const;
   bool read(PyObject* tensor, dlpack::Tensor& fields) const;
   [[noreturn]] void refuse(PyObject* tensor, const Label& label) const;

@@ -255,8 +255,6 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
     local_norms_ = gradient_norms();
     return Outcome::needs_norm;
   }
-  if (stepper.will_release_gil())
-    for (const FollowedParameter* parameter : moving_) keep_alive(*parameter);
   const bool moved =
       stepper.take(updates_, arguments, [&] { increment_versions(arguments.zero_grad); });
   if (moved) write_progress();
@@ -277,12 +275,7 @@ bool TorchOptimizer::read_rates() {
 
 // Finds the parameters that have a gradient. False where one of them lacks state.
 bool TorchOptimizer::collect() {
-  const bool is_plain = tensors_.uses_exchange_table() &&
-                        std::ranges::all_of(parameters_, [&](const FollowedParameter& p) {
-                          return tensors_.is_plain(p.tensor);
-                        });
-  if (!is_plain)  // looking at the others runs Python code, which may do anything
-    for (const FollowedParameter& parameter : parameters_) keep_alive(parameter);
+  keep_alive();
   find_scalars();
   for (const FollowedGroup& group : groups_) {
     for (std::size_t i = group.begin; i < group.end; ++i) {
@@ -466,11 +459,14 @@ void TorchOptimizer::clear_copied_gradients() noexcept {
   }
 }
 
-// While other code runs, it may replace tensors that this step works on.
-void TorchOptimizer::keep_alive(const FollowedParameter& parameter) {
-  alive_.push_back(py::reinterpret_borrow<py::object>(parameter.tensor));
-  for (std::size_t i = 0; i < parameter.state_count; ++i)
-    alive_.push_back(py::reinterpret_borrow<py::object>(parameter.states[i]));
+// From here on, code of others may run: of a tensor subclass, or of another thread. It may replace
+// what this step works on.
+void TorchOptimizer::keep_alive() {
+  for (const FollowedParameter& parameter : parameters_) {
+    alive_.push_back(py::reinterpret_borrow<py::object>(parameter.tensor));
+    for (std::size_t i = 0; i < parameter.state_count; ++i)
+      alive_.push_back(py::reinterpret_borrow<py::object>(parameter.states[i]));
+  }
 }
 
 }  // namespace fusestep::engine

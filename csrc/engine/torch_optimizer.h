@@ -163,7 +163,7 @@ class TorchOptimizer {
   void write_progress() noexcept;
   void increment_versions(bool gradients_too) noexcept;
   void clear_copied_gradients() noexcept;
-  void keep_alive(const FollowedParameter& parameter);
+  void keep_alive();
   const OccupiedMemory& occupied_memory();
 
   Turnstile turnstile_;

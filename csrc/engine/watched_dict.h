@@ -14,9 +14,10 @@ class WatchedDict {
  public:
   enum class Watch { key, value, kept_value };
 
-  // `watch(key)` says what must stay the same. A value that is only looked at is not kept alive: it
-  // may be replaced by one at the same address, which then is as good as the first. A kept one is
-  // told apart for certain.
+  // `watch(key)` says what must stay the same. A value that is not kept alive may be freed, and
+  // another object get its address: that is enough for tensors, which are asked where their memory
+  // is, and lets go of memory that users have moved elsewhere. A kept one is told apart for
+  // certain.
   template <class WatchKey>
   WatchedDict(PyObject* dict, WatchKey watch) : dict_(dict) {
     Py_ssize_t position = 0;

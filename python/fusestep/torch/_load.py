@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._hyperparameters import flag, max_norm
+from .._hyperparameters import flag, max_norm, number
 from .._state_dict import count, expect_keys, mapping
 from . import _state
 
@@ -87,9 +87,7 @@ def _fitted_entry(
         if name in rule.states:
             fitted[name] = _state.copied(_state.fitted(value, what, parameter, dtype))
         elif name in rule.scalars:
-            fitted[name] = torch.tensor(
-                _state.number(value, what), dtype=_state.scalar_dtype([value])
-            )
+            fitted[name] = torch.tensor(number(what, value), dtype=_state.scalar_dtype([value]))
         elif isinstance(value, torch.Tensor):
             fitted[name] = _state.copied(value.to(parameter.device))
         else:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from .. import _cpu
+from .._hyperparameters import number
 from .._state import check_state_dtype
 from ._tensors import DLPACK_DTYPES, is_plain
 
@@ -164,7 +165,7 @@ class Scalars:
         self._given.add(column)
         initial = 1.0 if name == "mu_product" else 0.0
         place = self._tensors[name][column]
-        return place.fill_(number(value, what) if is_there(value) else initial)
+        return place.fill_(number(what, value) if is_there(value) else initial)
 
 
 def _is_usable(value: Any) -> bool:
@@ -185,10 +186,3 @@ def _lies_in(value: Any, tensor: Tensor) -> bool:
 
 def _is_at(value: Any, place: Tensor) -> bool:
     return bool(value.data_ptr() == place.data_ptr() and value.dtype == place.dtype)
-
-
-def number(value: Any, label: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{label} is {value!r}; expected a number") from None

@@ -105,9 +105,8 @@ def describe(
     tensor: Tensor,
 ) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]]:
     """Return address, DLPack's device type, type code and bits, shape, and strides in elements."""
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        raise TypeError(refusal(tensor))
-    if tensor.dtype not in DLPACK_DTYPES:
+    is_readable = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if not is_readable or tensor.dtype not in DLPACK_DTYPES:
         raise TypeError(refusal(tensor))
     code, bits = DLPACK_DTYPES[tensor.dtype]
     return tensor.data_ptr(), _DLPACK_CPU, code, bits, tuple(tensor.shape), tensor.stride()
