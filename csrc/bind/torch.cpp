@@ -24,7 +24,7 @@ class PythonTeller final : public engine::Teller {
   void undo() override { optimizer_.attr("_undo")(); }
   void keep() override { optimizer_.attr("_keep")(); }
 
-  cpu::GradientNorm global_norm(const std::vector<Norm>& norms) override {
+  GradientNorm global_norm(const std::vector<Norm>& norms) override {
     py::list list;
     for (const auto& [parameter, norm] : norms)
       list.append(py::make_tuple(parameter, norm.value, norm.finite));

@@ -8,3 +8,10 @@
 #else
 #define FUSESTEP_HOST_DEVICE __attribute__((always_inline)) inline
 #endif
+
+// A loop over registers: on a GPU an array is only kept in registers where every index is constant.
+#if defined(__CUDA_ARCH__)
+#define FUSESTEP_UNROLL _Pragma("unroll")
+#else
+#define FUSESTEP_UNROLL
+#endif

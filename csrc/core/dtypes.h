@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/annotations.h"
 #include "core/half.h"
 
 namespace fusestep {
@@ -32,7 +33,7 @@ struct ElementOf<DType::bfloat16> {
 template <DType dtype>
 using Element = typename ElementOf<dtype>::type;
 
-constexpr std::int64_t item_size(DType dtype) {
+FUSESTEP_HOST_DEVICE constexpr std::int64_t item_size(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 

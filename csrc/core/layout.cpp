@@ -8,8 +8,6 @@ namespace {
 
 constexpr std::int64_t kTileSide = 32;
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 bool is_c_contiguous(const Geometry& g, std::int64_t item) {
@@ -69,7 +67,7 @@ void Iteration::plan(std::span<const Geometry> geometry) {
   StridedLayout strided;
   for (std::size_t axis = 0; axis < parameter.shape.size(); ++axis) {
     if (parameter.shape[axis] == 1) continue;
-    StridedLayout::Axis a{parameter.shape[axis], 1, {}};
+    TileAxis a{parameter.shape[axis], 1, {}};
     for (int i = 0; i < operands; ++i) a.stride[i] = geometry[i].strides[axis];
     if (a.stride[0] < 0) {  // walk the parameter upwards in memory
       for (int i = 0; i < operands; ++i) {
@@ -82,7 +80,7 @@ void Iteration::plan(std::span<const Geometry> geometry) {
   std::stable_sort(strided.axes_.begin(), strided.axes_.end(),
                    [](const auto& a, const auto& b) { return a.stride[0] > b.stride[0]; });
 
-  std::vector<StridedLayout::Axis> merged;  // innermost first
+  std::vector<TileAxis> merged;  // innermost first
   for (auto outer = strided.axes_.rbegin(); outer != strided.axes_.rend(); ++outer) {
     bool runs_on = !merged.empty();
     for (int i = 0; runs_on && i < operands; ++i)
@@ -107,22 +105,23 @@ void Iteration::plan(std::span<const Geometry> geometry) {
 void StridedLayout::cut_into_tiles(int operands) {
   // Columns run along the parameter's innermost axis; rows along the innermost axis of the first
   // operand that disagrees, or else along the parameter's next axis.
-  column_axis_ = axes_.size() - 1;
-  row_axis_ = axes_.size() >= 2 ? axes_.size() - 2 : column_axis_;
+  const int axes = static_cast<int>(axes_.size());
+  column_axis_ = axes - 1;
+  row_axis_ = axes >= 2 ? axes - 2 : column_axis_;
   for (int i = 1; i < operands; ++i) {
     const auto innermost =
-        std::min_element(axes_.rbegin(), axes_.rend(), [i](const Axis& a, const Axis& b) {
+        std::min_element(axes_.rbegin(), axes_.rend(), [i](const TileAxis& a, const TileAxis& b) {
           return std::abs(a.stride[i]) < std::abs(b.stride[i]);
         });
-    const auto axis = static_cast<std::size_t>(axes_.rend() - innermost) - 1;
+    const int axis = static_cast<int>(axes_.rend() - innermost) - 1;
     if (axis != column_axis_) {
       row_axis_ = axis;
       break;
     }
   }
 
-  Axis& column = axes_[column_axis_];
-  Axis& row = axes_[row_axis_];
+  TileAxis& column = axes_[static_cast<std::size_t>(column_axis_)];
+  TileAxis& row = axes_[static_cast<std::size_t>(row_axis_)];
   if (row_axis_ == column_axis_) {
     column.tile = std::min(column.extent, kTileSize);
   } else {
@@ -131,29 +130,7 @@ void StridedLayout::cut_into_tiles(int operands) {
     column.tile = std::min(column.extent, kTileSize / row.tile);
   }
   tiles_ = 1;
-  for (const Axis& axis : axes_) tiles_ *= ceil_div(axis.extent, axis.tile);
-}
-
-Block StridedLayout::block(const Operand& operand, int index, std::int64_t tile) const {
-  std::byte* data = operand.data;
-  Block block{nullptr, operand.dtype, 1, 1, 0, item_size(operand.dtype)};
-  for (std::size_t k = axes_.size(); k-- > 0;) {
-    const Axis& axis = axes_[k];
-    const std::int64_t count = ceil_div(axis.extent, axis.tile);
-    const std::int64_t begin = tile % count * axis.tile;
-    tile /= count;
-    data += begin * axis.stride[index];
-    const std::int64_t extent = std::min(axis.tile, axis.extent - begin);
-    if (k == column_axis_) {
-      block.columns = extent;
-      block.column_stride = axis.stride[index];
-    } else if (k == row_axis_) {
-      block.rows = extent;
-      block.row_stride = axis.stride[index];
-    }
-  }
-  block.data = data;
-  return block;
+  for (const TileAxis& axis : axes_) tiles_ *= ceil_div(axis.extent, axis.tile);
 }
 
 }  // namespace fusestep

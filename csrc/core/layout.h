@@ -16,18 +16,9 @@
 #include <vector>
 
 #include "core/operand.h"
-#include "core/reduction.h"
+#include "core/tiling.h"
 
 namespace fusestep {
-
-// Elements a tile holds at most. Five float64 operands (40 KB) fit in a first-level cache.
-// A tile is also the unit of a reduction.
-inline constexpr std::int64_t kTileSize = kReductionGroup;
-
-inline constexpr int kMaxStates = 3;                 // state arrays of one parameter
-inline constexpr int kMaxOperands = 2 + kMaxStates;  // parameter, gradient, state
-
-inline constexpr int kParameter = 0, kGradient = 1, kState = 2;  // their places among operands
 
 // Shape and strides (in bytes) of an array, as its owner describes it.
 struct Geometry {
@@ -39,22 +30,16 @@ struct Geometry {
 class StridedLayout {
  public:
   std::int64_t tiles() const { return tiles_; }
-
-  // The piece of `operand` that tile number `tile` covers.
-  Block block(const Operand& operand, int index, std::int64_t tile) const;
+  Tiling tiling() const {
+    return {axes_.data(), static_cast<int>(axes_.size()), row_axis_, column_axis_};
+  }
 
  private:
   friend struct Iteration;
-
-  struct Axis {
-    std::int64_t extent;
-    std::int64_t tile;  // extent of a tile along this axis: 1 on all but two axes
-    std::array<std::int64_t, kMaxOperands> stride;
-  };
   void cut_into_tiles(int operands);
 
-  std::vector<Axis> axes_;  // outermost first
-  std::size_t row_axis_ = 0, column_axis_ = 0;
+  std::vector<TileAxis> axes_;
+  int row_axis_ = 0, column_axis_ = 0;
   std::int64_t tiles_ = 0;
 };
 
@@ -80,7 +65,7 @@ struct Iteration {
   }
 
   Block block(int index, std::int64_t tile) const {
-    if (layout) return layout->block(operand[index], index, tile);
+    if (layout) return layout->tiling().block(operand[index], index, tile);
     const std::int64_t begin = tile * kTileSize;
     return dense(index, begin, size - begin < kTileSize ? size - begin : kTileSize);
   }

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/annotations.h"
 #include "core/dtypes.h"
 
 namespace fusestep {
@@ -16,8 +17,11 @@ struct Block {
   std::int64_t rows, columns;
   std::int64_t row_stride, column_stride;
 
-  std::int64_t size() const { return rows * columns; }
-  bool contiguous() const { return rows == 1 && (column_stride == item_size(dtype)); }
+  FUSESTEP_HOST_DEVICE std::int64_t size() const { return rows * columns; }
+
+  FUSESTEP_HOST_DEVICE bool contiguous() const {
+    return rows == 1 && (column_stride == item_size(dtype));
+  }
 };
 
 // One array a rule reads or writes: the parameter, its gradient or a piece of its state.

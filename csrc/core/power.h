@@ -1,15 +1,17 @@
 // base^n and e^x as fixed sequences of IEEE operations.
 //
-// Bias corrections need them once a step, on the host. std::pow would do, but its last bit depends
-// on the C library and, through run-time dispatch inside it, on the processor; these do not.
+// Bias corrections need them once a step. std::pow would do, but its last bit depends on the C
+// library and, through run-time dispatch inside it, on the processor; these do not.
 #pragma once
 
 #include <cstdint>
 
+#include "core/annotations.h"
+
 namespace fusestep {
 
 // base^n for n >= 0 by repeated squaring; relative error below n * 2^-52.
-inline double power(double base, std::int64_t n) {
+FUSESTEP_HOST_DEVICE double power(double base, std::int64_t n) {
   double result = 1;
   for (; n > 0; n >>= 1, base *= base)
     if (n & 1) result *= base;
@@ -17,7 +19,7 @@ inline double power(double base, std::int64_t n) {
 }
 
 // e^x for -700 < x <= 0 (below, 0): e^x = (e^(x / 1024))^1024 with a Taylor series inside.
-inline double exponential(double x) {
+FUSESTEP_HOST_DEVICE double exponential(double x) {
   if (x < -700) return 0;
   constexpr int kSquarings = 10;
   const double r = x / (1 << kSquarings);  // |r| < 0.69, exact: a division by a power of two

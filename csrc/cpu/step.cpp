@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <iterator>
 #include <vector>
 
@@ -10,6 +9,7 @@
 #include "cpu/fp_environment.h"
 #include "cpu/thread_pool.h"
 #include "cpu/tile_access.h"
+#include "rules/registry.h"
 
 namespace fusestep::cpu {
 namespace {
@@ -169,7 +169,9 @@ double sum_of_squares(const KernelTable& table, const Work& work, std::int64_t t
   return kernels.sum_of_squares(elements, block.size(), prescale);
 }
 
-double sum_of_squares(WorkList list, double prescale) {
+}  // namespace
+
+std::vector<double> tile_sums(WorkList list, double prescale) {
   const KernelTable& table = *active_tier().kernels;
   std::int64_t tiles = 0;
   for (const Work* work : list) tiles += work->iteration.tiles();
@@ -182,11 +184,8 @@ double sum_of_squares(WorkList list, double prescale) {
                 sum_of_squares<decltype(type)>(table, work, tile, prescale);
         });
       });
-  const IeeeEnvironment ieee;
-  return sum_in_groups(sums.data(), tiles);
+  return sums;
 }
-
-}  // namespace
 
 void update(WorkList list, const StepOptions& options, const Errand& errand) {
   const KernelTable& kernels = *active_tier().kernels;
@@ -204,13 +203,14 @@ void announce(std::int64_t elements) {
 }
 
 GradientNorm gradient_norm(WorkList list) {
-  const double sum = sum_of_squares(list, 1);
-  if (std::isfinite(sum)) return {std::sqrt(sum), true};
-  // Either a gradient is not finite, or the square of a float64 gradient overflowed. A power of two
-  // changes no digit.
-  constexpr double kDown = 0x1p-600, kUp = 0x1p600;
-  const double scaled = sum_of_squares(list, kDown);
-  return {std::sqrt(scaled) * kUp, std::isfinite(scaled)};
+  const auto sum = [list](double prescale) {
+    std::vector<double> sums = tile_sums(list, prescale);
+    const IeeeEnvironment ieee;
+    return sum_in_groups(sums.data(), std::ssize(sums));
+  };
+  const GradientNorm norm = norm_of(sum(1));
+  // If not, either a gradient is not finite, or the square of a float64 gradient has overflowed.
+  return norm.finite ? norm : norm_of_prescaled(sum(kPrescale));
 }
 
 void clear_gradients(WorkList list) {

@@ -43,7 +43,7 @@ class Slot {
   // Whether prepare() met the same memory as the time before.
   bool gradient_is_known() const { return gradient_is_known_; }
 
-  cpu::Work work;  // what prepare() found; its coefficients are the caller's to add
+  Work work;  // what prepare() found; its coefficients are the caller's to add
   rules::Progress progress;
 
  private:

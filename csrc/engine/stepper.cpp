@@ -19,12 +19,6 @@ std::string text_of(double value) {
   return text;
 }
 
-// As torch.nn.utils.clip_grad_norm_, with its 1e-6.
-double clip_factor(double max_norm, double norm) {
-  const double clip = max_norm / (norm + 1e-6);
-  return clip < 1 || std::isnan(clip) ? clip : 1;
-}
-
 }  // namespace
 
 void check_rate(double lr) {
@@ -89,9 +83,9 @@ void Stepper::add_coefficients(const std::vector<Update>& updates) {
 
 bool Stepper::will_release_gil() const { return elements_ >= kElementsWorthReleasingGil; }
 
-std::vector<cpu::GradientNorm> Stepper::gradient_norms() const {
-  std::vector<cpu::GradientNorm> norms;
-  for (const cpu::Work* work : work_) norms.push_back(cpu::gradient_norm({&work, 1}));
+std::vector<GradientNorm> Stepper::gradient_norms() const {
+  std::vector<GradientNorm> norms;
+  for (const Work* work : work_) norms.push_back(cpu::gradient_norm({&work, 1}));
   return norms;
 }
 
@@ -111,12 +105,12 @@ bool Stepper::take(const std::vector<Update>& updates, const StepArguments& argu
 
 bool Stepper::run(const StepArguments& arguments, const Settings& settings,
                   const cpu::Errand& errand) const {
-  cpu::StepOptions options;
+  StepOptions options;
   options.clear_gradients = arguments.zero_grad;
   options.gradient_factor = arguments.grad_scale;
   if (settings.need_norm()) {
     const GilRelease release(will_release_gil());
-    const cpu::GradientNorm norm = arguments.norm ? *arguments.norm : cpu::gradient_norm(work_);
+    const GradientNorm norm = arguments.norm ? *arguments.norm : cpu::gradient_norm(work_);
     if (settings.skip_nonfinite && !norm.finite) {
       if (arguments.zero_grad) cpu::clear_gradients(work_);
       return false;

@@ -52,7 +52,7 @@ struct StepArguments {
   double grad_scale = 1;
   bool zero_grad = false;
   // Of the gradients before grad_scale, where the caller knows it.
-  std::optional<cpu::GradientNorm> norm = std::nullopt;
+  std::optional<GradientNorm> norm = std::nullopt;
 };
 
 class Stepper {
@@ -72,7 +72,7 @@ class Stepper {
   void forget_gradients() { disjoint_gradients_.clear(); }
 
   // The norm of each gradient that was prepared.
-  std::vector<cpu::GradientNorm> gradient_norms() const;
+  std::vector<GradientNorm> gradient_norms() const;
 
   // Takes the step that was prepared; releases the GIL if that pays. The errand, which needs the
   // GIL and may be empty, is run while other threads are at work already. False, without the
@@ -96,7 +96,7 @@ class Stepper {
 
   // Of the step under way; members to keep their memory from one step to the next.
   std::vector<rules::Progress> next_;
-  std::vector<const cpu::Work*> work_;
+  std::vector<const Work*> work_;
   std::int64_t elements_ = 0;
   std::vector<rules::Coefficients> coefficients_;
 };

@@ -361,7 +361,7 @@ void TorchOptimizer::prepare(const StepArguments& arguments) {
 }
 
 std::vector<Teller::Norm> TorchOptimizer::gradient_norms() const {
-  const std::vector<cpu::GradientNorm> norms = stepper.gradient_norms();
+  const std::vector<GradientNorm> norms = stepper.gradient_norms();
   std::vector<Teller::Norm> result;
   for (std::size_t i = 0; i < norms.size(); ++i) result.push_back({moving_[i]->index, norms[i]});
   return result;

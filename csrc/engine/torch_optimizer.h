@@ -48,10 +48,10 @@ class Teller {
 
   struct Norm {
     std::size_t parameter;  // its place in all groups
-    cpu::GradientNorm norm;
+    GradientNorm norm;
   };
   // The norm of all gradients over all processes, given those of this one's parts.
-  virtual cpu::GradientNorm global_norm(const std::vector<Norm>& norms) = 0;
+  virtual GradientNorm global_norm(const std::vector<Norm>& norms) = 0;
 
   // Take back the state that was made for this step, because it does not happen; or keep it.
   virtual void undo() = 0;

@@ -34,7 +34,7 @@ struct Adagrad {
   WeightDecay<T> decay;
   T lr, eps;
 
-  Adagrad(const Options& o, const Progress& at)
+  FUSESTEP_HOST_DEVICE Adagrad(const Options& o, const Progress& at)
       : decay(WeightDecay<T>::l2(o.weight_decay)),
         lr(static_cast<T>(o.lr / (1 + static_cast<double>(at.step - 1) * o.lr_decay))),
         eps(static_cast<T>(o.eps)) {}
@@ -48,7 +48,9 @@ struct Adagrad {
   static std::vector<std::string_view> state_names(const Options&) { return {"sum"}; }
   static std::vector<std::string_view> scalar_names() { return {"step"}; }
   static double initial_state(const Options& o) { return o.initial_accumulator_value; }
-  static Progress advance(const Options&, Progress progress) { return next_step(progress); }
+  FUSESTEP_HOST_DEVICE static Progress advance(const Options&, Progress progress) {
+    return next_step(progress);
+  }
 };
 
 }  // namespace fusestep::rules

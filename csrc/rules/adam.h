@@ -51,7 +51,7 @@ template <class T>
 struct MovingAverage {
   T beta, one_minus_beta;
 
-  explicit MovingAverage(double beta)
+  FUSESTEP_HOST_DEVICE explicit MovingAverage(double beta)
       : beta(static_cast<T>(beta)), one_minus_beta(static_cast<T>(1 - beta)) {}
 
   FUSESTEP_HOST_DEVICE T operator()(T a, T share) const {
@@ -64,7 +64,7 @@ template <class T>
 struct Moments {
   MovingAverage<T> first, second;
 
-  Moments(double beta1, double beta2) : first(beta1), second(beta2) {}
+  FUSESTEP_HOST_DEVICE Moments(double beta1, double beta2) : first(beta1), second(beta2) {}
 
   FUSESTEP_HOST_DEVICE void operator()(T g, T& m, T& v) const {
     m = first(m, first.one_minus_beta * g);
@@ -82,7 +82,7 @@ struct Adam {
   Moments<T> moments;
   T step_size, scaled_eps;
 
-  Adam(const Options& o, const Progress& at)
+  FUSESTEP_HOST_DEVICE Adam(const Options& o, const Progress& at)
       : decay(WeightDecay<T>::of(o.weight_decay, o.decoupled_weight_decay, o.lr)),
         moments(o.beta1, o.beta2) {
     const double correction1 = 1 - power(o.beta1, at.step);
@@ -108,7 +108,9 @@ struct Adam {
   }
   static std::vector<std::string_view> scalar_names() { return {"step"}; }
   static double initial_state(const Options&) { return 0; }
-  static Progress advance(const Options&, Progress progress) { return next_step(progress); }
+  FUSESTEP_HOST_DEVICE static Progress advance(const Options&, Progress progress) {
+    return next_step(progress);
+  }
 };
 
 }  // namespace fusestep::rules

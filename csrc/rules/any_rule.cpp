@@ -39,10 +39,20 @@ class Chosen final : public AnyRule {
                             std::size_t states) const override {
     Options options = options_;
     options.lr = lr;
-    const std::size_t loop = loop_with(states);
-    return compute == DType::float64 ? Coefficients::of(loop, Rule<double>(options, at))
-                                     : Coefficients::of(loop, Rule<float>(options, at));
+    return compute == DType::float64 ? Coefficients::of(loop(states), Rule<double>(options, at))
+                                     : Coefficients::of(loop(states), Rule<float>(options, at));
   }
+
+  std::size_t loop(std::size_t states) const override {
+    static constexpr std::size_t index[] = {
+        Loops::index<Loop<Rule, 0>>(), Loops::index<Loop<Rule, 1>>(), Loops::index<Loop<Rule, 2>>(),
+        Loops::index<Loop<Rule, 3>>()};
+    if (states >= std::size(index) || index[states] == Loops::size)
+      throw std::logic_error("a rule has no loop for its number of states: see registry.h");
+    return index[states];
+  }
+
+  OptionBytes options() const override { return OptionBytes::of(options_); }
 
  private:
   template <class Visitor>
@@ -53,15 +63,6 @@ class Chosen final : public AnyRule {
         },
         Options::fields());
     if (!found) throw ValueError("unknown option '" + std::string(option) + "'");
-  }
-
-  static std::size_t loop_with(std::size_t states) {
-    static constexpr std::size_t index[] = {
-        Loops::index<Loop<Rule, 0>>(), Loops::index<Loop<Rule, 1>>(), Loops::index<Loop<Rule, 2>>(),
-        Loops::index<Loop<Rule, 3>>()};
-    if (states >= std::size(index) || index[states] == Loops::size)
-      throw std::logic_error("a rule has no loop for its number of states: see registry.h");
-    return index[states];
   }
 
   Options options_;

@@ -26,6 +26,10 @@ class AnyRule {
   // many as state_names() has, which the caller knows and need not ask for at every step.
   virtual Coefficients coefficients(const Progress& at, DType compute, double lr,
                                     std::size_t states) const = 0;
+
+  // What the coefficients are worked out from, for who does it elsewhere: the loop and the options.
+  virtual std::size_t loop(std::size_t states) const = 0;
+  virtual OptionBytes options() const = 0;
 };
 
 // Throws ValueError for a name that is not in kRules.

@@ -45,7 +45,7 @@ struct NAdam {
   Moments<T> moments;
   T gradient_weight, momentum_weight, scaled_eps;
 
-  NAdam(const Options& o, const Progress& at)
+  FUSESTEP_HOST_DEVICE NAdam(const Options& o, const Progress& at)
       : decay(WeightDecay<T>::of(o.weight_decay, o.decoupled_weight_decay, o.lr)),
         moments(o.beta1, o.beta2) {
     const double mu = momentum(o, at.step);
@@ -63,7 +63,7 @@ struct NAdam {
     w -= (gradient_weight * g + momentum_weight * m) / (square_root(v) + scaled_eps);
   }
 
-  static double momentum(const Options& o, std::int64_t step) {
+  FUSESTEP_HOST_DEVICE static double momentum(const Options& o, std::int64_t step) {
     constexpr double kLog096 = -0.040821994520255166;  // ln 0.96
     return o.beta1 *
            (1 - 0.5 * exponential(static_cast<double>(step) * o.momentum_decay * kLog096));
@@ -74,7 +74,7 @@ struct NAdam {
   }
   static std::vector<std::string_view> scalar_names() { return {"step", "mu_product"}; }
   static double initial_state(const Options&) { return 0; }
-  static Progress advance(const Options& o, Progress progress) {
+  FUSESTEP_HOST_DEVICE static Progress advance(const Options& o, Progress progress) {
     progress = next_step(progress);
     progress.momentum_product *= momentum(o, progress.step);
     return progress;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/annotations.h"
 #include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/nadam.h"
@@ -34,6 +35,17 @@ struct Loop {
 template <class... Loops>
 struct LoopList {
   static constexpr std::size_t size = sizeof...(Loops);
+
+  // Calls visit(Loop{}) with the loop of this index.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // it may be a function of either side
+#endif
+  template <class Visit>
+  FUSESTEP_HOST_DEVICE static void visit(std::size_t index, Visit visit) {
+    std::size_t i = 0;
+    static_cast<void>(((i++ == index && (visit(Loops{}), true)) || ...));
+  }
+
   template <class Wanted>
   static constexpr std::size_t index() {
     std::size_t i = 0;
@@ -56,6 +68,26 @@ struct Coefficients {
     Coefficients coefficients{loop, {}};
     memcpy(coefficients.bytes, &rule, sizeof rule);
     return coefficients;
+  }
+};
+
+// A rule's options with the type forgotten: what a GPU is handed to work out coefficients by.
+struct OptionBytes {
+  alignas(8) unsigned char bytes[64];
+
+  template <class Options>
+  static OptionBytes of(const Options& options) {
+    static_assert(sizeof(Options) <= sizeof bytes && std::is_trivially_copyable_v<Options>);
+    OptionBytes result{};
+    memcpy(result.bytes, &options, sizeof options);
+    return result;
+  }
+
+  template <class Options>
+  FUSESTEP_HOST_DEVICE Options as() const {
+    Options options;
+    memcpy(&options, bytes, sizeof options);
+    return options;
   }
 };
 

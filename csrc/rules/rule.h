@@ -45,7 +45,7 @@ struct Field {
 template <class Options, class Value>
 Field(std::string_view, Value Options::*) -> Field<Options, Value>;
 
-inline Progress next_step(Progress progress) {
+FUSESTEP_HOST_DEVICE Progress next_step(Progress progress) {
   ++progress.step;
   return progress;
 }

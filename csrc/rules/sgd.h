@@ -36,7 +36,7 @@ struct Sgd {
   T lr, momentum, undamped;
   T first, nesterov;  // 1 or 0
 
-  Sgd(const Options& o, const Progress& at)
+  FUSESTEP_HOST_DEVICE Sgd(const Options& o, const Progress& at)
       : decay(WeightDecay<T>::l2(o.weight_decay)),
         lr(static_cast<T>(o.lr)),
         momentum(static_cast<T>(o.momentum)),
@@ -61,7 +61,9 @@ struct Sgd {
   }
   static std::vector<std::string_view> scalar_names() { return {}; }
   static double initial_state(const Options&) { return 0; }
-  static Progress advance(const Options&, Progress progress) { return next_step(progress); }
+  FUSESTEP_HOST_DEVICE static Progress advance(const Options&, Progress progress) {
+    return next_step(progress);
+  }
 };
 
 }  // namespace fusestep::rules

@@ -13,9 +13,11 @@ struct WeightDecay {
   T coupled;  // lambda, or 0
   T shrink;   // lr lambda, or 0
 
-  static WeightDecay l2(double lambda) { return {static_cast<T>(lambda), T{0}}; }
+  FUSESTEP_HOST_DEVICE static WeightDecay l2(double lambda) {
+    return {static_cast<T>(lambda), T{0}};
+  }
 
-  static WeightDecay of(double lambda, bool decoupled, double lr) {
+  FUSESTEP_HOST_DEVICE static WeightDecay of(double lambda, bool decoupled, double lr) {
     return decoupled ? WeightDecay{T{0}, static_cast<T>(lr * lambda)} : l2(lambda);
   }
 

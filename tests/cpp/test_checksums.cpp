@@ -31,7 +31,7 @@ std::uint64_t checksum(const RuleCase& rule_case, DType dtype) {
     for (std::int64_t i = 0; i < kSize; ++i)
       write(array.data() + i * item_size(state), state, rule->initial_state());
 
-  cpu::Work work{};
+  Work work{};
   work.compute = state;
   work.iteration.operand[kParameter] = {parameter.data(), dtype};
   work.iteration.operand[kGradient] = {gradient.data(), dtype};
@@ -39,12 +39,12 @@ std::uint64_t checksum(const RuleCase& rule_case, DType dtype) {
     work.iteration.operand[kState + s] = {state_arrays[s].data(), state};
   work.iteration.plan_dense(kSize, static_cast<int>(2 + states));
 
-  const cpu::Work* one = &work;
+  const Work* one = &work;
   rules::Progress progress;
   for (int step = 0; step < kSteps; ++step) {
     for (std::int64_t i = 0; i < kSize; ++i)
       write(gradient.data() + i * item_size(dtype), dtype, random.number());
-    const cpu::GradientNorm norm = cpu::gradient_norm({&one, 1});
+    const GradientNorm norm = cpu::gradient_norm({&one, 1});
     progress = rule->advance(progress);
     const auto coefficients = rule->coefficients(progress, work.compute, 1e-2, states);
     work.rule = &coefficients;

@@ -62,7 +62,7 @@ struct Memory {
 
 struct Problem {
   std::vector<std::vector<Memory>> parameters;  // each: parameter, gradient, states
-  std::vector<cpu::Work> work;
+  std::vector<Work> work;
   std::vector<Coefficients> coefficients;
 
   Problem(const RuleCase& rule_case, DType parameter, DType gradient, DType state, bool odd) {
@@ -80,7 +80,7 @@ struct Problem {
         memory.emplace_back(shapes[i], state, odd && i % 2, 1);
       for (std::size_t k = 0; k < memory.size(); ++k) memory[k].fill(random, k >= 2);
 
-      cpu::Work one{};
+      Work one{};
       one.compute =
           parameter == DType::float64 || state == DType::float64 ? DType::float64 : DType::float32;
       std::vector<Geometry> geometry;
@@ -95,9 +95,9 @@ struct Problem {
     }
   }
 
-  std::vector<const cpu::Work*> list() const {
-    std::vector<const cpu::Work*> pointers;
-    for (const cpu::Work& one : work) pointers.push_back(&one);
+  std::vector<const Work*> list() const {
+    std::vector<const Work*> pointers;
+    for (const Work& one : work) pointers.push_back(&one);
     return pointers;
   }
 
@@ -118,7 +118,7 @@ void check(const RuleCase& rule, DType parameter, DType gradient, DType state) {
       for (const bool odd : {false, true}) {
         cpu::set_num_threads(threads);
         Problem problem(rule, parameter, gradient, state, odd);
-        const cpu::GradientNorm found = cpu::gradient_norm(problem.list());
+        const GradientNorm found = cpu::gradient_norm(problem.list());
         cpu::update(problem.list(), {0.25, false});
         const std::uint64_t h = problem.hashed();
         if (first) expected = h;
@@ -143,7 +143,7 @@ void check_nonfinite() {
     CHECK(!cpu::gradient_norm(problem.list()).finite);
   }
   g = 1e300;  // its square is not finite, but it is
-  const cpu::GradientNorm norm = cpu::gradient_norm(problem.list());
+  const GradientNorm norm = cpu::gradient_norm(problem.list());
   CHECK(norm.finite && std::fabs(norm.value - 1e300) < 1e288);
   cpu::clear_gradients(problem.list());
   CHECK(cpu::gradient_norm(problem.list()).value == 0);

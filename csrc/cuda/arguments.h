@@ -1,0 +1,117 @@
+// What a launch is handed: a list of parameters, by value.
+//
+// Kernel parameters may be 32 KB from CUDA 12.1 on. So a whole list goes along with the launch:
+// nothing is copied to the device beforehand, nothing has to be kept until it has arrived, and a
+// CUDA graph remembers it. Short lists have structs of their own, because all of a parameter is
+// copied at every launch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtypes.h"
+#include "core/tiling.h"
+#include "rules/rule.h"
+
+namespace fusestep::cuda {
+
+inline constexpr std::size_t kMostParameterBytes = 32764;
+
+inline constexpr int kThreads = 256;  // of a block
+inline constexpr int kPerThread = 4;  // consecutive elements: 16 bytes of float32
+inline constexpr int kWarpSize = 32;  // lanes of a reduction, too
+inline constexpr int kWarps = kThreads / kWarpSize;
+static_assert(kThreads * kPerThread == kTileSize, "a block moves one tile");
+
+// One parameter with its gradient and state.
+struct Item {
+  std::byte* data[kMaxOperands];
+  std::int64_t size;                                     // elements
+  std::uint32_t first_tile;                              // in the list
+  std::uint32_t rule;                                    // its place among the rules
+  std::uint8_t first_axis, axes, row_axis, column_axis;  // none where all is one dense run
+  std::uint16_t dtypes;                                  // two bits for each operand
+  bool is_aligned;  // four consecutive elements of every operand can be had at once
+  bool in_double;   // what the rule computes in
+
+  FUSESTEP_HOST_DEVICE Operand operand(int i) const {
+    return {data[i], static_cast<DType>(dtypes >> 2 * i & 3)};
+  }
+};
+static_assert(sizeof(Item) == 64);
+
+// Up to `items` parameters in a row, cut into tiles that are numbered through.
+template <int items, int axes>
+struct List {
+  static constexpr int kItems = items, kAxes = axes;
+
+  std::int32_t count;
+  std::uint32_t tiles;
+  Item item[items];
+  TileAxis axis[axes > 0 ? axes : 1];
+
+  // The item that a tile belongs to: the last one that begins at it or before.
+  FUSESTEP_HOST_DEVICE const Item& item_of(std::uint32_t tile) const {
+    int first = 0, last = count;
+    while (last - first > 1) {
+      const int middle = (first + last) / 2;
+      (item[middle].first_tile <= tile ? first : last) = middle;
+    }
+    return item[first];
+  }
+
+  FUSESTEP_HOST_DEVICE Tiling tiling(const Item& one) const {
+    return {axis + one.first_axis, one.axes, one.row_axis, one.column_axis};
+  }
+};
+
+// An array may have 64 axes, of which each may be needed.
+using ShortList = List<32, 0>;
+using LongList = List<440, 0>;
+using StridedList = List<256, 128>;
+
+// How many different coefficients go along with a launch.
+template <class ItemList>
+inline constexpr int kRules = ItemList::kItems > 32 ? 48 : 8;
+
+// Coefficients, and what else the gradients of the parameters that share them are multiplied by.
+template <class Rule>
+struct RuleEntry {
+  alignas(Rule) unsigned char bytes[sizeof(Rule)];  // rules have no default constructor
+  double gradient_factor;
+
+  FUSESTEP_HOST_DEVICE const Rule& rule() const { return *reinterpret_cast<const Rule*>(bytes); }
+};
+
+// The same with the type forgotten: an entry of the table that Advance fills on the device.
+struct alignas(16) AnyRuleEntry {
+  unsigned char bytes[128];
+};
+
+// Whether a step happens, and how; worked out on the device.
+struct Decision {
+  double gradient_factor;  // of all gradients: unscaling and clipping
+  std::uint32_t take;      // 0: the step is left out
+};
+
+struct Counters {
+  std::int64_t steps, skipped_steps;
+};
+
+// A number in device memory, which others may write: a float32 or a float64.
+struct Scalar {
+  void* address = nullptr;
+  bool is_double = false;
+
+  FUSESTEP_HOST_DEVICE double read() const {
+    return is_double ? *static_cast<const double*>(address) : *static_cast<const float*>(address);
+  }
+  FUSESTEP_HOST_DEVICE void write(double value) const {
+    if (is_double)
+      *static_cast<double*>(address) = value;
+    else
+      *static_cast<float*>(address) = static_cast<float>(value);
+  }
+};
+
+}  // namespace fusestep::cuda

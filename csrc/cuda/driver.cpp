@@ -1,0 +1,52 @@
+#include "cuda/driver.h"
+
+namespace fusestep::cuda {
+namespace {
+
+class LinkedDriver final : public Driver {
+ public:
+  std::shared_ptr<Workspace> open(int device) const override {
+    return std::make_shared<Workspace>(device);
+  }
+  int device_of(const void* address) const override {
+    check_available();
+    return cuda::device_of(address);
+  }
+  bool is_capturing(Stream stream) const override { return cuda::is_capturing(stream); }
+  void wait(int device, Stream stream, Stream other) const override {
+    const CurrentDevice current(device);
+    cuda::wait(stream, other);
+  }
+  void take(const Step& step) const override { cuda::take(step); }
+  std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list,
+                                double prescale) const override {
+    return cuda::tile_sums(workspace, stream, list, prescale);
+  }
+  void clear_gradients(Workspace& workspace, Stream stream, WorkList list) const override {
+    cuda::clear_gradients(workspace, stream, list);
+  }
+  void write_progress(Workspace& workspace, Stream stream,
+                      std::span<const rules::Progress> progress,
+                      const Counters& counters) const override {
+    cuda::write_progress(workspace, stream, progress, counters);
+  }
+  Counters read_progress(Workspace& workspace, Stream stream,
+                         std::span<rules::Progress> progress) const override {
+    return cuda::read_progress(workspace, stream, progress);
+  }
+  void write_rate(Workspace& workspace, Stream stream, double lr) const override {
+    cuda::write_rate(workspace, stream, lr);
+  }
+  Scalar rate(Workspace& workspace, Stream stream) const override {
+    return cuda::rate(workspace, stream);
+  }
+};
+
+}  // namespace
+
+const Driver& driver() {
+  static const LinkedDriver linked;
+  return linked;
+}
+
+}  // namespace fusestep::cuda

@@ -1,0 +1,42 @@
+// Launching a body. The only place with <<< >>>.
+//
+// Compiled by nvcc, a launch goes to a GPU's stream. Compiled by a C++ compiler it is a loop over
+// the grid: every access to memory is the same then, and can be watched by sanitizers.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/arguments.h"
+#include "cuda/bodies.h"
+#include "cuda/runtime.h"
+
+namespace fusestep::cuda {
+
+#if defined(__CUDACC__)
+
+template <class Body>
+__global__ void __launch_bounds__(kThreads) run(const __grid_constant__ Body body) {
+  body(static_cast<std::int64_t>(blockIdx.x), static_cast<int>(threadIdx.x));
+}
+
+template <class Body>
+void launch(const Body& body, std::int64_t blocks, Stream stream) {
+  static_assert(sizeof(Body) <= kMostParameterBytes);
+  if (blocks == 0) return;
+  run<<<static_cast<unsigned>(blocks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(body);
+  check_launch();
+}
+
+#else
+
+template <class Body>
+void launch(const Body& body, std::int64_t blocks, Stream) {
+  static_assert(sizeof(Body) <= kMostParameterBytes);
+  constexpr int step = Body::kTeam == Team::warp ? kWarpSize : 1;
+  for (std::int64_t block = 0; block < blocks; ++block)
+    for (int thread = 0; thread < kThreads; thread += step) body(block, thread);
+}
+
+#endif
+
+}  // namespace fusestep::cuda

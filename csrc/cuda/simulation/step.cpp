@@ -1,0 +1,2 @@
+// The very text that nvcc compiles, where launches are loops.
+#include "cuda/step.cu"

@@ -1,0 +1,67 @@
+// A step over a list of parameters on one GPU: put into a stream, never waited for.
+//
+// Plain steps are one launch for all dense parameters of a rule. Where the norm of the gradients is
+// asked for, it is summed first, tile by tile, then in groups of 1,024 sums; where the step may be
+// left out, or is captured in a CUDA graph, the counts of updates are on the GPU, and coefficients
+// are worked out there.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "core/gradient_norm.h"
+#include "core/work.h"
+#include "cuda/bodies.h"
+#include "cuda/workspace.h"
+
+namespace fusestep::cuda {
+
+// How far one parameter has come, where that is kept on the GPU.
+struct ProgressOnDevice {
+  std::size_t slot;               // its place in the workspace's array
+  Scalar step, momentum_product;  // copies of it that others may write to, or null
+  std::uint32_t group;            // its place among the groups
+};
+
+struct Step {
+  Workspace* workspace;
+  Stream stream;
+  WorkList list;
+  StepOptions options;
+
+  // To be found out, and acted upon, on the GPU.
+  std::optional<double> max_norm;
+  bool skip_nonfinite = false;
+  const float* loss_scale = nullptr;
+  const float* found_inf = nullptr;
+
+  // One for each piece of work, or none: then the list comes with its coefficients.
+  std::span<const ProgressOnDevice> progress;
+  std::span<const AdvanceGroup> groups;
+
+  bool needs_norm() const { return max_norm || skip_nonfinite; }
+  bool is_decided_on_device() const {
+    return needs_norm() || loss_scale || found_inf || !progress.empty();
+  }
+};
+
+void take(const Step& step);
+
+// The sums of the squares of the prescaled gradients, one for each tile. Waits for the GPU.
+std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list, double prescale);
+
+void clear_gradients(Workspace& workspace, Stream stream, WorkList list);
+
+// The progress of parameters and the counters on the GPU, as they are when all that is in the
+// stream is done.
+void write_progress(Workspace& workspace, Stream stream, std::span<const rules::Progress> progress,
+                    const Counters& counters);
+Counters read_progress(Workspace& workspace, Stream stream, std::span<rules::Progress> progress);
+
+// A learning rate on the GPU, which captured graphs read.
+void write_rate(Workspace& workspace, Stream stream, double lr);
+Scalar rate(Workspace& workspace, Stream stream);
+
+}  // namespace fusestep::cuda

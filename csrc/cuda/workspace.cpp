@@ -1,0 +1,35 @@
+#include "cuda/workspace.h"
+
+#include <algorithm>
+
+namespace fusestep::cuda {
+
+Workspace::Workspace(int device) : device_(device) { check_available(); }
+
+Workspace::~Workspace() {
+  try {
+    const CurrentDevice current(device_);
+    for (void* memory : all_) release(memory);
+  } catch (const Error&) {  // a forked child, or the end of the process: it is gone already
+  }
+}
+
+Workspace::Record* Workspace::record(Stream stream) {
+  return static_cast<Record*>(reserve_bytes(record_, sizeof(Record), stream));
+}
+
+void* Workspace::reserve_bytes(Buffer& buffer, std::size_t bytes, Stream stream) {
+  if (buffer.memory && bytes <= buffer.bytes) return buffer.memory;
+  if (is_capturing(stream))
+    throw Error(
+        "a CUDA graph is being captured, and this step needs memory that is not there yet: take "
+        "one such step before the capture");
+  constexpr std::size_t kLeast = 256;
+  const std::size_t wanted = std::max({bytes, 2 * buffer.bytes, kLeast});
+  void* memory = allocate(wanted);
+  all_.push_back(memory);
+  buffer = {memory, wanted};
+  return memory;
+}
+
+}  // namespace fusestep::cuda

@@ -1,0 +1,62 @@
+// The memory that the steps of one optimizer need on one GPU, besides the arrays themselves.
+//
+// It is never moved and never given back while the workspace lives: a captured CUDA graph goes on
+// using the addresses that it has met.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cuda/arguments.h"
+#include "cuda/runtime.h"
+#include "rules/rule.h"
+
+namespace fusestep::cuda {
+
+class Workspace {
+ public:
+  explicit Workspace(int device);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  int device() const { return device_; }
+
+  // What there is one of.
+  struct Record {
+    Counters counters;
+    Decision decision;
+    double lr;
+  };
+  Record* record(Stream stream);
+
+  // So many of each; their content is lost where there was less room before.
+  double* sums(std::size_t count, Stream stream) { return reserve<double>(sums_, count, stream); }
+  double* prescaled_sums(std::size_t count, Stream stream) {
+    return reserve<double>(prescaled_sums_, count, stream);
+  }
+  AnyRuleEntry* table(std::size_t count, Stream stream) {
+    return reserve<AnyRuleEntry>(table_, count, stream);
+  }
+  rules::Progress* progress(std::size_t count, Stream stream) {
+    return reserve<rules::Progress>(progress_, count, stream);
+  }
+
+ private:
+  struct Buffer {
+    void* memory = nullptr;
+    std::size_t bytes = 0;
+  };
+  template <class T>
+  T* reserve(Buffer& buffer, std::size_t count, Stream stream) {
+    return static_cast<T*>(reserve_bytes(buffer, count * sizeof(T), stream));
+  }
+  void* reserve_bytes(Buffer& buffer, std::size_t bytes, Stream stream);
+
+  int device_;
+  Buffer sums_, prescaled_sums_, table_, progress_, record_;
+  std::vector<void*> all_;
+};
+
+}  // namespace fusestep::cuda
