@@ -8,6 +8,7 @@
 #include <numeric>
 #include <utility>
 
+#include "arrays/cuda_interface.h"
 #include "arrays/dlpack.h"
 #include "arrays/exchange.h"
 #include "arrays/numpy.h"
@@ -19,10 +20,12 @@ namespace fusestep::arrays {
 
 void Array::swap(Array& other) noexcept {
   std::swap(data, other.data);
+  std::swap(device, other.device);
   std::swap(dtype, other.dtype);
   std::swap(writable, other.writable);
   std::swap(c_contiguous, other.c_contiguous);
   std::swap(size, other.size);
+  std::swap(stream, other.stream);
   std::swap(shape_, other.shape_);
   std::swap(strides_, other.strides_);
   std::swap(ndim_, other.ndim_);
@@ -32,6 +35,7 @@ void Array::swap(Array& other) noexcept {
   std::swap(api_, other.api_);
   std::swap(managed_, other.managed_);
   std::swap(delete_managed_, other.delete_managed_);
+  std::swap(is_cuda_interface_, other.is_cuda_interface_);
 }
 
 void Array::release() noexcept {
@@ -60,10 +64,33 @@ bool Array::is_current() const {
     return false;
   }
   if (managed_) return exporter_is_current(owner_, *this);
+  if (is_cuda_interface_) return true;  // such arrays are never given other memory
   const NumpyFields now = numpy_fields(owner_);
   return now.data == data && now.writable == writable && now.descriptor == descriptor_ &&
          std::ranges::equal(geometry().shape, std::span(now.shape, now.ndim)) &&
          std::ranges::equal(geometry().strides, std::span(now.strides, now.ndim));
+}
+
+std::uintptr_t Array::current_stream() const {
+  if (device.kind == Device::cpu) return 0;
+  if (api_) return exchange_stream(*api_, device);
+  if (is_cuda_interface_) return cuda_interface_stream(owner_);
+  return exporter_stream(owner_, device);
+}
+
+bool Array::is_of_library_of(const Array& other) const {
+  if (api_ || other.api_) return api_ == other.api_;
+  return Py_TYPE(owner_) == Py_TYPE(other.owner_);
+}
+
+void Array::check_alignment(const Label& label) const {
+  if (device.kind == Device::cpu || size == 0) return;
+  const std::int64_t item = item_size(dtype);
+  bool aligned = reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(item) == 0;
+  for (std::size_t axis = 0; axis < ndim_; ++axis)
+    aligned = aligned && (shape_[axis] == 1 || strides_[axis] % item == 0);
+  if (!aligned)
+    throw ValueError(label.text() + " is not aligned to its elements, which a GPU cannot read");
 }
 
 Array::Interval Array::interval() const {
@@ -83,13 +110,16 @@ Array from_object(PyObject* object, const Label& label) {
   if (is_numpy_scalar(object)) return from_numpy_scalar(object, label);
   if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object)))
     return from_exchange(object, *api, label);
+  if (has_cuda_interface(object)) return from_cuda_interface(object, label);
   if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack(object, label);
   throw TypeError(label.text() + " is a " + Py_TYPE(object)->tp_name +
-                  "; expected a NumPy array or another array that supports DLPack");
+                  "; expected a NumPy or CuPy array, a torch tensor, or another array that " +
+                  "supports DLPack");
 }
 
 bool is_array(PyObject* object) {
-  return is_numpy(object) || PyObject_HasAttrString(object, "__dlpack__");
+  return is_numpy(object) || PyObject_HasAttrString(object, "__dlpack__") ||
+         has_cuda_interface(object);
 }
 
 namespace {

@@ -2,8 +2,8 @@
 //
 // NumPy arrays are read through the fields of the array object (a few nanoseconds, where the
 // buffer protocol takes 40 and does not know bfloat16); tensors of a library that publishes a table
-// of functions for it through that table (40 ns); everything else through __dlpack__.
-// All functions need the GIL.
+// of functions for it through that table (40 ns); CuPy's through __cuda_array_interface__;
+// everything else through __dlpack__. All functions need the GIL.
 #pragma once
 
 #include <Python.h>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "arrays/dlpack_abi.h"
+#include "core/device.h"
 #include "core/layout.h"
 #include "core/operand.h"
 
@@ -45,10 +46,15 @@ class Array {
   ~Array() { release(); }
 
   std::byte* data = nullptr;
+  Device device;
   DType dtype = DType::float32;
   bool writable = false;
   bool c_contiguous = false;
   std::int64_t size = 0;  // elements
+
+  // On a GPU: the cudaStream_t on which its library worked when the view was made. What is in the
+  // array now is complete when that stream has got there.
+  std::uintptr_t stream = 0;
 
   PyObject* owner() const { return owner_; }
 
@@ -63,7 +69,13 @@ class Array {
   bool is_current() const;
 
   // True where getting at its memory has run somebody else's code.
-  bool is_foreign() const { return managed_ != nullptr; }
+  bool is_foreign() const { return managed_ != nullptr || is_cuda_interface_; }
+
+  // The stream on which its library works at this moment. May run Python code.
+  std::uintptr_t current_stream() const;
+
+  // True where that is the stream of another array, too, as far as can be told without asking.
+  bool is_of_library_of(const Array& other) const;
 
   // True where a tensor has this view's dtype, shape and strides; and its memory, too.
   bool has_geometry_of(const dlpack::Tensor& tensor) const;
@@ -79,6 +91,7 @@ class Array {
   friend Array from_object(PyObject* object, const Label& label);
   friend Array from_numpy(PyObject* object, const Label& label);
   friend Array from_dlpack(PyObject* object, const Label& label);
+  friend Array from_cuda_interface(PyObject* object, const Label& label);
   friend Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label);
   friend Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
                            const Label& label);
@@ -87,6 +100,8 @@ class Array {
 
   // Takes over what a DLPack tensor says of its memory; throws TypeError for what we cannot update.
   void describe(const dlpack::Tensor& tensor, Complex complex, const Label& label);
+  // A GPU reads an element only where its size divides its address.
+  void check_alignment(const Label& label) const;
   void swap(Array& other) noexcept;
   void release() noexcept;
 
@@ -99,9 +114,10 @@ class Array {
   const dlpack::ExchangeApi* api_ = nullptr;  // the table it was read through
   void* managed_ = nullptr;                   // or its DLPack tensor
   void (*delete_managed_)(void*) = nullptr;
+  bool is_cuda_interface_ = false;  // or its __cuda_array_interface__
 };
 
-// Throws TypeError for something that is not an array of a supported dtype on the CPU.
+// Throws TypeError for something that is not an array of a supported dtype on a device of ours.
 Array from_object(PyObject* object, const Label& label);
 
 // True where two arrays share at least one byte. Exact: interleaved slices of one array do not.

@@ -14,14 +14,6 @@ namespace {
 constexpr const char* kName = "dltensor";
 constexpr const char* kVersionedName = "dltensor_versioned";
 
-// torch before 2.8 speaks the old DLPack, and its memory can be written. JAX speaks it too, and its
-// arrays are immutable: who else cannot say is taken to be like JAX.
-bool is_torch(PyObject* object) {
-  const py::object module =
-      py::getattr(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__module__", py::str());
-  return py::isinstance<py::str>(module) && module.cast<std::string>().starts_with("torch");
-}
-
 // What is exported. torch refuses to export what requires a gradient, and its export does not say
 // that the numbers in memory are to be negated (as in z.conj().imag). .detach() is the same memory
 // in a tensor of its own, which nobody can give other memory.
@@ -33,14 +25,22 @@ py::object exporter_of(PyObject* object, const Label& label) {
   return exporter.attr("detach")();
 }
 
-py::object call_dlpack(const py::object& exporter) {
+// On a GPU, an exporter is told on which stream its array will be used, and sees to it that the
+// stream waits for what is still to be computed: the default stream, which exporter_stream() names,
+// too. torch need not wait: a step runs on its own stream.
+constexpr int kDefaultStream = 1, kNoWaiting = -1;
+
+py::object call_dlpack(const py::object& exporter, const Device& device) {
   using namespace py::literals;
   const py::object dlpack = exporter.attr("__dlpack__");
+  py::dict arguments;
+  if (device.kind == Device::cuda)
+    arguments["stream"] = is_torch(exporter.ptr()) ? kNoWaiting : kDefaultStream;
   try {
-    return dlpack("max_version"_a = py::make_tuple(1, 0));
+    return dlpack("max_version"_a = py::make_tuple(1, 0), **arguments);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
-    return dlpack();  // an exporter older than version 1
+    return dlpack(**arguments);  // an exporter older than version 1
   }
 }
 
@@ -50,8 +50,9 @@ py::object export_capsule(PyObject* object, const Label& label) {
   try {
     const py::object exporter = exporter_of(object, label);
     const py::tuple device = exporter.attr("__dlpack_device__")();
-    check_device(device[0].cast<std::int32_t>(), label);
-    return call_dlpack(exporter);
+    return call_dlpack(
+        exporter,
+        device_of({device[0].cast<std::int32_t>(), device[1].cast<std::int32_t>()}, label));
   } catch (py::error_already_set& error) {
     for (PyObject* kind : {PyExc_TypeError, PyExc_BufferError, PyExc_AttributeError,
                            PyExc_ValueError, PyExc_NotImplementedError}) {
@@ -73,6 +74,12 @@ void destroy(void* managed) {
 
 }  // namespace
 
+bool is_torch(PyObject* object) {
+  const py::object module =
+      py::getattr(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__module__", py::str());
+  return py::isinstance<py::str>(module) && module.cast<std::string>().starts_with("torch");
+}
+
 Array from_dlpack(PyObject* object, const Label& label) {
   const py::object capsule = export_capsule(object, label);
   Array array;
@@ -93,7 +100,9 @@ Array from_dlpack(PyObject* object, const Label& label) {
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");
     array.managed_ = managed;
     array.delete_managed_ = destroy<dlpack::Managed>;
-    array.writable = is_torch(object);  // before version 1, DLPack cannot say
+    // Before version 1, DLPack cannot say. torch spoke that until 2.8, and its memory can be
+    // written; JAX does, and its arrays are immutable: all others are taken to be like JAX.
+    array.writable = is_torch(object);
     tensor = &managed->tensor;
   } else {
     throw TypeError(label.text() + ": __dlpack__ did not return a DLPack capsule");
@@ -101,7 +110,15 @@ Array from_dlpack(PyObject* object, const Label& label) {
 
   array.describe(*tensor, Complex::refused, label);
   array.owner_ = Py_NewRef(object);
+  if (array.device.kind == Device::cuda) array.stream = exporter_stream(object, array.device);
   return array;
+}
+
+std::uintptr_t exporter_stream(PyObject* exporter, const Device& device) {
+  if (!is_torch(exporter)) return 0;
+  const py::object stream =
+      py::module_::import("torch").attr("cuda").attr("current_stream")(device.index);
+  return stream.attr("cuda_stream").cast<std::uintptr_t>();
 }
 
 bool exporter_is_current(PyObject* object, const Array& array) {

@@ -5,7 +5,7 @@
 
 namespace fusestep::arrays::dlpack {
 
-enum DeviceType : std::int32_t { kCpu = 1, kCudaHost = 3 };
+enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3, kCudaManaged = 13 };
 enum TypeCode : std::uint8_t { kFloat = 2, kBfloat = 4, kComplex = 5 };
 
 inline constexpr std::uint64_t kReadOnly = 1, kCopied = 2;
@@ -46,7 +46,7 @@ struct ManagedVersioned {  // capsule "dltensor_versioned"
 };
 
 // The table of functions that a type publishes as __dlpack_c_exchange_api__ (DLPack 1.3), in a
-// capsule of this name. Of its functions we call one.
+// capsule of this name. Of its functions we call two.
 inline constexpr const char* kExchangeApiName = "dlpack_exchange_api";
 
 struct ExchangeApi {
@@ -58,7 +58,8 @@ struct ExchangeApi {
   // Fills in the tensor as it is at this moment; -1 with a Python exception on failure. May be
   // null.
   int (*read)(void* object, Tensor* out);
-  void* current_stream;
+  // The stream on which the library works on a device at this moment. May be null.
+  int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** out);
 };
 
 }  // namespace fusestep::arrays::dlpack

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "arrays/cuda_driver.h"
 #include "core/errors.h"
 
 namespace py = pybind11;
@@ -61,8 +62,15 @@ Element expected_element(const dlpack::DataType& type, Complex complex, const La
                   " bits; expected float64, float32, float16 or bfloat16");
 }
 
-bool is_cpu(std::int32_t device_type) {
-  return device_type == dlpack::kCpu || device_type == dlpack::kCudaHost;
+// Memory of a GPU that is not NVIDIA's, for instance, is nothing that we know.
+std::optional<Device> known_device(const dlpack::Device& device) {
+  switch (device.type) {
+    case dlpack::kCpu:
+    case dlpack::kCudaHost: return Device{};
+    case dlpack::kCuda:
+    case dlpack::kCudaManaged: return Device{Device::cuda, device.id};
+    default: return {};
+  }
 }
 
 // What an exporter that lies would lead us to read.
@@ -78,7 +86,6 @@ void check_plausible(const dlpack::Tensor& tensor, const Label& label) {
   if (!plausible || (size > 0 && !tensor.data))
     throw TypeError(label.text() +
                     " was exported through DLPack with an impossible shape or no data");
-  check_device(tensor.device.type, label);
 }
 
 bool says_yes(PyObject* object, const char* method) {
@@ -111,6 +118,7 @@ Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Labe
   }
   Array array = from_tensor(tensor, Py_NewRef(object), Complex::refused, label);
   array.api_ = &api;
+  if (array.device.kind == Device::cuda) array.stream = exchange_stream(api, array.device);
   if (is_lazily_negated(object, array))
     throw ValueError(label.text() + " has torch's negative bit set; pass its .resolve_neg()");
   return array;
@@ -126,10 +134,11 @@ Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex
 }
 
 bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner, Array& view) {
-  if (!like.has_geometry_of(tensor) || !is_cpu(tensor.device.type) ||
+  if (!like.has_geometry_of(tensor) || known_device(tensor.device) != like.device ||
       (like.size > 0 && !tensor.data))
     return false;
   view.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
+  view.device = like.device;
   view.dtype = like.dtype;
   view.shape_ = like.shape_;
   view.strides_ = like.strides_;
@@ -143,6 +152,7 @@ bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner,
 
 void Array::describe(const dlpack::Tensor& tensor, Complex complex, const Label& label) {
   check_plausible(tensor, label);
+  device = device_of(tensor.device, label);
   const Element element = expected_element(tensor.dtype, complex, label);
   dtype = element.dtype;
   data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
@@ -162,6 +172,7 @@ void Array::describe(const dlpack::Tensor& tensor, Complex complex, const Label&
   shape_ = owned_.data();
   strides_ = owned_.data() + ndim_;
   c_contiguous = is_c_contiguous(geometry(), item);
+  check_alignment(label);
 }
 
 bool Array::has_geometry_of(const dlpack::Tensor& tensor) const {
@@ -181,13 +192,27 @@ bool Array::has_geometry_of(const dlpack::Tensor& tensor) const {
 
 bool Array::is_view_of(const dlpack::Tensor& tensor) const {
   return static_cast<std::byte*>(tensor.data) + tensor.byte_offset == data &&
-         is_cpu(tensor.device.type) && has_geometry_of(tensor);
+         known_device(tensor.device) == device && has_geometry_of(tensor);
 }
 
-void check_device(std::int32_t type, const Label& label) {
-  if (!is_cpu(type))
-    throw TypeError(label.text() + " is not in CPU memory (DLPack device type " +
-                    std::to_string(type) + "); this build updates CPU arrays only");
+Device device_of(const dlpack::Device& device, const Label& label) {
+  const std::optional<Device> known = known_device(device);
+  if (!known)
+    throw TypeError(label.text() + " is on a device of DLPack type " + std::to_string(device.type) +
+                    "; expected memory of the CPU or of an NVIDIA GPU");
+  if (known->kind == Device::cuda && !has_cuda_driver())
+    throw TypeError(label.text() + " is on " + name_of(*known) +
+                    "; this build of fusestep has no CUDA kernels (see docs/gpu.md)");
+  return *known;
+}
+
+std::uintptr_t exchange_stream(const dlpack::ExchangeApi& api, const Device& device) {
+  void* stream = nullptr;
+  if (!api.current_stream || api.current_stream(dlpack::kCuda, device.index, &stream) != 0) {
+    PyErr_Clear();
+    return 0;
+  }
+  return reinterpret_cast<std::uintptr_t>(stream);
 }
 
 bool is_lazily_negated(PyObject* object, const Array& array) {

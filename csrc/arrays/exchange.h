@@ -25,8 +25,11 @@ Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex
 // (from which the view borrows them, and allocates nothing); false where it has not.
 bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner, Array& view);
 
-// Throws TypeError unless the CPU can write there.
-void check_device(std::int32_t type, const Label& label);
+// The device that DLPack means. Throws TypeError unless it is one of ours.
+Device device_of(const dlpack::Device& device, const Label& label);
+
+// The stream on which a library works on a GPU at this moment.
+std::uintptr_t exchange_stream(const dlpack::ExchangeApi& api, const Device& device);
 
 // True for a view of torch's whose numbers in memory are still to be negated or conjugated.
 // Such views are strided (z.conj().imag) or of one element, so others are not asked.

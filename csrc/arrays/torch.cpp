@@ -25,6 +25,7 @@ TorchTensors::TorchTensors(const py::object& module, bool use_exchange_table)
       refusal_(module.attr("refusal")),
       describe_(module.attr("describe")),
       increment_versions_(module.attr("increment_versions")),
+      current_stream_(module.attr("current_stream")),
       grad_descriptor_(py::getattr(reinterpret_cast<PyObject*>(tensor_type_), "grad")),
       api_(use_exchange_table ? exchange_api(tensor_type_) : nullptr) {}
 
@@ -34,14 +35,14 @@ bool TorchTensors::read(PyObject* tensor, dlpack::Tensor& fields) const {
   has_run_code = true;
   try {
     const py::tuple description = describe_(py::handle(tensor));
-    const auto [address, device, code, bits, shape, strides] =
-        description.cast<std::tuple<std::uintptr_t, std::int32_t, std::uint8_t, std::uint8_t,
-                                    py::tuple, py::tuple>>();
+    const auto [address, device, index, code, bits, shape, strides] =
+        description.cast<std::tuple<std::uintptr_t, std::int32_t, std::int32_t, std::uint8_t,
+                                    std::uint8_t, py::tuple, py::tuple>>();
     numbers_.clear();
     for (const py::tuple& list : {shape, strides})
       for (const py::handle number : list) numbers_.push_back(number.cast<std::int64_t>());
     fields = {reinterpret_cast<void*>(address),
-              {device, 0},
+              {device, index},
               static_cast<std::int32_t>(shape.size()),
               {code, bits, 1},
               numbers_.data(),
@@ -151,6 +152,28 @@ bool TorchTensors::is_lazily_conjugated(PyObject* tensor, const dlpack::Tensor& 
   const bool conjugated =
       fields.dtype.code == dlpack::kComplex && py::handle(tensor).attr("is_conj")().cast<bool>();
   return conjugated || is_lazily_negated(tensor, array);
+}
+
+std::optional<TorchTensors::NumberOnGpu> TorchTensors::number_on_gpu(PyObject* object) const {
+  if (!is_plain(object)) return {};
+  dlpack::Tensor fields;
+  static const std::string kName = "a number";
+  if (!read(object, fields)) {
+    PyErr_Clear();
+    return {};
+  }
+  if (fields.device.type == dlpack::kCpu || fields.dtype.code != dlpack::kFloat) return {};
+  const Array array = from_tensor(fields, nullptr, Complex::refused, {"", kName});
+  const bool is_usable = array.device.kind == Device::cuda && array.size == 1 &&
+                         (array.dtype == DType::float32 || array.dtype == DType::float64);
+  if (!is_usable) return {};
+  return NumberOnGpu{array.device, array.data, array.dtype == DType::float64};
+}
+
+std::uintptr_t TorchTensors::current_stream(const Device& device) const {
+  if (api_ && api_->current_stream) return exchange_stream(*api_, device);
+  has_run_code = true;
+  return current_stream_(device.index).cast<std::uintptr_t>();
 }
 
 void TorchTensors::increment_versions(PyObject* tensors) const noexcept {

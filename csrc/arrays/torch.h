@@ -11,10 +11,12 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "arrays/array.h"
 #include "arrays/dlpack_abi.h"
+#include "core/device.h"
 
 namespace fusestep::arrays {
 
@@ -41,6 +43,17 @@ class TorchTensors {
   // Set where looking at tensors has run Python code, which may have changed anything.
   mutable bool has_run_code = false;
 
+  // Where a tensor of one number is, if that is on a GPU; none for everything else.
+  struct NumberOnGpu {
+    Device device;
+    std::byte* data;
+    bool is_double;
+  };
+  std::optional<NumberOnGpu> number_on_gpu(PyObject* object) const;
+
+  // The stream on which torch works on a GPU at this moment.
+  std::uintptr_t current_stream(const Device& device) const;
+
   // Tells autograd that these tensors have changed.
   void increment_versions(PyObject* tensors) const noexcept;
 
@@ -59,7 +72,8 @@ class TorchTensors {
 
   PyTypeObject* tensor_type_;
   PyTypeObject* parameter_type_;
-  pybind11::object local_, local_gradient_, resolved_, refusal_, describe_, increment_versions_;
+  pybind11::object local_, local_gradient_, resolved_, refusal_, describe_, increment_versions_,
+      current_stream_;
   pybind11::object grad_descriptor_;
   const dlpack::ExchangeApi* api_;
   mutable std::vector<std::int64_t> numbers_;  // shape and strides of the last tensor without table

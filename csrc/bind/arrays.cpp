@@ -15,13 +15,13 @@ py::tuple to_tuple(std::span<const std::int64_t> values) {
   return tuple;
 }
 
-// What Python needs to know of an array to allocate its state: address, dtype, shape, and strides
-// in bytes.
+// What Python needs to know of an array to allocate its state: address, dtype, shape, strides in
+// bytes, and device.
 py::tuple describe(const py::object& object, const std::string& name) {
   const arrays::Array array = arrays::from_object(object.ptr(), {"", name});
   const auto [shape, strides] = array.geometry();
   return py::make_tuple(reinterpret_cast<std::uintptr_t>(array.data), name_of(array.dtype),
-                        to_tuple(shape), to_tuple(strides));
+                        to_tuple(shape), to_tuple(strides), name_of(array.device));
 }
 
 }  // namespace

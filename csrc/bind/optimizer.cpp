@@ -52,7 +52,7 @@ void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& l
   if (!PyList_Check(sequence) && !PyTuple_Check(sequence))
     throw TypeError(std::string("gradients are a ") + Py_TYPE(sequence)->tp_name +
                     "; expected a list or tuple with one array (or None) for each parameter");
-  const double rate = number("lr", lr.ptr());
+  const auto rate = lr.is_none() ? std::nullopt : std::optional(number("lr", lr.ptr()));
   const StepArguments arguments{.grad_scale = number("grad_scale", grad_scale.ptr()),
                                 .zero_grad = flag("zero_grad", zero_grad.ptr())};
   // A copy of the references: another thread may change the list while a custom array exports
@@ -83,10 +83,10 @@ double apply(const std::string& rule, const Options& options, const py::object& 
   Optimizer optimizer(make_rule(rule, options));
   optimizer.add("the parameter", parameter.ptr(), pointers(states));
   optimizer.group.maximize = maximize;
-  optimizer.slot(0).progress = {step - 1, momentum_product};
+  optimizer.set_progress(0, {step - 1, momentum_product});
   PyObject* gradients[] = {gradient.ptr()};
   optimizer.step(gradients, 1, lr, {.grad_scale = grad_scale});
-  return optimizer.slot(0).progress.momentum_product;
+  return optimizer.progress(0).momentum_product;
 }
 
 }  // namespace
@@ -108,17 +108,19 @@ void register_optimizer(py::module_& module) {
             self.group.rule->set(name, value);
           },
           "name"_a, "value"_a)
+      .def("make_capturable", &Optimizer::make_capturable)
+      .def("set_rate", &Optimizer::set_rate, "lr"_a)
       .def(
           "progress",
           [](Optimizer& self, std::size_t i) {
-            const rules::Progress& progress = self.slot(i).progress;
+            const rules::Progress progress = self.progress(i);
             return py::make_tuple(progress.step, progress.momentum_product);
           },
           "index"_a)
       .def(
           "set_progress",
           [](Optimizer& self, std::size_t i, std::int64_t step, double momentum_product) {
-            self.slot(i).progress = {step, momentum_product};
+            self.set_progress(i, {step, momentum_product});
           },
           "index"_a, "step"_a, "momentum_product"_a)
       .def(
@@ -134,18 +136,15 @@ void register_optimizer(py::module_& module) {
       .def_property(
           "skip_nonfinite",
           [](const Optimizer& self) { return self.stepper.settings.skip_nonfinite; },
-          [](Optimizer& self, bool value) { self.stepper.settings.skip_nonfinite = value; })
+          &Optimizer::set_skip_nonfinite)
       .def_property(
           "max_norm", [](const Optimizer& self) { return self.stepper.settings.max_norm; },
           [](Optimizer& self, std::optional<double> value) {
             self.stepper.settings.max_norm = value;
           })
-      .def_property(
-          "steps", [](const Optimizer& self) { return self.stepper.steps; },
-          [](Optimizer& self, std::int64_t value) { self.stepper.steps = value; })
-      .def_property(
-          "skipped_steps", [](const Optimizer& self) { return self.stepper.skipped_steps; },
-          [](Optimizer& self, std::int64_t value) { self.stepper.skipped_steps = value; });
+      .def_property_readonly("steps", &Optimizer::steps)
+      .def_property_readonly("skipped_steps", &Optimizer::skipped_steps)
+      .def("set_counts", &Optimizer::set_counts, "steps"_a, "skipped_steps"_a);
 
   module.def("describe_rule", &describe_rule, "rule"_a, "options"_a);
   module.def("apply", &apply, "rule"_a, "options"_a, "parameter"_a, "gradient"_a, "states"_a,

@@ -38,9 +38,11 @@ class PythonTeller final : public engine::Teller {
 };
 
 void step(TorchOptimizer& self, const py::handle& optimizer, const py::handle& groups,
-          const py::handle& state, double grad_scale, bool zero_grad) {
+          const py::handle& state, double grad_scale, bool zero_grad, const py::object& loss_scale,
+          const py::object& found_inf) {
   PythonTeller teller(optimizer);
-  self.step(groups, state, {.grad_scale = grad_scale, .zero_grad = zero_grad}, teller);
+  self.step(groups, state, {.grad_scale = grad_scale, .zero_grad = zero_grad},
+            {loss_scale, found_inf}, teller);
 }
 
 TorchOptimizer::GroupOptions group_options(const py::dict& group, const std::string& rule,
@@ -69,7 +71,9 @@ void register_torch(py::module_& module) {
                  arrays::TorchTensors(tensors, use_exchange_table));
            }),
            "tensors"_a, "use_exchange_table"_a)
-      .def("step", &step, "optimizer"_a, "groups"_a, "state"_a, "grad_scale"_a, "zero_grad"_a)
+      .def("step", &step, "optimizer"_a, "groups"_a, "state"_a, "grad_scale"_a, "zero_grad"_a,
+           "loss_scale"_a = py::none(), "found_inf"_a = py::none())
+      .def("set_resident", &TorchOptimizer::set_resident, "value"_a)
       .def("forget", &TorchOptimizer::forget)
       .def(
           "add_group",
@@ -99,9 +103,11 @@ void register_torch(py::module_& module) {
           [](TorchOptimizer& self, std::optional<double> value) {
             self.stepper.settings.max_norm = value;
           })
-      .def_property(
-          "skipped_steps", [](const TorchOptimizer& self) { return self.stepper.skipped_steps; },
-          [](TorchOptimizer& self, std::int64_t value) { self.stepper.skipped_steps = value; });
+      .def_property("skipped_steps", &TorchOptimizer::skipped_steps,
+                    [](TorchOptimizer& self, std::int64_t value) {
+                      self.stepper.pull();
+                      self.stepper.skipped_steps = value;
+                    });
 
   module.def(
       "allocate_state",

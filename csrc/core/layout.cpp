@@ -67,7 +67,7 @@ void Iteration::plan(std::span<const Geometry> geometry) {
   StridedLayout strided;
   for (std::size_t axis = 0; axis < parameter.shape.size(); ++axis) {
     if (parameter.shape[axis] == 1) continue;
-    TileAxis a{parameter.shape[axis], 1, {}};
+    TileAxis a{parameter.shape[axis], 1, 0, {}};
     for (int i = 0; i < operands; ++i) a.stride[i] = geometry[i].strides[axis];
     if (a.stride[0] < 0) {  // walk the parameter upwards in memory
       for (int i = 0; i < operands; ++i) {
@@ -130,7 +130,7 @@ void StridedLayout::cut_into_tiles(int operands) {
     column.tile = std::min(column.extent, kTileSize / row.tile);
   }
   tiles_ = 1;
-  for (const TileAxis& axis : axes_) tiles_ *= ceil_div(axis.extent, axis.tile);
+  for (TileAxis& axis : axes_) tiles_ *= axis.tiles = ceil_div(axis.extent, axis.tile);
 }
 
 }  // namespace fusestep

@@ -155,7 +155,7 @@ struct SumSquares {
                                             double scale) {
     const DType dtype = item.operand(kGradient).dtype;
     const std::int64_t size = item_size(dtype);
-    return sum_in_warp(thread, place.count(), [&](int i) {
+    return sum_in_warp<Place::kUnroll>(thread, place.count(), [&](int i) {
       const Bits bits = Bits::load(place.at(kGradient, i, size), size);
       const double scaled = scale * static_cast<double>(bits.as<T>(dtype));
       return scaled * scaled;

@@ -106,7 +106,7 @@ class AdjacentElements {
         case 4: low_.word[k] = bits.low; return;
         case 2: {
           std::uint32_t& word = half_.word[k / 2];
-          word = k % 2 == 0 ? bits.low : word | bits.low << 16;
+          word = k % 2 == 0 ? (word & 0xffff0000u) | bits.low : (word & 0xffffu) | bits.low << 16;
           return;
         }
         default: break;
@@ -119,7 +119,7 @@ class AdjacentElements {
    private:
     friend AdjacentElements;
     SixteenBytes low_, high_;
-    EightBytes half_;
+    EightBytes half_{};  // each half of a word is set on its own
   };
 
   FUSESTEP_HOST_DEVICE Values load(int operand) const {
@@ -151,6 +151,8 @@ class AdjacentElements {
 // A tile of a dense run: where its elements are, and how many.
 class DensePlace {
  public:
+  static constexpr int kUnroll = 8;  // loads under way at a time, in a sum
+
   template <class ItemList>
   FUSESTEP_HOST_DEVICE DensePlace(const ItemList&, const Item& item, std::uint32_t tile)
       : item_(item), begin_(std::int64_t{tile} * kTileSize) {}
@@ -171,6 +173,8 @@ class DensePlace {
 // A tile of strided arrays. Its elements are counted row after row.
 class StridedPlace {
  public:
+  static constexpr int kUnroll = 2;
+
   template <class ItemList>
   FUSESTEP_HOST_DEVICE StridedPlace(const ItemList& list, const Item& item, std::uint32_t tile)
       : tiling_(list.tiling(item)) {

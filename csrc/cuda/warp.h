@@ -10,12 +10,12 @@ namespace fusestep::cuda {
 
 // The sum of value(0) ... value(size - 1), for size <= kReductionGroup. All threads of a warp call
 // it together, each adds up one lane, and all get the sum. On the host, one call stands for a warp.
-template <class Value>
+template <int unroll = 8, class Value>
 FUSESTEP_HOST_DEVICE double sum_in_warp([[maybe_unused]] int thread, int size, Value value) {
 #if defined(__CUDA_ARCH__)
   constexpr unsigned kAll = 0xffffffff;
   double lane = 0;
-#pragma unroll 8
+#pragma unroll unroll
   for (int i = thread % kWarpSize; i < size; i += kWarpSize) lane += value(i);
   for (int width = kWarpSize / 2; width > 0; width /= 2)
     lane += __shfl_down_sync(kAll, lane, width);

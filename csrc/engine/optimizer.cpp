@@ -1,5 +1,6 @@
 #include "engine/optimizer.h"
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -8,6 +9,26 @@
 #include "cpu/fp_environment.h"
 
 namespace fusestep::engine {
+namespace {
+
+// A learning rate that is given with a step holds for that step alone.
+class RateForThisStep {
+ public:
+  RateForThisStep(Group& group, std::optional<double> lr) : group_(group), before_(group.rate) {
+    if (!lr) return;
+    group.lr = *lr;
+    group.rate.reset();
+  }
+  ~RateForThisStep() { group_.rate = before_; }
+  RateForThisStep(const RateForThisStep&) = delete;
+  RateForThisStep& operator=(const RateForThisStep&) = delete;
+
+ private:
+  Group& group_;
+  std::optional<RateOnDevice> before_;
+};
+
+}  // namespace
 
 void Optimizer::add(std::string name, PyObject* parameter, const std::vector<PyObject*>& states) {
   const std::vector<std::string_view> state_names = group.rule->state_names();
@@ -36,12 +57,12 @@ OccupiedMemory& Optimizer::occupied_memory() {
   return *memory_;
 }
 
-void Optimizer::step(PyObject* const* gradients, std::size_t count, double lr,
+void Optimizer::step(PyObject* const* gradients, std::size_t count, std::optional<double> lr,
                      const StepArguments& arguments) {
   const Turnstile::Turn turn(turnstile);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
-  check_rate(lr);
-  group.lr = lr;
+  if (lr) check_rate(*lr);
+  const RateForThisStep rate(group, lr);
   const ClearAtExit release_references{updates_};
   collect(gradients, count);
   stepper.prepare(updates_, occupied_memory(), arguments);
@@ -60,11 +81,84 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count) {
     slot.check_is_current();
     updates_.emplace_back(&slot, &group,
                           arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));
-    foreign = foreign || updates_.back().gradient.is_foreign();
+    Update& update = updates_.back();
+    foreign = foreign || update.gradient.is_foreign();
+    if (slot.device().kind == Device::cuda)
+      update.stream = slot.parameter().is_of_library_of(update.gradient)
+                          ? update.gradient.stream
+                          : slot.parameter().current_stream();
   }
   // Exporting an array of another library runs its code, which may have done anything.
   if (foreign)
     for (const Update& update : updates_) update.slot->check_is_current();
+}
+
+// ---- progress on a GPU ----
+
+bool Optimizer::is_on_one_gpu() const {
+  const Device& device = slots_.front().device();
+  return device.kind == Device::cuda &&
+         std::ranges::all_of(slots_, [&](const Slot& slot) { return slot.device() == device; });
+}
+
+// Where several devices take part, the host waits for them, and knows whether steps are left out.
+void Optimizer::place_progress() {
+  stepper.pull();
+  std::vector<Slot*> slots;
+  if ((is_capturable_ || stepper.settings.skip_nonfinite) && is_on_one_gpu())
+    for (Slot& slot : slots_) slots.push_back(&slot);
+  stepper.keep_progress_on_gpus(slots);
+}
+
+void Optimizer::make_capturable() {
+  if (!is_on_one_gpu())
+    throw ValueError(
+        "capturable=True is for CUDA graphs, and needs all parameters to be on one GPU");
+  is_capturable_ = true;
+  place_progress();
+}
+
+void Optimizer::set_rate(double lr) {
+  group.lr = lr;
+  if (!is_capturable_) return;
+  const arrays::Array& parameter = slots_.front().parameter();
+  Gpu& gpu = stepper.gpu(parameter.device.index);
+  const cuda::Stream stream = parameter.current_stream();
+  gpu.write_rate(lr, stream);
+  group.rate = RateOnDevice{parameter.device, gpu.rate(stream)};
+}
+
+void Optimizer::set_skip_nonfinite(bool value) {
+  if (stepper.settings.skip_nonfinite == value) return;
+  stepper.settings.skip_nonfinite = value;
+  place_progress();
+}
+
+rules::Progress Optimizer::progress(std::size_t i) {
+  stepper.pull();
+  return slots_.at(i).progress;
+}
+
+void Optimizer::set_progress(std::size_t i, const rules::Progress& progress) {
+  stepper.pull();
+  slots_.at(i).progress = progress;
+  stepper.push();
+}
+
+std::int64_t Optimizer::steps() {
+  stepper.pull();
+  return stepper.steps;
+}
+
+std::int64_t Optimizer::skipped_steps() {
+  stepper.pull();
+  return stepper.skipped_steps;
+}
+
+void Optimizer::set_counts(std::int64_t steps, std::int64_t skipped_steps) {
+  stepper.pull();
+  stepper.steps = steps;
+  stepper.skipped_steps = skipped_steps;
 }
 
 }  // namespace fusestep::engine

@@ -27,10 +27,25 @@ class Optimizer {
   void seal() { occupied_memory(); }  // after the last add; throws where parameters overlap
 
   // gradients[i] belongs to parameter i; None leaves it, and its state, as they are.
-  void step(PyObject* const* gradients, std::size_t count, double lr,
+  // Without `lr`, the learning rate is the one that was last set.
+  void step(PyObject* const* gradients, std::size_t count, std::optional<double> lr,
             const StepArguments& arguments);
 
-  Slot& slot(std::size_t i) { return slots_.at(i); }
+  // For steps that a CUDA graph may capture: step counts and learning rate are on the GPU, where
+  // all parameters must be.
+  void make_capturable();
+  void set_rate(double lr);
+
+  // Whether a step may turn out to be left out.
+  void set_skip_nonfinite(bool value);
+
+  // The progress of parameter i. Waits for a GPU.
+  rules::Progress progress(std::size_t i);
+  void set_progress(std::size_t i, const rules::Progress& progress);
+
+  std::int64_t steps();
+  std::int64_t skipped_steps();
+  void set_counts(std::int64_t steps, std::int64_t skipped_steps);
 
   Group group;
   Stepper stepper;
@@ -39,10 +54,13 @@ class Optimizer {
  private:
   void collect(PyObject* const* gradients, std::size_t count);
   OccupiedMemory& occupied_memory();
+  bool is_on_one_gpu() const;
+  void place_progress();
 
   std::deque<Slot> slots_;
   std::optional<OccupiedMemory> memory_;
   std::vector<Update> updates_;  // of the step under way
+  bool is_capturable_ = false;
 };
 
 }  // namespace fusestep::engine

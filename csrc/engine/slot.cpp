@@ -46,6 +46,9 @@ void Slot::bind(Array parameter, std::vector<Array> states) {
     if (state.dtype != DType::float32 && state.dtype != DType::float64)
       throw TypeError(label + " has dtype " + name_of(state.dtype) +
                       "; expected float32 or float64");
+    if (state.device != parameter.device)
+      throw ValueError(label + " is on " + name_of(state.device) + "; expected " +
+                       name_of(parameter.device));
     check_updatable(state, label);
     all_in_c_order = all_in_c_order && state.c_contiguous;
     in_double = in_double || state.dtype == DType::float64;
@@ -85,6 +88,9 @@ void Slot::check_gradient(const Array& gradient, const OccupiedMemory& memory,
   if (!same_shape(gradient, parameter_))
     throw ValueError(label() + " has shape " + shape_text(gradient) + "; expected " +
                      shape_text(parameter_));
+  if (gradient.device != parameter_.device)
+    throw ValueError(label() + " is on " + name_of(gradient.device) + "; expected " +
+                     name_of(parameter_.device));
   if (clears_gradient && !gradient.writable)
     throw ValueError(label() + " is read-only, so zero_grad=True cannot clear it");
   if (clears_gradient && !gradient.c_contiguous &&

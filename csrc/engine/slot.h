@@ -10,6 +10,7 @@
 
 #include "arrays/array.h"
 #include "cpu/step.h"
+#include "cuda/arguments.h"
 #include "engine/memory.h"
 #include "rules/rule.h"
 
@@ -43,8 +44,17 @@ class Slot {
   // Whether prepare() met the same memory as the time before.
   bool gradient_is_known() const { return gradient_is_known_; }
 
+  const Device& device() const { return parameter_.device; }
+
   Work work;  // what prepare() found; its coefficients are the caller's to add
   rules::Progress progress;
+
+  // Where progress is kept on a GPU, and what is here may be old; see Gpu.
+  struct Resident {
+    std::size_t index = 0;
+    cuda::Scalar step, momentum_product;  // copies that others may read and write, or null
+  };
+  Resident resident;
 
  private:
   bool is_known(const arrays::Array& gradient) const;

@@ -1,7 +1,9 @@
 #include "engine/stepper.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <string>
 
 #include "core/errors.h"
@@ -34,6 +36,7 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
   next_.clear();
   work_.clear();
   elements_ = 0;
+  is_on_gpus_ = false;
   for (const Update& update : updates) {
     Slot& slot = *update.slot;
     slot.prepare(update.gradient, memory, arguments.zero_grad);
@@ -41,7 +44,10 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
     if (!slot.gradient_is_known()) disjoint_gradients_.clear();
     next_.push_back(update.group->rule->advance(slot.progress));
     work_.push_back(&slot.work);
-    elements_ += slot.work.iteration.size;
+    if (slot.device().kind == Device::cpu)
+      elements_ += slot.work.iteration.size;
+    else
+      is_on_gpus_ = true;
   }
   if (arguments.zero_grad) check_gradients_are_disjoint(updates);
 }
@@ -71,7 +77,8 @@ void Stepper::add_coefficients(const std::vector<Update>& updates) {
   coefficients_.clear();
   coefficients_.reserve(updates.size());  // the work points into it
   for (std::size_t i = 0; i < updates.size(); ++i) {
-    const auto& [slot, group, gradient] = updates[i];
+    Slot* const slot = updates[i].slot;
+    const Group* const group = updates[i].group;
     const bool shared = i > 0 && group == updates[i - 1].group && next_[i] == next_[i - 1] &&
                         work_[i]->compute == work_[i - 1]->compute;
     if (!shared)
@@ -83,48 +90,182 @@ void Stepper::add_coefficients(const std::vector<Update>& updates) {
 
 bool Stepper::will_release_gil() const { return elements_ >= kElementsWorthReleasingGil; }
 
-std::vector<GradientNorm> Stepper::gradient_norms() const {
-  std::vector<GradientNorm> norms;
-  for (const Work* work : work_) norms.push_back(cpu::gradient_norm({&work, 1}));
-  return norms;
-}
-
 bool Stepper::take(const std::vector<Update>& updates, const StepArguments& arguments,
                    const cpu::Errand& errand) {
   if (updates.empty()) return true;
   add_coefficients(updates);
   // A copy of the settings: another thread may assign to an attribute while the GIL is released.
-  if (!run(arguments, Settings(settings), errand)) {
+  if (!run(updates, arguments, Settings(settings), errand)) {
     ++skipped_steps;
     return false;
   }
-  for (std::size_t i = 0; i < updates.size(); ++i) updates[i].slot->progress = next_[i];
-  ++steps;
+  bool is_counted_elsewhere = true;
+  for (std::size_t i = 0; i < updates.size(); ++i) {
+    Slot& slot = *updates[i].slot;
+    if (keeps_progress(slot)) continue;
+    slot.progress = next_[i];
+    is_counted_elsewhere = false;
+  }
+  if (!is_counted_elsewhere) ++steps;
   return true;
 }
 
-bool Stepper::run(const StepArguments& arguments, const Settings& settings,
-                  const cpu::Errand& errand) const {
-  StepOptions options;
-  options.clear_gradients = arguments.zero_grad;
-  options.gradient_factor = arguments.grad_scale;
-  if (settings.need_norm()) {
-    const GilRelease release(will_release_gil());
-    const GradientNorm norm = arguments.norm ? *arguments.norm : cpu::gradient_norm(work_);
+bool Stepper::run(const std::vector<Update>& updates, const StepArguments& arguments,
+                  const Settings& settings, const cpu::Errand& errand) {
+  distribute(updates);
+  Gpu::Request request{.options = {arguments.grad_scale, arguments.zero_grad},
+                       .scaling = arguments.scaling};
+  if (settings.need_norm() && !is_decided_here(arguments)) {
+    request.max_norm = settings.max_norm;
+    request.skip_nonfinite = settings.skip_nonfinite;
+  } else if (settings.need_norm()) {
+    const GilRelease release(will_release_gil() && !is_on_gpus_);
+    const GradientNorm norm = arguments.norm ? *arguments.norm : gradient_norm();
     if (settings.skip_nonfinite && !norm.finite) {
-      if (arguments.zero_grad) cpu::clear_gradients(work_);
+      if (arguments.zero_grad) clear_gradients();
       return false;
     }
     if (settings.max_norm)
-      options.gradient_factor *=
+      request.options.gradient_factor *=
           clip_factor(*settings.max_norm, norm.value * std::abs(arguments.grad_scale));
   }
+  for (Gpu& gpu : gpus_) {  // first: a launch may fail, the CPU does not
+    if (gpu.is_idle()) continue;
+    gpu.take(request);
+    gpu.finish();
+  }
   std::optional<GilRelease> release;
-  cpu::update(work_, options, [&] {
+  cpu::update(cpu_work_, request.options, [&] {
     if (errand) errand();
     release.emplace(will_release_gil());
   });
   return true;
+}
+
+// ---- several devices ----
+
+// The norm of gradients on one GPU is found out and acted upon there. Where several devices take
+// part, or processes, the host must wait for them.
+bool Stepper::is_decided_here(const StepArguments& arguments) const {
+  const auto busy = std::ranges::count_if(gpus_, [](const Gpu& gpu) { return !gpu.is_idle(); });
+  return arguments.norm || !cpu_work_.empty() || busy > 1;
+}
+
+void Stepper::distribute(const std::vector<Update>& updates) {
+  cpu_work_.clear();
+  part_.clear();
+  for (Gpu& gpu : gpus_) gpu.begin();
+  for (const Update& update : updates) {
+    const Device& device = update.slot->device();
+    if (device.kind == Device::cpu) {
+      cpu_work_.push_back(&update.slot->work);
+      part_.push_back(0);
+    } else {
+      gpu(device.index).add(update);
+      part_.push_back(1 + place_of(device.index));
+    }
+  }
+  for (Gpu& gpu : gpus_)
+    if (!gpu.is_idle()) gpu.start(updates);
+}
+
+// In the order of the whole list, as if one device had walked it.
+std::vector<double> Stepper::tile_sums(double prescale) {
+  if (!is_on_gpus_) return cpu::tile_sums(work_, prescale);
+  std::vector<std::vector<double>> parts{cpu::tile_sums(cpu_work_, prescale)};
+  for (Gpu& gpu : gpus_)
+    parts.push_back(gpu.is_idle() ? std::vector<double>{} : gpu.tile_sums(prescale));
+  std::vector<std::size_t> used(parts.size());
+  std::vector<double> sums;
+  for (std::size_t i = 0; i < work_.size(); ++i) {
+    const std::size_t part = part_[i];
+    const auto first = parts[part].begin() + static_cast<std::ptrdiff_t>(used[part]);
+    const std::int64_t tiles = work_[i]->iteration.tiles();
+    sums.insert(sums.end(), first, first + tiles);
+    used[part] += static_cast<std::size_t>(tiles);
+  }
+  return sums;
+}
+
+GradientNorm Stepper::gradient_norm() {
+  if (!is_on_gpus_) return cpu::gradient_norm(work_);
+  const auto sum = [this](double prescale) {
+    std::vector<double> sums = tile_sums(prescale);
+    return sum_in_groups(sums.data(), std::ssize(sums));
+  };
+  const GradientNorm norm = norm_of(sum(1));
+  return norm.finite ? norm : norm_of_prescaled(sum(kPrescale));
+}
+
+std::vector<GradientNorm> Stepper::gradient_norms(const std::vector<Update>& updates) {
+  if (is_on_gpus_) distribute(updates);
+  std::vector<double> sums = tile_sums(1), prescaled;
+  std::vector<GradientNorm> norms;
+  std::size_t first = 0;
+  for (const Work* work : work_) {
+    const std::int64_t tiles = work->iteration.tiles();
+    GradientNorm norm = norm_of(sum_in_groups(sums.data() + first, tiles));
+    if (!norm.finite) {
+      if (prescaled.empty()) prescaled = tile_sums(kPrescale);
+      norm = norm_of_prescaled(sum_in_groups(prescaled.data() + first, tiles));
+    }
+    norms.push_back(norm);
+    first += static_cast<std::size_t>(tiles);
+  }
+  return norms;
+}
+
+void Stepper::clear_gradients() {
+  for (Gpu& gpu : gpus_) {
+    if (gpu.is_idle()) continue;
+    gpu.clear_gradients();
+    gpu.finish();
+  }
+  cpu::clear_gradients(cpu_work_);
+}
+
+// ---- progress on GPUs ----
+
+std::size_t Stepper::place_of(int gpu) {
+  std::size_t place = 0;
+  while (place < gpus_.size() && gpus_[place].index() != gpu) ++place;
+  if (place == gpus_.size()) gpus_.emplace_back(gpu);
+  return place;
+}
+
+Gpu& Stepper::gpu(int index) { return gpus_[place_of(index)]; }
+
+bool Stepper::keeps_progress(const Slot& slot) const {
+  if (slot.device().kind == Device::cpu) return false;
+  return std::ranges::any_of(gpus_, [&](const Gpu& gpu) {
+    return gpu.index() == slot.device().index && gpu.keeps_progress();
+  });
+}
+
+void Stepper::keep_progress_on_gpus(const std::vector<Slot*>& slots) {
+  for (Slot* slot : slots) gpu(slot->device().index);
+  for (Gpu& gpu : gpus_) {
+    std::vector<Slot*> here;
+    std::ranges::copy_if(slots, std::back_inserter(here),
+                         [&](const Slot* slot) { return slot->device().index == gpu.index(); });
+    gpu.keep_progress_of(std::move(here));
+  }
+}
+
+// Where several GPUs take part in a step, each has counted it.
+void Stepper::pull() {
+  cuda::Counters most{};
+  for (Gpu& gpu : gpus_) {
+    const cuda::Counters counted = gpu.pull();
+    most.steps = std::max(most.steps, counted.steps);
+    most.skipped_steps = std::max(most.skipped_steps, counted.skipped_steps);
+  }
+  steps += most.steps;
+  skipped_steps += most.skipped_steps;
+}
+
+void Stepper::push() {
+  for (Gpu& gpu : gpus_) gpu.push();
 }
 
 }  // namespace fusestep::engine

@@ -2,24 +2,35 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "arrays/array.h"
+#include "core/gradient_norm.h"
 #include "cpu/step.h"
+#include "engine/gpu.h"
 #include "engine/memory.h"
 #include "engine/slot.h"
 #include "rules/any_rule.h"
 
 namespace fusestep::engine {
 
+// A learning rate that is kept on a GPU, where others may write to it.
+struct RateOnDevice {
+  Device device;
+  cuda::Scalar number;
+};
+
 // Parameters that move by one rule with one set of options.
 struct Group {
   std::unique_ptr<rules::AnyRule> rule;
   double lr = 0;
   bool maximize = false;
+  std::optional<RateOnDevice> rate =
+      std::nullopt;  // instead of lr, for resident parameters on that device
 };
 
 // What holds for all groups, from one step to the next.
@@ -37,6 +48,7 @@ struct Update {
   Slot* slot;
   const Group* group;
   arrays::Array gradient;
+  cuda::Stream stream = 0;  // on a GPU: where the parameter's library works
 };
 
 // Gradients may be the last owners of their memory: a step lets go of them, however it ends.
@@ -53,6 +65,8 @@ struct StepArguments {
   bool zero_grad = false;
   // Of the gradients before grad_scale, where the caller knows it.
   std::optional<GradientNorm> norm = std::nullopt;
+  // Where all parameters are on one GPU, and the norm is not given.
+  Scaling scaling = {};
 };
 
 class Stepper {
@@ -65,30 +79,51 @@ class Stepper {
   // True where take() will let other Python threads run.
   bool will_release_gil() const;
 
-  // Elements of the last step that was prepared.
+  // Elements of the last step that was prepared, on the CPU.
   std::int64_t elements() const { return elements_; }
 
   // Forgets the slots it has met, which are about to go.
   void forget_gradients() { disjoint_gradients_.clear(); }
 
   // The norm of each gradient that was prepared.
-  std::vector<GradientNorm> gradient_norms() const;
+  std::vector<GradientNorm> gradient_norms(const std::vector<Update>& updates);
 
   // Takes the step that was prepared; releases the GIL if that pays. The errand, which needs the
   // GIL and may be empty, is run while other threads are at work already. False, without the
-  // errand, where a gradient was not finite and the step was therefore left out.
+  // errand, where a gradient was not finite and the step was therefore left out. On a GPU that is
+  // found out later, and true.
   bool take(const std::vector<Update>& updates, const StepArguments& arguments,
             const cpu::Errand& errand = {});
 
+  // The part of steps that is taken on a GPU.
+  Gpu& gpu(int index);
+
+  // The progress of these slots, all on GPUs, is kept there; or that of none.
+  void keep_progress_on_gpus(const std::vector<Slot*>& slots);
+
+  // Brings slots and counters up to date with what GPUs have done. Waits for them.
+  void pull();
+
+  // What slots and counters say holds from the next step on, on GPUs, too.
+  void push();
+
   Settings settings;
+  // On GPUs that keep progress, more may have happened: pull().
   std::int64_t steps = 0;          // that moved at least one parameter
   std::int64_t skipped_steps = 0;  // that met a gradient which was not finite
 
  private:
+  bool is_decided_here(const StepArguments& arguments) const;
+  bool keeps_progress(const Slot& slot) const;
+  void distribute(const std::vector<Update>& updates);
+  std::vector<double> tile_sums(double prescale);
+  GradientNorm gradient_norm();
+  void clear_gradients();
+  std::size_t place_of(int gpu);
   void check_gradients_are_disjoint(const std::vector<Update>& updates);
   void add_coefficients(const std::vector<Update>& updates);
-  bool run(const StepArguments& arguments, const Settings& settings,
-           const cpu::Errand& errand) const;
+  bool run(const std::vector<Update>& updates, const StepArguments& arguments,
+           const Settings& settings, const cpu::Errand& errand);
 
   // The parameters whose last gradients were found to be disjoint from each other. Void as soon as
   // one of them meets other memory, with or without zero_grad.
@@ -97,8 +132,13 @@ class Stepper {
   // Of the step under way; members to keep their memory from one step to the next.
   std::vector<rules::Progress> next_;
   std::vector<const Work*> work_;
+  std::vector<const Work*> cpu_work_;  // the part of it that is for the CPU
+  std::vector<std::size_t> part_;      // for each piece: 0 is the CPU, then the GPUs in order
   std::int64_t elements_ = 0;
   std::vector<rules::Coefficients> coefficients_;
+
+  std::deque<Gpu> gpus_;
+  bool is_on_gpus_ = false;  // some of the step under way is
 };
 
 }  // namespace fusestep::engine

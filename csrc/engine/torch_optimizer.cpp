@@ -50,6 +50,9 @@ double number(const py::object& value) {
 // ---- being told what there is ----
 
 void TorchOptimizer::forget() {
+  stepper.pull();  // it points into parameters_, too
+  stepper.keep_progress_on_gpus({});
+  is_placed_ = false;
   memory_.reset();  // it points into parameters_
   stepper.forget_gradients();
   updates_.clear();
@@ -207,11 +210,12 @@ struct TorchOptimizer::StepUnderWay {
 };
 
 void TorchOptimizer::step(py::handle groups, py::handle state, StepArguments arguments,
-                          Teller& teller) {
+                          const ScalingTensors& scaling, Teller& teller) {
   const Turnstile::Turn turn(turnstile_);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   const cpu::BorrowedThreads threads;
   if (updates_.capacity() >= kManyTensors) cpu::announce(stepper.elements());
+  arguments.scaling = find_scaling(scaling);
   Outcome outcome = attempt(groups, state, arguments, false);
   if (outcome == Outcome::done || outcome == Outcome::skipped) return;
 
@@ -242,14 +246,22 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
   if (!options_are_new && std::ranges::any_of(groups_, is_mutable)) return Outcome::new_options;
   if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
   const bool rates_ran_code = read_rates();
+  const auto has_tensor_rate = [&](const FollowedGroup& group) {
+    return !PyFloat_CheckExact(group.lr.ptr()) && tensors_.number_on_gpu(group.lr.ptr());
+  };
+  if (!options_are_new && !is_resident_ && std::ranges::any_of(groups_, has_tensor_rate))
+    return Outcome::stale;  // steps can be told to find it there
   if (rates_ran_code)
     if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
   tensors_.has_run_code = false;
   if (!collect()) return Outcome::stale;
-  if (tensors_.has_run_code)
+  const bool ran_code = complete_rates();
+  find_streams();
+  if (tensors_.has_run_code || ran_code)
     if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
 
   prepare(arguments);
+  place_progress();
   const auto is_sharded = [](const FollowedParameter* p) { return p->is_sharded; };
   if (stepper.settings.need_norm() && !arguments.norm && std::ranges::any_of(moving_, is_sharded)) {
     local_norms_ = gradient_norms();
@@ -267,8 +279,31 @@ bool TorchOptimizer::read_rates() {
   bool ran_code = false;
   for (FollowedGroup& followed : groups_) {
     ran_code = ran_code || !PyFloat_CheckExact(followed.lr.ptr());
+    followed.group.rate.reset();
+    if (!PyFloat_CheckExact(followed.lr.ptr())) {
+      if (const auto on_gpu = tensors_.number_on_gpu(followed.lr.ptr()); on_gpu && is_resident_) {
+        followed.group.rate = RateOnDevice{on_gpu->device, {on_gpu->data, on_gpu->is_double}};
+        continue;
+      }
+    }
     followed.group.lr = number(followed.lr);
     check_rate(followed.group.lr);
+  }
+  return ran_code;
+}
+
+// Where parameters are elsewhere than the tensor with their rate, it has to be fetched. True where
+// that has run Python code.
+bool TorchOptimizer::complete_rates() {
+  bool ran_code = false;
+  for (const Update& update : updates_) {
+    auto& group = const_cast<Group&>(*update.group);
+    if (!group.rate || group.rate->device == update.slot->device()) continue;
+    const auto followed = std::ranges::find_if(
+        groups_, [&](const FollowedGroup& candidate) { return &candidate.group == &group; });
+    group.lr = number(followed->lr);
+    check_rate(group.lr);
+    ran_code = true;
   }
   return ran_code;
 }
@@ -325,6 +360,7 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
   for (std::size_t i = 0; i < parameter.state_count; ++i)
     parameter.state_memory[i] = arrays::StateMemory::at(slot.state(i).data);
   parameter.is_bound = true;
+  is_placed_ = false;
 }
 
 // Parameters without a gradient are not asked where they lie now.
@@ -360,8 +396,8 @@ void TorchOptimizer::prepare(const StepArguments& arguments) {
   }
 }
 
-std::vector<Teller::Norm> TorchOptimizer::gradient_norms() const {
-  const std::vector<GradientNorm> norms = stepper.gradient_norms();
+std::vector<Teller::Norm> TorchOptimizer::gradient_norms() {
+  const std::vector<GradientNorm> norms = stepper.gradient_norms(updates_);
   std::vector<Teller::Norm> result;
   for (std::size_t i = 0; i < norms.size(); ++i) result.push_back({moving_[i]->index, norms[i]});
   return result;
@@ -396,6 +432,7 @@ void TorchOptimizer::for_each_scalar(const FollowedParameter& parameter, Visit v
 
 // What the tensors say counts: users may write to them. But a float32 cannot count beyond 2^24.
 void TorchOptimizer::read_progress(FollowedParameter& parameter) {
+  if (is_resident(parameter)) return find_resident_scalars(parameter);
   rules::Progress& progress = parameter.slot.progress;
   for_each_scalar(parameter, [&](std::size_t scalar, const auto& element) {
     using T = std::decay_t<decltype(element)>;
@@ -415,6 +452,7 @@ void TorchOptimizer::write_progress() noexcept {
     return;  // and have taken them away
   }
   for (const FollowedParameter* parameter : moving_) {
+    if (is_resident(*parameter)) continue;
     const rules::Progress& progress = parameter->slot.progress;
     for_each_scalar(*parameter, [&](std::size_t scalar, auto& element) {
       using T = std::decay_t<decltype(element)>;
@@ -422,6 +460,65 @@ void TorchOptimizer::write_progress() noexcept {
                                 : static_cast<T>(progress.momentum_product);
     });
   }
+}
+
+// ---- on GPUs ----
+
+bool TorchOptimizer::is_resident(const FollowedParameter& parameter) const {
+  return is_resident_ && parameter.slot.device().kind == Device::cuda;
+}
+
+void TorchOptimizer::find_resident_scalars(FollowedParameter& parameter) const {
+  Slot::Resident& resident = parameter.slot.resident;
+  for (std::size_t i = 0; i < parameter.scalars.size(); ++i) {
+    const auto [tensor, element] = parameter.scalars[i];
+    const arrays::Array& view = scalars_[tensor].view;
+    if (view.device != parameter.slot.device())
+      throw ValueError("the step count of " + parameter.slot.name() + " is on " +
+                       name_of(view.device) + "; expected " + name_of(parameter.slot.device()));
+    const auto offset = static_cast<std::int64_t>(element) * item_size(view.dtype);
+    (i == kStep ? resident.step : resident.momentum_product) = {view.data + offset,
+                                                                view.dtype == DType::float64};
+  }
+}
+
+// Tells the stepper whose progress is on a GPU. What has happened there so far is fetched first.
+void TorchOptimizer::place_progress() {
+  if (is_placed_) return;
+  stepper.pull();
+  std::vector<Slot*> slots;
+  for (FollowedParameter& parameter : parameters_)
+    if (parameter.is_bound && is_resident(parameter)) slots.push_back(&parameter.slot);
+  stepper.keep_progress_on_gpus(slots);
+  is_placed_ = true;
+}
+
+void TorchOptimizer::find_streams() {
+  std::vector<std::pair<Device, cuda::Stream>> streams;
+  for (Update& update : updates_) {
+    const Device& device = update.slot->device();
+    if (device.kind == Device::cpu) continue;
+    auto found = std::ranges::find(streams, device, [](const auto& pair) { return pair.first; });
+    if (found == streams.end())
+      found = streams.insert(streams.end(), {device, tensors_.current_stream(device)});
+    update.stream = update.gradient.stream = found->second;
+  }
+}
+
+Scaling TorchOptimizer::find_scaling(const ScalingTensors& scaling) const {
+  const auto find = [&](const py::object& tensor) -> const float* {
+    if (tensor.is_none()) return nullptr;
+    const auto number = tensors_.number_on_gpu(tensor.ptr());
+    if (!number || number->is_double)
+      throw TypeError("grad_scale and found_inf must be float32 tensors of one element on the GPU");
+    return reinterpret_cast<const float*>(number->data);
+  };
+  return {find(scaling.loss_scale), find(scaling.found_inf)};
+}
+
+std::int64_t TorchOptimizer::skipped_steps() {
+  stepper.pull();
+  return stepper.skipped_steps;
 }
 
 // ---- around the kernels ----

@@ -62,10 +62,18 @@ class TorchOptimizer {
  public:
   explicit TorchOptimizer(arrays::TorchTensors tensors) : tensors_(std::move(tensors)) {}
 
+  // What a loss scaler keeps on the GPU where all parameters are; or None.
+  struct ScalingTensors {
+    pybind11::object loss_scale, found_inf;
+  };
+
   // Returns when parameters have moved, or none had a gradient, or one was not finite and the step
   // is to be skipped then. `groups` and `state` are the Teller's: fetching them costs time.
   void step(pybind11::handle groups, pybind11::handle state, StepArguments arguments,
-            Teller& teller);
+            const ScalingTensors& scaling, Teller& teller);
+
+  // Waits for a GPU.
+  std::int64_t skipped_steps();
 
   // ---- for the Teller, during a step ----
 
@@ -93,6 +101,12 @@ class TorchOptimizer {
     bool is_sharded;  // this process holds a part of it
   };
   void add_parameter(Parameter parameter);  // to the last group
+
+  // The progress of parameters on GPUs is kept there, and their scalars are there, too.
+  void set_resident(bool value) {
+    is_resident_ = value;
+    is_placed_ = false;
+  }
 
   // Takes note of the state. What is no longer what it was when its parameter was told (another
   // thread has changed it) will be found stale.
@@ -150,12 +164,18 @@ class TorchOptimizer {
   bool holds_its_parameters(const FollowedGroup& group) const;
   bool is_known_state(PyObject* state) const;
   bool read_rates();
+  bool complete_rates();
+  void find_streams();
+  Scaling find_scaling(const ScalingTensors& scaling) const;
+  void place_progress();
+  bool is_resident(const FollowedParameter& parameter) const;
+  void find_resident_scalars(FollowedParameter& parameter) const;
   bool collect();
   bool is_where_it_was(const FollowedParameter& parameter) const;
   void follow_memory(FollowedParameter& parameter);
   void follow_all_memory();
   void prepare(const StepArguments& arguments);
-  std::vector<Teller::Norm> gradient_norms() const;
+  std::vector<Teller::Norm> gradient_norms();
   void find_scalars();
   template <class Visit>
   void for_each_scalar(const FollowedParameter& parameter, Visit visit) const;
@@ -173,6 +193,8 @@ class TorchOptimizer {
   std::vector<FollowedState> state_;
   std::vector<FollowedScalar> scalars_;
   std::optional<OccupiedMemory> memory_;
+  bool is_resident_ = false;
+  bool is_placed_ = false;  // the stepper knows which slots are resident
 
   // Of the step under way.
   std::vector<Update> updates_;

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 from . import _cpu
 
 Array: TypeAlias = Any
-"""A NumPy array, or anything with ``__dlpack__`` whose memory the CPU can write."""
+"""A NumPy or CuPy array, a torch tensor, or anything else with ``__dlpack__`` or
+``__cuda_array_interface__`` whose memory can be written."""
 
 Params: TypeAlias = Array | Iterable[Array] | Mapping[str, Array]
 Gradients: TypeAlias = Array | Sequence[Array | None] | Mapping[str, Array | None]

@@ -6,15 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from ._arrays import library_of
 from ._hyperparameters import number
 from ._state import as_state
 from ._version import __version__
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from .optimizer import Optimizer
 
 # Entries of a group that are not hyper-parameters of ours.
@@ -28,7 +25,7 @@ def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
     """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones."""
     state = {
         key: {
-            name: value.copy(order="K") if copy and isinstance(value, np.ndarray) else value
+            name: library_of(value).copy(value) if copy and name in optimizer._state_names else value
             for name, value in entry.items()
         }
         for key, entry in optimizer.state.items()
@@ -56,7 +53,7 @@ class _Entry:
 
     step: int
     momentum_product: float
-    arrays: list[npt.NDArray[Any] | None]  # None: the rule's initial value
+    arrays: list[Any]  # None: the rule's initial value
 
 
 @dataclass
@@ -114,8 +111,7 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
         for target, source in zip(optimizer._arrays[i].values(), entry.arrays, strict=True):
             target[...] = initial if source is None else source
         optimizer._native.set_progress(i, entry.step, entry.momentum_product)
-    optimizer._native.steps = plan.steps
-    optimizer._native.skipped_steps = plan.skipped_steps
+    optimizer._native.set_counts(plan.steps, plan.skipped_steps)
 
 
 def mapping(value: Any, what: str) -> Mapping[Any, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import _state_dict
+from ._arrays import library_of
 
 _FORMAT = "1"
 
@@ -65,7 +66,9 @@ def _split(state_dict: dict[str, Any]) -> tuple[dict[str, np.ndarray[Any, Any]],
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     entries = []
     for key, entry in state_dict["state"].items():
-        arrays = {name: x for name, x in entry.items() if isinstance(x, np.ndarray)}
+        arrays = {
+            name: library_of(x).to_numpy(x) for name, x in entry.items() if hasattr(x, "shape")
+        }
         tensors.update({f"{key}/{name}": np.asarray(x, order="C") for name, x in arrays.items()})
         scalars = {name: x for name, x in entry.items() if name not in arrays}
         entries.append({"key": key, "arrays": list(arrays), "scalars": scalars})

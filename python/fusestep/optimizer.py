@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
 
-from . import _cpu, _state, _state_dict, checkpoint
+from . import _arrays, _cpu, _state, _state_dict, checkpoint
 from ._hyperparameters import Hyperparameter, as_native_options, flag, max_norm, non_negative
 from ._parameters import Gradients, Parameters, Params
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
-
-    import numpy.typing as npt
 
 
 class CommonOptions(TypedDict, total=False):
@@ -25,6 +23,7 @@ class CommonOptions(TypedDict, total=False):
     max_norm: float | None
     skip_nonfinite: bool
     state_dtype: Any
+    capturable: bool
 
 
 class Optimizer:
@@ -49,6 +48,11 @@ class Optimizer:
         Dtype of the state: None (float64 for float64 parameters, float32 for all others),
         "float32" or "float64". A parameter is computed in float64 if it or its state is float64,
         in float32 otherwise.
+    capturable
+        For steps that a CUDA graph captures and replays: step counts and the learning rate are kept
+        on the GPU, where all parameters must be. Assigning :attr:`lr` changes what replays use from
+        there on in the current stream; other hyper-parameters stay what they were when the graph was
+        captured. Take one step before the capture, and keep the optimizer as long as the graph.
 
     Raises
     ------
@@ -56,7 +60,10 @@ class Optimizer:
         Something is not an array, not of a supported dtype, or a hyper-parameter is not a number.
     ValueError
         A hyper-parameter is out of range; an array is read-only, overlaps itself or another one;
-        there are no parameters.
+        there are no parameters; with ``capturable``, a parameter is not on the GPU of the others,
+        or ``lr`` is a callable.
+    RuntimeError
+        A parameter is on a GPU that cannot be used; the message says why.
 
     Notes
     -----
@@ -65,12 +72,19 @@ class Optimizer:
 
     An optimizer may be used from several threads: steps of one optimizer wait for each other, steps
     of different optimizers run side by side. Its result does not depend on the number of threads
-    nor on the instruction set.
+    nor on the instruction set, nor on whether a parameter is on the CPU or on a GPU.
+
+    Parameters may be on several devices; each has its gradient and its state where it is. A step on
+    a GPU is put into the current stream of the parameters' library and not waited for. With
+    ``skip_nonfinite`` it is the GPU that decides whether to leave it out; :attr:`steps`,
+    :attr:`skipped_steps` and the steps in :attr:`state` wait for it then. ``max_norm`` and
+    ``skip_nonfinite`` over several devices make the host wait in every step.
     """
 
     __slots__ = (
         "__weakref__",
         "_arrays",
+        "_capturable",
         "_hyperparameters",
         "_native",
         "_parameters",
@@ -96,6 +110,7 @@ class Optimizer:
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
+        capturable: bool = False,
     ) -> None:
         if type(self) is Optimizer:
             raise TypeError("Optimizer has no rule; create one of its subclasses: Adam, SGD, ...")
@@ -106,11 +121,13 @@ class Optimizer:
         }
         self._check_together(self._hyperparameters)
         self._state_dtype = _state.check_state_dtype(state_dtype)
+        self._capturable = flag("capturable", capturable)
+        self._check_rate(self._hyperparameters)
 
         self._parameters = Parameters(params)
         options = self._native_options(self._hyperparameters)
         self._state_names, self._scalar_names, fill = _cpu.describe_rule(self._rule, options)
-        self._arrays: list[dict[str, npt.NDArray[Any]]] = [
+        self._arrays: list[dict[str, Any]] = [
             self._new_state(array, label, fill)
             for array, label in zip(self._parameters.arrays, self._parameters.labels, strict=True)
         ]
@@ -121,6 +138,9 @@ class Optimizer:
             self._parameters.arrays,
             [list(state.values()) for state in self._arrays],
         )
+        if self._capturable:
+            self._native.make_capturable()
+            self._native.set_rate(self._hyperparameters["lr"])
         self._push_common()
 
     # ---- stepping -------------------------------------------------------------------------------
@@ -165,10 +185,15 @@ class Optimizer:
         All arguments are checked before anything is written: a step that raises has changed
         nothing.
         """
-        rate = self._hyperparameters["lr"] if lr is None else lr
+        rate = self._hyperparameters["lr"] if lr is None and not self._capturable else lr
         if callable(rate):
             rate = non_negative("lr(step)", rate(self._native.steps))
         self._native.step(self._parameters.in_order(grads), rate, grad_scale, zero_grad)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether steps may be captured in a CUDA graph."""
+        return self._capturable
 
     @property
     def steps(self) -> int:
@@ -273,6 +298,8 @@ class Optimizer:
 
     def __repr__(self) -> str:
         values = {**self._hyperparameters, **self._fixed, "state_dtype": self._state_dtype}
+        if self._capturable:
+            values["capturable"] = True
         arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
         count = len(self._parameters.arrays)
         elements = sum(int(np.prod(np.shape(array))) for array in self._parameters.arrays)
@@ -286,6 +313,7 @@ class Optimizer:
             "params": self._parameters.given,
             "hyperparameters": dict(self._hyperparameters),
             "state_dtype": self._state_dtype,
+            "capturable": self._capturable,
             "state_dict": self.state_dict(),
             "attributes": getattr(self, "__dict__", {}),  # of a subclass
         }
@@ -293,9 +321,8 @@ class Optimizer:
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         own = dict(pickled["hyperparameters"])
         common = {name: own.pop(name) for name in ("maximize", "max_norm", "skip_nonfinite")}
-        Optimizer.__init__(
-            self, pickled["params"], own, **common, state_dtype=pickled["state_dtype"]
-        )
+        fixed = {name: pickled[name] for name in ("state_dtype", "capturable") if name in pickled}
+        Optimizer.__init__(self, pickled["params"], own, **common, **fixed)
         self.load_state_dict(pickled["state_dict"])
         for name, value in pickled["attributes"].items():
             setattr(self, name, value)
@@ -333,6 +360,8 @@ class Optimizer:
 
     def _apply_hyperparameters(self, checked: dict[str, Any]) -> None:
         self._hyperparameters = checked
+        if self._capturable:
+            self._native.set_rate(checked["lr"])
         for option, value in self._native_options(checked).items():
             self._native.set_option(option, value)
         self._push_common()
@@ -344,17 +373,28 @@ class Optimizer:
             name: fields[name].checked(value, present[name]) for name, value in changes.items()
         }
         self._check_together(checked)
+        self._check_rate(checked)
         return checked
+
+    def _check_rate(self, hyperparameters: dict[str, Any]) -> None:
+        if self._capturable and callable(hyperparameters["lr"]):
+            raise ValueError(
+                "lr is a callable, which a CUDA graph cannot call: with capturable=True give a "
+                "number, and assign to lr between replays"
+            )
 
     def _push_common(self) -> None:
         self._native.maximize = self._hyperparameters["maximize"]
         self._native.max_norm = self._hyperparameters["max_norm"]
         self._native.skip_nonfinite = self._hyperparameters["skip_nonfinite"]
 
-    def _new_state(self, array: Any, label: str, fill: float) -> dict[str, npt.NDArray[Any]]:
-        parameter = _state.ArrayDescription(*_cpu.describe_array(array, label))
+    def _new_state(self, array: Any, label: str, fill: float) -> dict[str, Any]:
+        parameter = _arrays.ArrayDescription(*_cpu.describe_array(array, label))
+        if not self._state_names:
+            return {}
         dtype = _state.state_dtype_for(self._state_dtype, parameter)
-        return {name: _state.allocate(parameter, dtype, fill) for name in self._state_names}
+        library = _arrays.library_for_state(array, parameter)
+        return {name: library.new(parameter, dtype, fill) for name in self._state_names}
 
     def _initial_state(self) -> float:
         return _cpu.describe_rule(self._rule, self._native_options(self._hyperparameters))[-1]

@@ -1,0 +1,112 @@
+#include "arrays/cuda_interface.h"
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "arrays/cuda_driver.h"
+#include "arrays/dlpack.h"
+#include "arrays/exchange.h"
+#include "core/errors.h"
+
+namespace py = pybind11;
+
+namespace fusestep::arrays {
+namespace {
+
+constexpr const char* kAttribute = "__cuda_array_interface__";
+
+// A type string such as "<f4": byte order, kind and size. ml_dtypes' bfloat16 is to NumPy two bytes
+// of anything, so its name decides.
+std::optional<DType> dtype_of(const py::object& object, std::string_view text) {
+  if (text.empty() || text.front() == '>') return {};
+  text.remove_prefix(1);
+  if (text == "f4") return DType::float32;
+  if (text == "f8") return DType::float64;
+  if (text == "f2") return DType::float16;
+  const bool may_be_bfloat16 = text == "V2" && py::hasattr(object, "dtype");
+  if (may_be_bfloat16 && py::str(object.attr("dtype")).cast<std::string>() == "bfloat16")
+    return DType::bfloat16;
+  return {};
+}
+
+// 0 is not a stream of the protocol, 1 is the default stream; to CUDA both are.
+std::uintptr_t stream_of(const py::dict& interface) {
+  constexpr std::uintptr_t kDefault = 1;
+  const py::object stream = interface.attr("get")("stream");
+  if (stream.is_none()) return 0;
+  const auto value = stream.cast<std::uintptr_t>();
+  return value == kDefault ? 0 : value;
+}
+
+Device device_of_array(const py::object& object, const void* data, const Label& label) {
+  if (py::hasattr(object, "__dlpack_device__")) {
+    const py::tuple device = object.attr("__dlpack_device__")();
+    return device_of({device[0].cast<std::int32_t>(), device[1].cast<std::int32_t>()}, label);
+  }
+  const Device assumed = device_of({dlpack::kCuda, 0}, label);
+  if (!data) return assumed;  // of no elements
+  const int index = cuda_driver().device_of(data);
+  return index < 0 ? Device{} : Device{Device::cuda, index};
+}
+
+}  // namespace
+
+bool has_cuda_interface(PyObject* object) {
+  return !is_torch(object) && PyObject_HasAttrString(object, kAttribute);
+}
+
+Array from_cuda_interface(PyObject* object, const Label& label) {
+  const auto given = py::reinterpret_borrow<py::object>(object);
+  Array array;
+  try {
+    const py::dict interface = given.attr(kAttribute);
+    const auto type = interface["typestr"].cast<std::string>();
+    const std::optional<DType> dtype = dtype_of(given, type);
+    if (!dtype)
+      throw TypeError(label.text() + " has dtype '" + type +
+                      "'; expected float64, float32, float16 or bfloat16");
+    if (!interface.attr("get")("mask").is_none())
+      throw TypeError(label.text() + " has a mask; expected a plain array");
+    const py::tuple data = interface["data"], shape = interface["shape"];
+    const py::object strides = interface.attr("get")("strides");
+
+    array.data = reinterpret_cast<std::byte*>(data[0].cast<std::uintptr_t>());
+    array.writable = !data[1].cast<bool>();
+    array.dtype = *dtype;
+    array.ndim_ = shape.size();
+    array.owned_.resize(2 * array.ndim_);
+    array.size = 1;
+    for (std::size_t axis = array.ndim_; axis-- > 0; array.size *= array.owned_[axis]) {
+      array.owned_[axis] = shape[axis].cast<std::int64_t>();
+      array.owned_[array.ndim_ + axis] = strides.is_none()
+                                             ? array.size * item_size(*dtype)
+                                             : strides[py::int_(axis)].cast<std::int64_t>();
+    }
+    array.device = device_of_array(given, array.data, label);
+    array.stream = stream_of(interface);
+  } catch (py::error_already_set& error) {
+    for (PyObject* kind : {PyExc_TypeError, PyExc_AttributeError, PyExc_KeyError, PyExc_ValueError})
+      if (error.matches(kind))
+        throw TypeError(label.text() + " has a __cuda_array_interface__ that cannot be read: " +
+                        py::str(error.value()).cast<std::string>());
+    throw;
+  } catch (py::cast_error&) {
+    throw TypeError(label.text() + " has a __cuda_array_interface__ that cannot be read");
+  }
+  array.shape_ = array.owned_.data();
+  array.strides_ = array.owned_.data() + array.ndim_;
+  array.c_contiguous = is_c_contiguous(array.geometry(), item_size(array.dtype));
+  array.check_alignment(label);
+  array.owner_ = Py_NewRef(object);
+  array.is_cuda_interface_ = true;
+  return array;
+}
+
+std::uintptr_t cuda_interface_stream(PyObject* object) {
+  return stream_of(py::handle(object).attr(kAttribute));
+}
+
+}  // namespace fusestep::arrays

@@ -1,0 +1,144 @@
+#include "engine/gpu.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include "arrays/cuda_driver.h"
+#include "engine/stepper.h"
+
+namespace fusestep::engine {
+namespace {
+
+const cuda::Driver& driver() { return arrays::cuda_driver(); }
+
+// True where the next step of a parameter will be the very same as this one, so that a CUDA graph
+// may repeat it: SGD, once its momentum is there.
+bool is_steady(const Update& update) {
+  const rules::AnyRule& rule = *update.group->rule;
+  if (!rule.scalar_names().empty()) return false;
+  const Slot& slot = *update.slot;
+  const auto coefficients = [&](const rules::Progress& at) {
+    return rule.coefficients(at, slot.work.compute, update.group->lr, slot.states());
+  };
+  const rules::Progress next = rule.advance(slot.progress);
+  const auto now = coefficients(next), later = coefficients(rule.advance(next));
+  return std::memcmp(now.bytes, later.bytes, sizeof now.bytes) == 0;
+}
+
+}  // namespace
+
+cuda::Workspace& Gpu::workspace() {
+  if (!workspace_) workspace_ = driver().open(index_);
+  return *workspace_;
+}
+
+// ---- a step ----
+
+void Gpu::begin() {
+  other_streams_.clear();
+  work_.clear();
+  progress_.clear();
+  groups_.clear();
+  last_group_ = nullptr;
+}
+
+void Gpu::add(const Update& update) {
+  Slot& slot = *update.slot;
+  if (work_.empty()) stream_ = update.stream;
+  for (const cuda::Stream stream : {update.stream, update.gradient.stream})
+    if (stream != stream_ && std::ranges::find(other_streams_, stream) == other_streams_.end())
+      other_streams_.push_back(stream);
+  work_.push_back(&slot.work);
+  if (keeps_progress())
+    progress_.push_back({slot.resident.index, slot.resident.step, slot.resident.momentum_product,
+                         group_of(update)});
+}
+
+std::uint32_t Gpu::group_of(const Update& update) {
+  const Group& group = *update.group;
+  if (&group != last_group_) {
+    const bool rate_is_here = group.rate && group.rate->device == update.slot->device();
+    groups_.push_back({static_cast<std::uint32_t>(group.rule->loop(update.slot->states())),
+                       group.rule->options(), group.lr,
+                       rate_is_here ? group.rate->number : cuda::Scalar{}});
+    last_group_ = &group;
+  }
+  return static_cast<std::uint32_t>(groups_.size() - 1);
+}
+
+void Gpu::start(std::span<const Update> updates) {
+  workspace();
+  const auto repeats_itself = [&](const Update& update) {
+    return update.slot->device() != Device{Device::cuda, index_} || is_steady(update);
+  };
+  if (!keeps_progress() && driver().is_capturing(stream_) &&
+      !std::ranges::all_of(updates, repeats_itself))
+    throw std::runtime_error(
+        "a CUDA graph is being captured, and every replay would repeat this step with the step "
+        "count of now: create the optimizer with capturable=True");
+  push_if_needed();
+  for (const cuda::Stream other : other_streams_) driver().wait(index_, stream_, other);
+}
+
+void Gpu::take(const Request& request) {
+  driver().take({.workspace = &workspace(),
+                 .stream = stream_,
+                 .list = work_,
+                 .options = request.options,
+                 .max_norm = request.max_norm,
+                 .skip_nonfinite = request.skip_nonfinite,
+                 .loss_scale = request.scaling.loss_scale,
+                 .found_inf = request.scaling.found_inf,
+                 .progress = progress_,
+                 .groups = groups_});
+}
+
+std::vector<double> Gpu::tile_sums(double prescale) {
+  return driver().tile_sums(workspace(), stream_, work_, prescale);
+}
+
+void Gpu::clear_gradients() { driver().clear_gradients(workspace(), stream_, work_); }
+
+void Gpu::finish() {
+  for (const cuda::Stream other : other_streams_) driver().wait(index_, other, stream_);
+}
+
+// ---- progress that is kept here ----
+
+void Gpu::keep_progress_of(std::vector<Slot*> slots) {
+  residents_ = std::move(slots);
+  for (std::size_t i = 0; i < residents_.size(); ++i) residents_[i]->resident.index = i;
+  is_pushed_ = false;
+}
+
+void Gpu::push_if_needed() {
+  if (is_pushed_ || !keeps_progress()) return;
+  if (driver().is_capturing(stream_))
+    throw std::runtime_error(
+        "a CUDA graph is being captured, and this optimizer has not taken a step since it was "
+        "created, loaded or changed: take one before the capture");
+  std::vector<rules::Progress> progress;
+  for (const Slot* slot : residents_) progress.push_back(slot->progress);
+  seen_ = {};
+  driver().write_progress(workspace(), stream_, progress, seen_);
+  is_pushed_ = true;
+}
+
+cuda::Counters Gpu::pull() {
+  if (!is_pushed_) return {};
+  std::vector<rules::Progress> progress(residents_.size());
+  const cuda::Counters now = driver().read_progress(workspace(), stream_, progress);
+  for (std::size_t i = 0; i < residents_.size(); ++i) residents_[i]->progress = progress[i];
+  const cuda::Counters before = std::exchange(seen_, now);
+  return {now.steps - before.steps, now.skipped_steps - before.skipped_steps};
+}
+
+void Gpu::write_rate(double lr, cuda::Stream stream) {
+  driver().write_rate(workspace(), stream, lr);
+}
+
+cuda::Scalar Gpu::rate(cuda::Stream stream) { return driver().rate(workspace(), stream); }
+
+}  // namespace fusestep::engine

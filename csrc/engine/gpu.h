@@ -1,0 +1,95 @@
+// The part of a step that one GPU takes.
+//
+// Parameters are either resident, their progress kept on the GPU, where a step may be left out or
+// repeated by a CUDA graph without the host's knowing; or their progress is here, and a step is a
+// single launch. See docs/adr/0008.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "core/work.h"
+#include "cuda/driver.h"
+#include "engine/slot.h"
+
+namespace fusestep::engine {
+
+struct Group;
+struct Update;
+
+// What a loss scaler has found out: numbers on a GPU, or null.
+struct Scaling {
+  const float* loss_scale = nullptr;
+  const float* found_inf = nullptr;
+};
+
+class Gpu {
+ public:
+  explicit Gpu(int index) : index_(index) {}
+
+  int index() const { return index_; }
+
+  // ---- a step: begin(), add() for each parameter, start(), what is wanted, finish() ----
+
+  void begin();
+  void add(const Update& update);
+  bool is_idle() const { return work_.empty(); }
+
+  // Throws where a CUDA graph is being captured that would not do again what this step does.
+  // Has the step's stream wait for those of other libraries whose arrays take part.
+  void start(std::span<const Update> updates);
+
+  struct Request {
+    StepOptions options;
+    std::optional<double> max_norm = std::nullopt;  // the norm being found out on the GPU
+    bool skip_nonfinite = false;                    // likewise
+    Scaling scaling;
+  };
+  void take(const Request& request);
+  std::vector<double> tile_sums(double prescale);
+  void clear_gradients();
+
+  // Has those streams wait for the step.
+  void finish();
+
+  // ---- progress that is kept here ----
+
+  // From the next step on, that of these slots, or of none.
+  void keep_progress_of(std::vector<Slot*> slots);
+  bool keeps_progress() const { return !residents_.empty(); }
+
+  // Brings the slots up to date, and counts what has happened since the last time. Waits for the
+  // GPU.
+  cuda::Counters pull();
+
+  // What the slots say holds from the next step on.
+  void push() { is_pushed_ = false; }
+
+  // A learning rate that captured graphs read.
+  void write_rate(double lr, cuda::Stream stream);
+  cuda::Scalar rate(cuda::Stream stream);
+
+ private:
+  cuda::Workspace& workspace();
+  void push_if_needed();
+  std::uint32_t group_of(const Update& update);
+
+  int index_;
+  std::shared_ptr<cuda::Workspace> workspace_;
+  std::vector<Slot*> residents_;
+  bool is_pushed_ = false;  // the GPU knows more than the slots do
+  cuda::Counters seen_{};
+
+  // Of the step under way.
+  cuda::Stream stream_ = 0;
+  std::vector<cuda::Stream> other_streams_;
+  std::vector<const Work*> work_;
+  std::vector<cuda::ProgressOnDevice> progress_;
+  std::vector<cuda::AdvanceGroup> groups_;
+  const Group* last_group_ = nullptr;
+};
+
+}  // namespace fusestep::engine

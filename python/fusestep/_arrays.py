@@ -1,0 +1,155 @@
+"""How arrays of each library are made, copied and moved: what state is kept in.
+
+State of a parameter on the CPU is a NumPy array, whatever the parameter is. State of a parameter on
+a GPU is of the parameter's own library, CuPy or torch, and on its device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+_CACHE_LINE = 64  # bytes
+
+
+class ArrayDescription(NamedTuple):
+    """Where an array lies and how; what ``_cpu.describe_array`` returns."""
+
+    address: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes
+    device: str  # "cpu", "cuda:0", ...
+
+
+class Library(Protocol):
+    """What is asked of a library of arrays."""
+
+    def new(self, parameter: ArrayDescription, dtype: str, fill: float) -> Any:
+        """Return an array of the parameter's shape that a kernel can walk in step with it.
+
+        It has the parameter's order of axes in memory (a transposed parameter gets transposed
+        state), so that both are one dense run.
+        """
+
+    def copy(self, array: Any) -> Any:
+        """Return a copy with the same order of axes in memory."""
+
+    def to_numpy(self, array: Any) -> npt.NDArray[Any]:
+        """Return an array on the CPU, which may share memory."""
+
+    def from_numpy(self, array: npt.NDArray[Any], like: Any) -> Any:
+        """Return an array of the dtype and on the device of `like`."""
+
+
+class _NumPy:
+    def new(self, parameter: ArrayDescription, dtype: str, fill: float) -> npt.NDArray[Any]:
+        # It starts at the same place in a cache line, so that vectors which are aligned in the one
+        # are aligned in the other.
+        item = np.dtype(dtype).itemsize
+        shape, axes = _memory_order(parameter)
+        nbytes = int(np.prod(shape, dtype=np.int64)) * item
+        memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
+        start = (parameter.address - memory.ctypes.data) % _CACHE_LINE
+        if (memory.ctypes.data + start) % item:
+            start = -memory.ctypes.data % _CACHE_LINE  # a parameter off its own alignment
+        array: npt.NDArray[Any] = memory[start : start + nbytes].view(dtype)
+        array.fill(fill)
+        return array.reshape(shape).transpose(axes)
+
+    def copy(self, array: Any) -> npt.NDArray[Any]:
+        result: npt.NDArray[Any] = array.copy(order="K")
+        return result
+
+    def to_numpy(self, array: Any) -> npt.NDArray[Any]:
+        return np.asarray(array)
+
+    def from_numpy(self, array: npt.NDArray[Any], like: Any) -> npt.NDArray[Any]:
+        return array.astype(like.dtype, copy=False)
+
+
+class _CuPy:
+    def new(self, parameter: ArrayDescription, dtype: str, fill: float) -> Any:
+        cupy = importlib.import_module("cupy")
+        shape, axes = _memory_order(parameter)
+        with cupy.cuda.Device(_index(parameter.device)):
+            return cupy.full(shape, fill, dtype).transpose(axes)
+
+    def copy(self, array: Any) -> Any:
+        with array.device:
+            return array.copy(order="K")
+
+    def to_numpy(self, array: Any) -> npt.NDArray[Any]:
+        result: npt.NDArray[Any] = array.get()
+        return result
+
+    def from_numpy(self, array: npt.NDArray[Any], like: Any) -> Any:
+        with like.device:
+            return importlib.import_module("cupy").asarray(array, like.dtype)
+
+
+class _Torch:
+    def new(self, parameter: ArrayDescription, dtype: str, fill: float) -> Any:
+        torch = importlib.import_module("torch")
+        shape, axes = _memory_order(parameter)
+        options = {"dtype": getattr(torch, dtype), "device": parameter.device}
+        return torch.full(shape, fill, **options).permute(axes)
+
+    def copy(self, array: Any) -> Any:
+        return array.detach().clone()
+
+    def to_numpy(self, array: Any) -> npt.NDArray[Any]:
+        torch = importlib.import_module("torch")
+        tensor = array.detach().cpu()
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.float()  # NumPy cannot read it
+        result: npt.NDArray[Any] = tensor.numpy()
+        return result
+
+    def from_numpy(self, array: npt.NDArray[Any], like: Any) -> Any:
+        torch = importlib.import_module("torch")
+        return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, like.dtype)
+
+
+_NUMPY = _NumPy()
+_OTHERS: dict[str, Library] = {"cupy": _CuPy(), "torch": _Torch()}
+
+
+def library_of(array: Any) -> Library:
+    """Return the library of an array, by the name of its type's module."""
+    return _OTHERS.get(type(array).__module__.partition(".")[0], _NUMPY)
+
+
+def library_for_state(parameter: Any, description: ArrayDescription) -> Library:
+    """Return the library whose arrays a parameter's state is kept in."""
+    if description.device == "cpu":
+        return _NUMPY
+    library = library_of(parameter)
+    if library is not _NUMPY:
+        return library
+    for name, other in _OTHERS.items():
+        if importlib.util.find_spec(name) is not None:
+            return other
+    raise TypeError(
+        f"a {type(parameter).__module__}.{type(parameter).__qualname__} on {description.device} "
+        "needs CuPy or PyTorch for the optimizer's state: install one of them"
+    )
+
+
+def _memory_order(parameter: ArrayDescription) -> tuple[list[int], Sequence[int]]:
+    """Return the extents in the order of memory, and the axes that undo that order."""
+    axes = sorted(range(len(parameter.shape)), key=lambda axis: -abs(parameter.strides[axis]))
+    inverse: list[int] = np.argsort(axes).tolist()
+    return [parameter.shape[axis] for axis in axes], inverse
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
