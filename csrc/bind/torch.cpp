@@ -97,7 +97,7 @@ void register_torch(py::module_& module) {
       .def_property(
           "skip_nonfinite",
           [](const TorchOptimizer& self) { return self.stepper.settings.skip_nonfinite; },
-          [](TorchOptimizer& self, bool value) { self.stepper.settings.skip_nonfinite = value; })
+          &TorchOptimizer::set_skip_nonfinite)
       .def_property(
           "max_norm", [](const TorchOptimizer& self) { return self.stepper.settings.max_norm; },
           [](TorchOptimizer& self, std::optional<double> value) {

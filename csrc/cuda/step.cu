@@ -53,6 +53,7 @@ void add(ItemList& list, const Work& work, std::uint32_t rule) {
   item.size = iteration.size;
   item.first_tile = list.tiles;
   item.rule = rule;
+  item.first_axis = static_cast<std::uint8_t>(axes_in(list));  // of dense ones, too: see axes_in
   item.is_aligned = true;
   item.in_double = work.compute == DType::float64;
   for (int i = 0; i < iteration.operands; ++i) {
@@ -64,7 +65,6 @@ void add(ItemList& list, const Work& work, std::uint32_t rule) {
   }
   if (is_strided(work)) {
     const Tiling tiling = iteration.layout->tiling();
-    item.first_axis = static_cast<std::uint8_t>(axes_in(list));
     item.axes = static_cast<std::uint8_t>(tiling.count);
     item.row_axis = static_cast<std::uint8_t>(tiling.row_axis);
     item.column_axis = static_cast<std::uint8_t>(tiling.column_axis);

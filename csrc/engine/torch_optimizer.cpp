@@ -52,7 +52,7 @@ double number(const py::object& value) {
 void TorchOptimizer::forget() {
   stepper.pull();  // it points into parameters_, too
   stepper.keep_progress_on_gpus({});
-  is_placed_ = false;
+  is_placed_ = is_outdated_ = false;
   memory_.reset();  // it points into parameters_
   stepper.forget_gradients();
   updates_.clear();
@@ -243,6 +243,7 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
                                                 bool options_are_new) {
   const StepUnderWay under_way(*this);
   const auto is_mutable = [](const FollowedGroup& group) { return group.dict.is_mutable; };
+  if (is_outdated_) return Outcome::stale;
   if (!options_are_new && std::ranges::any_of(groups_, is_mutable)) return Outcome::new_options;
   if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
   const bool rates_ran_code = read_rates();

@@ -72,6 +72,12 @@ class TorchOptimizer {
   void step(pybind11::handle groups, pybind11::handle state, StepArguments arguments,
             const ScalingTensors& scaling, Teller& teller);
 
+  // On a GPU it decides where the step counts are: Python is asked to tell again.
+  void set_skip_nonfinite(bool value) {
+    is_outdated_ = is_outdated_ || value != stepper.settings.skip_nonfinite;
+    stepper.settings.skip_nonfinite = value;
+  }
+
   // Waits for a GPU.
   std::int64_t skipped_steps();
 
@@ -193,6 +199,7 @@ class TorchOptimizer {
   std::vector<FollowedState> state_;
   std::vector<FollowedScalar> scalars_;
   std::optional<OccupiedMemory> memory_;
+  bool is_outdated_ = false;  // what was told, because of a setting
   bool is_resident_ = false;
   bool is_placed_ = false;  // the stepper knows which slots are resident
 

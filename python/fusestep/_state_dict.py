@@ -23,13 +23,9 @@ _MOST = 2**53
 
 def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
     """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones."""
-    state = {
-        key: {
-            name: library_of(value).copy(value) if copy and name in optimizer._state_names else value
-            for name, value in entry.items()
-        }
-        for key, entry in optimizer.state.items()
-    }
+    state = optimizer.state
+    for entry in state.values() if copy else ():
+        entry.update({x: library_of(entry[x]).copy(entry[x]) for x in optimizer._state_names})
     lr = optimizer._hyperparameters["lr"]
     group = {
         **optimizer._hyperparameters,

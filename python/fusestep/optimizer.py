@@ -50,9 +50,9 @@ class Optimizer:
         in float32 otherwise.
     capturable
         For steps that a CUDA graph captures and replays: step counts and the learning rate are kept
-        on the GPU, where all parameters must be. Assigning :attr:`lr` changes what replays use from
-        there on in the current stream; other hyper-parameters stay what they were when the graph was
-        captured. Take one step before the capture, and keep the optimizer as long as the graph.
+        on the GPU, where all parameters must be. Assigning :attr:`lr` changes, in the order of the
+        current stream, what replays use; other hyper-parameters stay what they were when the graph
+        was captured. Take one step before the capture, and keep the optimizer as long as the graph.
 
     Raises
     ------

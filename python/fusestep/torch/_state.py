@@ -11,6 +11,7 @@ from torch.utils.dlpack import from_dlpack
 from .. import _cpu
 from .._hyperparameters import number
 from .._state import check_state_dtype
+from . import _tensors
 from ._tensors import DLPACK_DTYPES, is_plain
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     A step need not ask where that is; see ``csrc/arrays/state_memory.h``.
     """
     like = functools.partial(torch.empty_like, dtype=dtype, requires_grad=False)
-    if not is_plain(tensor) or tensor.device.type != "cpu":
+    if not is_plain(tensor) or _tensors.device_of(tensor).type != "cpu":
         with torch.no_grad():
             return like(tensor)
     strides = like(tensor, device="meta").stride()
@@ -95,7 +96,7 @@ def is_there(state: Any) -> bool:
 
 
 class Scalars:
-    """The scalars of all parameters (``step`` and the like): one tensor for each name.
+    """The scalars of all parameters (``step`` and the like): one tensor a name and device.
 
     In the state of a parameter each is a tensor of no dimensions, as in torch, and a view of one of
     these: so a step finds the scalars of all parameters with a single look. Tensors that somebody
@@ -108,77 +109,94 @@ class Scalars:
     entries
         The state of each parameter, or an empty dict. Each has a column, which is given away once:
         state that is saved, or put away for a while, keeps it.
+    devices
+        Where the scalars of each parameter are to be.
     """
 
-    def __init__(self, names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        entries: Sequence[Mapping[str, Any]],
+        devices: Sequence[torch.device],
+    ) -> None:
+        self._names = names
+        self._devices = list(devices)
+        dtypes = {name: scalar_dtype(entry.get(name) for entry in entries) for name in names}
         self._tensors = {
-            name: torch.zeros(
-                len(entries), dtype=scalar_dtype(entry.get(name) for entry in entries)
-            )
+            (name, device): _tensors.zeros(len(entries), dtypes[name], device)
+            for device in dict.fromkeys(devices)
             for name in names
         }
-        self._columns = len(entries)
         self._given: set[int] = set()
 
-    def suit(self, entries: Sequence[Mapping[str, Any]]) -> bool:
+    def suit(self, entries: Sequence[Mapping[str, Any]], devices: Sequence[torch.device]) -> bool:
         """Return whether each of these can have its scalars in its own column, or elsewhere."""
-        return len(entries) == self._columns and all(
+        return self._devices == list(devices) and all(
             self._suits(entry, column) for column, entry in enumerate(entries)
         )
 
     def _suits(self, entry: Mapping[str, Any], column: int) -> bool:
-        for name, tensor in self._tensors.items():
+        for name in self._names:
             value = entry.get(name)
-            if not _is_usable(value):
+            if not self._is_usable(value, column):
                 if column in self._given:
                     return False
-            elif _lies_in(value, tensor) and not _is_at(value, tensor[column]):
+            elif self._owns(value) and not _is_at(value, self._place(name, column)):
                 return False
         return True
 
     def own(self, entry: Mapping[str, Any]) -> bool:
         """Return whether some of these scalars are ours."""
-        return any(_lies_in(entry.get(name), tensor) for name, tensor in self._tensors.items())
+        return any(self._owns(entry.get(name)) for name in self._names)
 
     def completed(self, entry: Mapping[str, Any], column: int, label: str) -> dict[str, Tensor]:
         """Return the scalars of a parameter: those there are, or new ones in its column."""
         return {
             name: entry[name]
-            if _is_usable(entry.get(name))
+            if self._is_usable(entry.get(name), column)
             else self._put(name, entry.get(name), column, f"the {name} of {label}")
-            for name in self._tensors
+            for name in self._names
         }
 
     def moved(self, entry: Mapping[str, Any], column: int) -> dict[str, Any]:
         """Return a state with its scalars, as far as there are any, in our column."""
-        there = [name for name in self._tensors if is_there(entry.get(name))]
+        there = [name for name in self._names if is_there(entry.get(name))]
         return {**entry, **{name: self._put(name, entry[name], column, name) for name in there}}
 
     def places(self, entry: Mapping[str, Any], column: int) -> list[tuple[Tensor, int]]:
         """Return where the scalars of a parameter are: a tensor, and the element of it."""
         return [
-            (tensor, column) if _is_at(entry[name], tensor[column]) else (entry[name], 0)
-            for name, tensor in self._tensors.items()
+            (self._tensors[name, self._devices[column]], column)
+            if _is_at(entry[name], self._place(name, column))
+            else (entry[name], 0)
+            for name in self._names
         ]
+
+    def _place(self, name: str, column: int) -> Tensor:
+        return self._tensors[name, self._devices[column]][column]
 
     def _put(self, name: str, value: Any, column: int, what: str) -> Tensor:
         self._given.add(column)
         initial = 1.0 if name == "mu_product" else 0.0
-        place = self._tensors[name][column]
-        return place.fill_(number(what, value) if is_there(value) else initial)
+        return self._place(name, column).fill_(number(what, value) if is_there(value) else initial)
+
+    def _is_usable(self, value: Any, column: int) -> bool:
+        return _is_scalar(value) and _tensors.device_of(value) == self._devices[column]
+
+    def _owns(self, value: Any) -> bool:
+        return any(_lies_in(value, tensor) for tensor in self._tensors.values())
 
 
-def _is_usable(value: Any) -> bool:
+def _is_scalar(value: Any) -> bool:
     return (
         type(value) is torch.Tensor
         and value.ndim == 0
         and value.dtype in (torch.float32, torch.float64)
-        and value.device.type == "cpu"
     )
 
 
 def _lies_in(value: Any, tensor: Tensor) -> bool:
-    if not _is_usable(value):
+    if not _is_scalar(value):
         return False
     offset = value.data_ptr() - tensor.data_ptr()
     return bool(0 <= offset < tensor.numel() * tensor.element_size())

@@ -1,11 +1,11 @@
 """What the native half asks of tensors that are not plain, and of torch before version 2.10.
 
-A plain ``torch.Tensor`` or ``torch.nn.Parameter`` in CPU memory is read natively; see
-``csrc/arrays/torch.h``.
+A plain ``torch.Tensor`` or ``torch.nn.Parameter`` is read natively; see ``csrc/arrays/torch.h``.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ DLPACK_DTYPES = {
     torch.complex64: (_COMPLEX, 64),
     torch.complex32: (_COMPLEX, 32),
 }
-_DLPACK_CPU = 1
+_DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -91,8 +91,15 @@ def refusal(tensor: Tensor) -> str:
             f"is a {type(tensor).__name__}, which keeps its numbers in other tensors; expected "
             "a torch.Tensor or a DTensor"
         )
-    if tensor.device.type != "cpu":
-        return f"is on device '{tensor.device}'; this version updates tensors on the CPU only"
+    if device_of(tensor).type not in _DLPACK_DEVICES:
+        return f"is on device '{tensor.device}'; expected the CPU or an NVIDIA GPU"
+    if device_of(tensor).type == "cuda" and torch.version.hip is not None:
+        return f"is on device '{tensor.device}', of AMD; expected the CPU or an NVIDIA GPU"
+    if device_of(tensor).type == "cuda" and not has_cuda_kernels():
+        return (
+            f"is on device '{tensor.device}', and this build of fusestep has no CUDA kernels (see "
+            "docs/gpu.md)"
+        )
     if tensor.dtype not in DLPACK_DTYPES:
         return (
             f"has dtype {tensor.dtype}; expected float64, float32, float16, bfloat16 or a complex "
@@ -103,13 +110,51 @@ def refusal(tensor: Tensor) -> str:
 
 def describe(
     tensor: Tensor,
-) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]]:
-    """Return address, DLPack's device type, type code and bits, shape, and strides in elements."""
-    is_readable = tensor.layout is torch.strided and tensor.device.type == "cpu"
+) -> tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]]:
+    """Return address, device (DLPack's type, index), type code and bits, shape, and strides.
+
+    Strides are in elements.
+    """
+    device = device_of(tensor)
+    is_readable = tensor.layout is torch.strided and device.type in _DLPACK_DEVICES
     if not is_readable or tensor.dtype not in DLPACK_DTYPES:
         raise TypeError(refusal(tensor))
     code, bits = DLPACK_DTYPES[tensor.dtype]
-    return tensor.data_ptr(), _DLPACK_CPU, code, bits, tuple(tensor.shape), tensor.stride()
+    place = _DLPACK_DEVICES[device.type], device.index or 0
+    return (tensor.data_ptr(), *place, code, bits, tuple(tensor.shape), tensor.stride())
+
+
+# ---- devices; tests have them say that memory of the CPU is a GPU's -----------------------------
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """Return the device of a tensor."""
+    return tensor.device
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Return whether something is a tensor on an NVIDIA GPU."""
+    return isinstance(value, Tensor) and device_of(value).type == "cuda"
+
+
+def zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros on a device."""
+    return torch.zeros(count, dtype=dtype, device=device)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting for it."""
+    return tensor.to(device, non_blocking=True)
+
+
+def current_stream(index: int) -> int:
+    """Return the ``cudaStream_t`` on which torch works on a GPU at this moment."""
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+def has_cuda_kernels() -> bool:
+    """Return whether this build of fusestep has them."""
+    return importlib.util.find_spec("fusestep._cuda") is not None
 
 
 def _increment_each(tensors: Sequence[Tensor]) -> None:

@@ -30,6 +30,11 @@ _not_compiled = torch._compile._disable_dynamo  # as torch's own optimizers do
 # Hyper-parameters that are not options of a rule.
 _OUTSIDE_THE_RULE = frozenset({"lr", "maximize", "max_norm", "skip_nonfinite"})
 
+# Keys of a group that matter besides the rule's options.
+_WATCHED = frozenset({"maximize", "differentiable", "capturable", "fused"})
+
+_CPU = torch.device("cpu")
+
 # torch's words, which its users may look for.
 _META_AND_FUSED = (
     "`fused=True` requires all the params to be floating point Tensors of supported devices: {} is "
@@ -70,6 +75,10 @@ class Optimizer(torch.optim.Optimizer):
     ``foreach`` and ``fused`` are accepted: the step is one pass over all parameters in any case.
     With ``fused=True``, as in torch, ``torch.amp.GradScaler`` leaves unscaling to the step.
     ``differentiable`` and, for parameters on the CPU, ``capturable`` are refused.
+
+    Parameters may be on the CPU and on NVIDIA GPUs. There, steps go to torch's current stream and
+    are not waited for. Step counts are on the CPU or, with ``capturable`` or ``fused`` (as in
+    torch), ``skip_nonfinite`` or a learning rate on the GPU, on the parameter's device.
     """
 
     _array_class: ClassVar[type[ArrayOptimizer]]
@@ -80,6 +89,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _scalars: _state.Scalars | None
     _rules: list[Rule]
+    _counts_on_gpu: bool  # of parameters that are on one
     _step_supports_amp_scaling = False  # torch's constructors set it where fused=True
 
     # ---- stepping -------------------------------------------------------------------------------
@@ -110,7 +120,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         TypeError
-            A gradient or parameter is sparse, not on the CPU, or not of a supported dtype.
+            A gradient or parameter is sparse, on a device that is neither the CPU nor an NVIDIA
+            GPU, or not of a supported dtype.
         ValueError
             Shapes differ, two parameters share memory, a gradient shares memory with a parameter or
             state, or an option of a group has a value that is out of range.
@@ -178,13 +189,29 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         # torch.amp.GradScaler sets these two around a step that unscales for itself.
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            return loss
         loss_scale = getattr(self, "grad_scale", None)
-        if loss_scale is not None:
-            grad_scale /= float(loss_scale)
-        self._native.step(self, self.param_groups, self.state, grad_scale, zero_grad)
+        on_gpu = self._on_the_gpu(loss_scale, found_inf)
+        if on_gpu is None:
+            if found_inf is not None and float(found_inf) != 0:
+                return loss
+            if loss_scale is not None:
+                grad_scale /= float(loss_scale)
+            on_gpu = None, None
+        self._native.step(self, self.param_groups, self.state, grad_scale, zero_grad, *on_gpu)
         return loss
+
+    def _on_the_gpu(self, *numbers: Any) -> tuple[Tensor | None, ...] | None:
+        """Return a scaler's numbers on the GPU of all parameters; None where there is no such."""
+        if not any(_tensors.is_on_gpu(value) for value in numbers):
+            return None
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        devices = {_tensors.device_of(parameter) for parameter in parameters}
+        if len(devices) > 1 or any(map(_tensors.is_sharded, parameters)):
+            return None  # the host decides, for all of them
+        (device,) = devices
+        if device.type != "cuda":
+            return None
+        return tuple(None if x is None else _tensors.moved(x.float(), device) for x in numbers)
 
     # The profiler range and the hooks, global and our own, in torch's order.
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_plain_step)
@@ -202,6 +229,8 @@ class Optimizer(torch.optim.Optimizer):
         self._native.forget()
         self.param_groups = _in_lists(self.param_groups)
         self._rules = [self._rule_of(group) for group in self.param_groups]
+        self._counts_on_gpu = self._should_count_on_gpu()
+        self._native.set_resident(self._counts_on_gpu)
         parameters = list(_labelled(self.param_groups))
         scalars = self._scalars = self._scalars_for([parameter for parameter, _ in parameters])
         column = 0
@@ -218,14 +247,37 @@ class Optimizer(torch.optim.Optimizer):
     def _scalars_for(self, parameters: list[Tensor]) -> _state.Scalars:
         """Return scalars in which the state of each parameter has, or can have, its place."""
         entries = [self.state.get(parameter, {}) for parameter in parameters]
-        if self._scalars is not None and self._scalars.suit(entries):
+        devices = self._scalar_devices(parameters)
+        if self._scalars is not None and self._scalars.suit(entries, devices):
             return self._scalars
-        scalars = _state.Scalars(self._rule_of({}).scalars, entries)
+        scalars = _state.Scalars(self._rule_of({}).scalars, entries, devices)
         if self._scalars is not None:
             for column, entry in enumerate(entries):
                 if self._scalars.own(entry):
                     self._change(parameters[column], scalars.moved(entry, column))
         return scalars
+
+    def _should_count_on_gpu(self) -> bool:
+        """Return whether step counts of parameters on a GPU belong there.
+
+        Where the host cannot know whether a step happens, or how often.
+        """
+        return any(
+            self.skip_nonfinite
+            or group.get("capturable")
+            or group.get("fused")
+            or _tensors.is_on_gpu(group["lr"])
+            for group in self.param_groups
+        ) and any(_tensors.is_on_gpu(p) for group in self.param_groups for p in group["params"])
+
+    def _scalar_devices(self, parameters: list[Tensor]) -> list[torch.device]:
+        """Return where the scalars of each parameter belong."""
+        return [
+            _tensors.device_of(parameter)
+            if self._counts_on_gpu and _tensors.is_on_gpu(parameter)
+            else _CPU
+            for parameter in parameters
+        ]
 
     def _tell_parameter(
         self, parameter: Tensor, label: str, rule: Rule, scalars: _state.Scalars, column: int
@@ -303,6 +355,8 @@ class Optimizer(torch.optim.Optimizer):
             return False
         if not all(isinstance(group["params"], list) for group in self.param_groups):
             return False
+        if self._counts_on_gpu != self._should_count_on_gpu():
+            return False
         for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
             self._native.set_options(i, group, self._array_class._rule, *rule.told)
         self._rules = rules
@@ -326,7 +380,7 @@ class Optimizer(torch.optim.Optimizer):
         told = (
             options,
             bool(group.get("maximize", False)),
-            {*given, *cls._array_class._fixed, "maximize", "differentiable"},
+            {*given, *cls._array_class._fixed, *_WATCHED},
             not all(map(_is_immutable, given.values())),
         )
         return Rule(told, states, scalars)
@@ -471,6 +525,7 @@ class Optimizer(torch.optim.Optimizer):
         self._changes: list[tuple[Tensor, dict[str, Any] | None]] = []
         self._scalars = None
         self._rules = []
+        self._counts_on_gpu = False
         self.max_norm = max_norm
         self.skip_nonfinite = skip_nonfinite
 
@@ -478,7 +533,9 @@ class Optimizer(torch.optim.Optimizer):
         """Keep the scalars of the state, which nobody else has a hold on yet, all in one place."""
         parameters = [parameter for parameter, _ in _labelled(self.param_groups)]
         entries = [self.state.get(parameter, {}) for parameter in parameters]
-        self._scalars = _state.Scalars(self._rule_of({}).scalars, entries)
+        self._counts_on_gpu = self._should_count_on_gpu()
+        devices = self._scalar_devices(parameters)
+        self._scalars = _state.Scalars(self._rule_of({}).scalars, entries, devices)
         for column, entry in enumerate(entries):
             entry.update(self._scalars.moved(entry, column))
 
@@ -551,7 +608,8 @@ def _is_immutable(value: Any) -> bool:
 
 
 def _refuse_capturable(group: dict[str, Any]) -> None:
-    if group.get("capturable") and any(p.device.type == "cpu" for p in group["params"]):
+    on_cpu = any(_tensors.device_of(p).type == "cpu" for p in group["params"])
+    if group.get("capturable") and on_cpu:
         raise ValueError(
             "capturable=True is for CUDA graphs, and some of the parameters are on the CPU: leave "
             "it out"
