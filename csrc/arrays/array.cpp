@@ -73,8 +73,9 @@ bool Array::is_current() const {
 
 std::uintptr_t Array::current_stream() const {
   if (device.kind == Device::cpu) return 0;
-  if (api_) return exchange_stream(*api_, device);
-  if (is_cuda_interface_) return cuda_interface_stream(owner_);
+  if (api_)
+    if (const auto stream = exchange_stream(*api_, device)) return *stream;
+  if (is_cuda_interface_) return cuda_interface_stream(owner_, device);
   return exporter_stream(owner_, device);
 }
 

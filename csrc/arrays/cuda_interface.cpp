@@ -32,13 +32,15 @@ std::optional<DType> dtype_of(const py::object& object, std::string_view text) {
   return {};
 }
 
-// 0 is not a stream of the protocol, 1 is the default stream; to CUDA both are.
-std::uintptr_t stream_of(const py::dict& interface) {
+// 0 is not a stream of the protocol, 1 is the default stream; to CUDA both are. A library means the
+// current device; on another one it is taken to work in the default stream.
+std::uintptr_t stream_of(const py::dict& interface, const Device& device) {
   constexpr std::uintptr_t kDefault = 1;
   const py::object stream = interface.attr("get")("stream");
   if (stream.is_none()) return 0;
   const auto value = stream.cast<std::uintptr_t>();
-  return value == kDefault ? 0 : value;
+  if (value <= kDefault || device.kind != Device::cuda) return 0;
+  return cuda_driver().current_device() == device.index ? value : 0;
 }
 
 Device device_of_array(const py::object& object, const void* data, const Label& label) {
@@ -86,7 +88,7 @@ Array from_cuda_interface(PyObject* object, const Label& label) {
                                              : strides[py::int_(axis)].cast<std::int64_t>();
     }
     array.device = device_of_array(given, array.data, label);
-    array.stream = stream_of(interface);
+    array.stream = stream_of(interface, array.device);
   } catch (py::error_already_set& error) {
     for (PyObject* kind : {PyExc_TypeError, PyExc_AttributeError, PyExc_KeyError, PyExc_ValueError})
       if (error.matches(kind))
@@ -105,8 +107,8 @@ Array from_cuda_interface(PyObject* object, const Label& label) {
   return array;
 }
 
-std::uintptr_t cuda_interface_stream(PyObject* object) {
-  return stream_of(py::handle(object).attr(kAttribute));
+std::uintptr_t cuda_interface_stream(PyObject* object, const Device& device) {
+  return stream_of(py::handle(object).attr(kAttribute), device);
 }
 
 }  // namespace fusestep::arrays

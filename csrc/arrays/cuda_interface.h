@@ -15,7 +15,7 @@ bool has_cuda_interface(PyObject* object);
 
 Array from_cuda_interface(PyObject* object, const Label& label);
 
-// The stream on which the array's library works at this moment.
-std::uintptr_t cuda_interface_stream(PyObject* object);
+// The stream on which the array's library works on the array's device at this moment.
+std::uintptr_t cuda_interface_stream(PyObject* object, const Device& device);
 
 }  // namespace fusestep::arrays

@@ -110,7 +110,7 @@ Array from_dlpack(PyObject* object, const Label& label) {
 
   array.describe(*tensor, Complex::refused, label);
   array.owner_ = Py_NewRef(object);
-  if (array.device.kind == Device::cuda) array.stream = exporter_stream(object, array.device);
+  array.stream = array.current_stream();
   return array;
 }
 

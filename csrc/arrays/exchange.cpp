@@ -118,7 +118,7 @@ Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Labe
   }
   Array array = from_tensor(tensor, Py_NewRef(object), Complex::refused, label);
   array.api_ = &api;
-  if (array.device.kind == Device::cuda) array.stream = exchange_stream(api, array.device);
+  array.stream = array.current_stream();
   if (is_lazily_negated(object, array))
     throw ValueError(label.text() + " has torch's negative bit set; pass its .resolve_neg()");
   return array;
@@ -206,13 +206,14 @@ Device device_of(const dlpack::Device& device, const Label& label) {
   return *known;
 }
 
-std::uintptr_t exchange_stream(const dlpack::ExchangeApi& api, const Device& device) {
+std::optional<std::uintptr_t> exchange_stream(const dlpack::ExchangeApi& api,
+                                              const Device& device) {
+  if (!api.current_stream) return {};
   void* stream = nullptr;
-  if (!api.current_stream || api.current_stream(dlpack::kCuda, device.index, &stream) != 0) {
-    PyErr_Clear();
-    return 0;
-  }
-  return reinterpret_cast<std::uintptr_t>(stream);
+  if (api.current_stream(dlpack::kCuda, device.index, &stream) == 0)
+    return reinterpret_cast<std::uintptr_t>(stream);
+  PyErr_Clear();
+  return {};
 }
 
 bool is_lazily_negated(PyObject* object, const Array& array) {

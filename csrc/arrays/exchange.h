@@ -4,6 +4,9 @@
 
 #include <Python.h>
 
+#include <cstdint>
+#include <optional>
+
 #include "arrays/array.h"
 #include "arrays/dlpack_abi.h"
 
@@ -28,8 +31,8 @@ bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner,
 // The device that DLPack means. Throws TypeError unless it is one of ours.
 Device device_of(const dlpack::Device& device, const Label& label);
 
-// The stream on which a library works on a GPU at this moment.
-std::uintptr_t exchange_stream(const dlpack::ExchangeApi& api, const Device& device);
+// The stream on which a library works on a GPU at this moment, if its table says.
+std::optional<std::uintptr_t> exchange_stream(const dlpack::ExchangeApi& api, const Device& device);
 
 // True for a view of torch's whose numbers in memory are still to be negated or conjugated.
 // Such views are strided (z.conj().imag) or of one element, so others are not asked.

@@ -171,7 +171,8 @@ std::optional<TorchTensors::NumberOnGpu> TorchTensors::number_on_gpu(PyObject* o
 }
 
 std::uintptr_t TorchTensors::current_stream(const Device& device) const {
-  if (api_ && api_->current_stream) return exchange_stream(*api_, device);
+  if (api_)
+    if (const auto stream = exchange_stream(*api_, device)) return *stream;
   has_run_code = true;
   return current_stream_(device.index).cast<std::uintptr_t>();
 }

@@ -12,6 +12,7 @@ class LinkedDriver final : public Driver {
     check_available();
     return cuda::device_of(address);
   }
+  int current_device() const override { return cuda::current_device(); }
   bool is_capturing(Stream stream) const override { return cuda::is_capturing(stream); }
   void wait(int device, Stream stream, Stream other) const override {
     const CurrentDevice current(device);

@@ -22,6 +22,7 @@ class Driver {
   virtual std::shared_ptr<Workspace> open(int device) const = 0;
 
   virtual int device_of(const void* address) const = 0;
+  virtual int current_device() const = 0;
   virtual bool is_capturing(Stream stream) const = 0;
   virtual void wait(int device, Stream stream, Stream other) const = 0;
 

@@ -59,8 +59,13 @@ int device_of(const void* address) {
   return of_a_gpu ? attributes.device : -1;
 }
 
-CurrentDevice::CurrentDevice(int device) {
-  check(cudaGetDevice(&before_), "asking for the current GPU");
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the current GPU");
+  return device;
+}
+
+CurrentDevice::CurrentDevice(int device) : before_(current_device()) {
   if (device == before_)
     before_ = -1;
   else

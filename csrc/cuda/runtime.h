@@ -26,6 +26,8 @@ int device_count();
 // The GPU whose memory this is; -1 for memory that is not a GPU's.
 int device_of(const void* address);
 
+int current_device();
+
 // Makes a GPU the current one of this thread while it lives.
 class CurrentDevice {
  public:

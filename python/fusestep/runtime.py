@@ -90,7 +90,29 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
 def _cuda() -> str:
     if importlib.util.find_spec("fusestep._cuda") is None:
         return "not available: this build has no CUDA kernels"
-    return "available"
+    from . import _cuda as kernels
+
+    if kernels.is_simulated:
+        return "simulated in the host's memory, for tests"
+    toolkit = _version(kernels.toolkit_version)
+    what = f"kernels for CUDA {toolkit}, compute capability {_capabilities(kernels.architectures)}"
+    try:
+        count = kernels.device_count()
+    except RuntimeError as error:
+        return f"not usable here ({what}): {error}"
+    return f"{what}; driver for CUDA {_version(kernels.driver_version())}; GPUs: {count}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _capabilities(architectures: str) -> str:
+    """Spell CMake's list ("75-real 120") as NVIDIA does, and say that the last one is PTX, too."""
+    numbers = [entry.partition("-")[0] for entry in architectures.split()]
+    names = [f"{n[:-1]}.{n[-1]}" if n.isdigit() else n for n in numbers]
+    is_open = bool(architectures) and not architectures.endswith("-real")
+    return ", ".join(names) + (" and later" if is_open else "")
 
 
 def _print(config: dict[str, Any]) -> None:
