@@ -139,38 +139,45 @@ def _left_out(case: Case) -> dict[str, Any]:
 
 def _started(device: Device, case: Case, failures: dict[str, str]) -> dict[str, Run]:
     """Return the peers that can do it, each after a few steps."""
-    runs = {}
-    for name in case.peers:
-        try:
-            run = case.start(name, device)
-            for _ in range(_WARM_UP):
-                run.step()
-            device.synchronize()
-            runs[name] = run
-        except Exception as error:  # whatever it is, the others can go on
-            failures[name] = _in_a_line(error)
-    return runs
+    runs = {name: _start(device, case, name, failures) for name in case.peers}
+    return {name: run for name, run in runs.items() if run is not None}
+
+
+def _start(device: Device, case: Case, name: str, failures: dict[str, str]) -> Run | None:
+    try:
+        run = case.start(name, device)
+        for _ in range(_WARM_UP):
+            run.step()
+        device.synchronize()
+    except Exception as error:  # whatever it is, the others can go on
+        failures[name] = _in_a_line(error)
+        return None
+    return run
 
 
 def _compared(
     device: Device, case: Case, runs: dict[str, Run], failures: dict[str, str]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return how far all are from ours; a benchmark of something else would compare nothing."""
-    differences: dict[str, float] = {}
-    for name in [name for name in runs if OURS in runs and name != OURS]:
-        try:
-            found = difference(device, case, runs[OURS], runs[name])
-        except Exception as error:  # too little memory, say
-            failures[f"{name}, compared"] = _in_a_line(error)
-            continue
-        if found is not None:
-            differences[name] = found
-            if not found < case.tolerance:
-                failures[f"{name}, compared"] = (
-                    f"computes something else: off by {found:.2g} of the way, "
-                    f"more than {case.tolerance:g}"
-                )
-    return differences
+    names = [name for name in runs if OURS in runs and name != OURS]
+    found = {name: _difference(device, case, runs, name, failures) for name in names}
+    for name, value in found.items():
+        if value is not None and not value < case.tolerance:
+            failures[f"{name}, compared"] = (
+                f"computes something else: off by {value:.2g} of the way, "
+                f"more than {case.tolerance:g}"
+            )
+    return found
+
+
+def _difference(
+    device: Device, case: Case, runs: dict[str, Run], name: str, failures: dict[str, str]
+) -> float | None:
+    try:
+        return difference(device, case, runs[OURS], runs[name])
+    except Exception as error:  # too little memory, say
+        failures[f"{name}, compared"] = _in_a_line(error)
+        return None
 
 
 def _peer(run: Run, samples: Samples, difference_to_ours: float | None) -> dict[str, Any]:
@@ -179,7 +186,9 @@ def _peer(run: Run, samples: Samples, difference_to_ours: float | None) -> dict[
         "calls_per_sample": samples.calls,
         "difference_to_fusestep": difference_to_ours,
         "median": {clock: samples.median(clock) for clock in CLOCKS},
-        "seconds": samples.seconds,
+        "seconds": {
+            clock: [float(f"{value:.5g}") for value in samples.seconds[clock]] for clock in CLOCKS
+        },
     }
 
 

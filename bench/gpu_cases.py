@@ -214,6 +214,8 @@ class Step(Case):
 class LargeStep(Step):
     """The step on one tensor at the limit of the memory, beside a copy in the same rounds."""
 
+    bytes_per_element = _ADAM_BYTES  # however small it has become
+
     def start(self, peer: str, device: Device) -> Run:
         """As the base class says."""
         if peer == COPY:

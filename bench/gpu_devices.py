@@ -125,6 +125,11 @@ class Rehearsal(Device):
     name = "cpu"
     is_rehearsal = True
 
+    def __init__(self) -> None:
+        torch.set_num_threads(
+            1
+        )  # more of them wait for each other by spinning, at every little step
+
     def synchronize(self) -> None:
         """As the base class says."""
 

@@ -40,11 +40,11 @@ _RATIOS = (
 _HOST = ("adam 1 x 1k", "adam 100 x 1k", "adam 1000 x 1k")
 
 _LEGEND = (
-    "time: median over the rounds, of the clock in the last column (device: between two events in "
-    "the stream;",
-    "wall: on the host, until the GPU is done; many calls in a row). x: times fusestep's, median of "
-    "the ratios within",
-    "the rounds. GB/s: bytes that the work has to read and write. host: until a call has returned.",
+    "time  median over the rounds, by the clock in the last column: device, between two events in",
+    "      the stream; wall, on the host until the GPU is done. Many calls in a row",
+    "x     times fusestep's: median of the ratios within the rounds",
+    "GB/s  bytes that the work has to read and write",
+    "host  until a call has returned",
 )
 
 

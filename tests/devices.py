@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
+_CYCLES = 200_000_000
+_SPIN = """
+extern "C" __global__ void spin(long long cycles) {
+  const long long start = clock64();
+  while (clock64() - start < cycles) {}
+}
+"""
+
 
 class Library:
     """What is asked of a library of arrays. Devices are counted from 0."""
@@ -52,6 +60,14 @@ class Library:
     def full(self, shape: Any, value: float, dtype: str) -> Any:
         raise NotImplementedError
 
+    def fill(self, array: Any, value: float) -> None:
+        """Overwrite an array, in the current stream."""
+        raise NotImplementedError
+
+    def spin(self) -> None:
+        """Keep the current stream busy for a tenth of a second or so."""
+        raise NotImplementedError
+
     def view(self, memory: Any, shape: Any, strides: Any, offset: int) -> Any:
         """A view of one-dimensional memory; strides and offset in bytes."""
         raise NotImplementedError
@@ -60,9 +76,18 @@ class Library:
         """A context in which a device is the current one."""
         raise NotImplementedError
 
-    def stream(self) -> Any:
-        """A context in which another stream than the default one is current."""
+    def new_stream(self) -> tuple[Any, int]:
+        """A context in which a new stream is current, and the stream's number."""
         raise NotImplementedError
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """A new stream is current, which does not overlap with what is before and after."""
+        context, number = self.new_stream()
+        self.synchronize()
+        with context:
+            yield number
+        self.synchronize()
 
     def synchronize(self) -> None:
         """Wait for all devices."""
@@ -117,6 +142,13 @@ class CuPy(Library):
     def full(self, shape: Any, value: float, dtype: str) -> Any:
         return self.module.full(shape, value, dtype)
 
+    def fill(self, array: Any, value: float) -> None:
+        array.fill(value)
+
+    def spin(self) -> None:
+        kernel = self.module.RawKernel(_SPIN, "spin")
+        kernel((1,), (1,), (np.int64(_CYCLES),))
+
     def view(self, memory: Any, shape: Any, strides: Any, offset: int) -> Any:
         start = memory[offset // memory.dtype.itemsize :]
         return self.module.lib.stride_tricks.as_strided(start, shape, strides)
@@ -124,13 +156,10 @@ class CuPy(Library):
     def on(self, device: int) -> Any:
         return self.module.cuda.Device(device)
 
-    @contextmanager
-    def stream(self) -> Iterator[Any]:
-        self._streams.append(self.module.cuda.Stream(non_blocking=True))
-        self.synchronize()
-        with self._streams[-1] as stream:
-            yield stream
-        self.synchronize()
+    def new_stream(self) -> tuple[Any, int]:
+        stream = self.module.cuda.Stream(non_blocking=True)
+        self._streams.append(stream)
+        return stream, stream.ptr
 
     def synchronize(self) -> None:
         for device in range(self.devices()):
@@ -138,7 +167,8 @@ class CuPy(Library):
                 self.module.cuda.runtime.deviceSynchronize()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        with self.stream() as stream:
+        with self.stream():
+            stream = self._streams[-1]
             stream.begin_capture()
             try:
                 work()
@@ -216,6 +246,12 @@ class Torch(Library):
         dtype = getattr(self.module, dtype)
         return self.module.full(shape, value, dtype=dtype, device=self.device)
 
+    def fill(self, array: Any, value: float) -> None:
+        array.fill_(value)
+
+    def spin(self) -> None:
+        self.module.cuda._sleep(_CYCLES)
+
     def view(self, memory: Any, shape: Any, strides: Any, offset: int) -> Any:
         item = memory.element_size()
         return memory.as_strided(shape, [stride // item for stride in strides], offset // item)
@@ -223,12 +259,9 @@ class Torch(Library):
     def on(self, device: int) -> Any:
         return self.module.cuda.device(device)
 
-    @contextmanager
-    def stream(self) -> Iterator[Any]:
-        self.synchronize()
-        with self.module.cuda.stream(self.module.cuda.Stream()):
-            yield self.module.cuda.current_stream()
-        self.synchronize()
+    def new_stream(self) -> tuple[Any, int]:
+        stream = self.module.cuda.Stream()
+        return self.module.cuda.stream(stream), stream.cuda_stream
 
     def synchronize(self) -> None:
         for device in range(self.devices()):

@@ -102,7 +102,7 @@ bool Stepper::take(const std::vector<Update>& updates, const StepArguments& argu
   bool is_counted_elsewhere = true;
   for (std::size_t i = 0; i < updates.size(); ++i) {
     Slot& slot = *updates[i].slot;
-    if (keeps_progress(slot)) continue;
+    if (is_on_gpus_ && keeps_progress(slot)) continue;
     slot.progress = next_[i];
     is_counted_elsewhere = false;
   }
@@ -112,7 +112,7 @@ bool Stepper::take(const std::vector<Update>& updates, const StepArguments& argu
 
 bool Stepper::run(const std::vector<Update>& updates, const StepArguments& arguments,
                   const Settings& settings, const cpu::Errand& errand) {
-  distribute(updates);
+  if (is_on_gpus_) distribute(updates);
   Gpu::Request request{.options = {arguments.grad_scale, arguments.zero_grad},
                        .scaling = arguments.scaling};
   if (settings.need_norm() && !is_decided_here(arguments)) {
@@ -129,13 +129,15 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
       request.options.gradient_factor *=
           clip_factor(*settings.max_norm, norm.value * std::abs(arguments.grad_scale));
   }
-  for (Gpu& gpu : gpus_) {  // first: a launch may fail, the CPU does not
-    if (gpu.is_idle()) continue;
-    gpu.take(request);
-    gpu.finish();
+  if (is_on_gpus_) {  // first: a launch may fail, the CPU does not
+    for (Gpu& gpu : gpus_) {
+      if (gpu.is_idle()) continue;
+      gpu.take(request);
+      gpu.finish();
+    }
   }
   std::optional<GilRelease> release;
-  cpu::update(cpu_work_, request.options, [&] {
+  cpu::update(cpu_work(), request.options, [&] {
     if (errand) errand();
     release.emplace(will_release_gil());
   });
@@ -147,6 +149,7 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
 // The norm of gradients on one GPU is found out and acted upon there. Where several devices take
 // part, or processes, the host must wait for them.
 bool Stepper::is_decided_here(const StepArguments& arguments) const {
+  if (!is_on_gpus_) return true;
   const auto busy = std::ranges::count_if(gpus_, [](const Gpu& gpu) { return !gpu.is_idle(); });
   return arguments.norm || !cpu_work_.empty() || busy > 1;
 }
@@ -216,12 +219,13 @@ std::vector<GradientNorm> Stepper::gradient_norms(const std::vector<Update>& upd
 }
 
 void Stepper::clear_gradients() {
+  cpu::clear_gradients(cpu_work());
+  if (!is_on_gpus_) return;
   for (Gpu& gpu : gpus_) {
     if (gpu.is_idle()) continue;
     gpu.clear_gradients();
     gpu.finish();
   }
-  cpu::clear_gradients(cpu_work_);
 }
 
 // ---- progress on GPUs ----

@@ -113,6 +113,7 @@ class Stepper {
   std::int64_t skipped_steps = 0;  // that met a gradient which was not finite
 
  private:
+  WorkList cpu_work() const { return is_on_gpus_ ? cpu_work_ : work_; }
   bool is_decided_here(const StepArguments& arguments) const;
   bool keeps_progress(const Slot& slot) const;
   void distribute(const std::vector<Update>& updates);
@@ -132,7 +133,7 @@ class Stepper {
   // Of the step under way; members to keep their memory from one step to the next.
   std::vector<rules::Progress> next_;
   std::vector<const Work*> work_;
-  std::vector<const Work*> cpu_work_;  // the part of it that is for the CPU
+  std::vector<const Work*> cpu_work_;  // the part of it that is for the CPU, if some is not
   std::vector<std::size_t> part_;      // for each piece: 0 is the CPU, then the GPUs in order
   std::int64_t elements_ = 0;
   std::vector<rules::Coefficients> coefficients_;

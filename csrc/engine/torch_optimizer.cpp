@@ -246,19 +246,15 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
   if (is_outdated_) return Outcome::stale;
   if (!options_are_new && std::ranges::any_of(groups_, is_mutable)) return Outcome::new_options;
   if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
-  const bool rates_ran_code = read_rates();
-  const auto has_tensor_rate = [&](const FollowedGroup& group) {
-    return !PyFloat_CheckExact(group.lr.ptr()) && tensors_.number_on_gpu(group.lr.ptr());
-  };
-  if (!options_are_new && !is_resident_ && std::ranges::any_of(groups_, has_tensor_rate))
-    return Outcome::stale;  // steps can be told to find it there
-  if (rates_ran_code)
+  tensors_.has_run_code = false;
+  if (!read_rates(options_are_new)) return Outcome::stale;
+  if (tensors_.has_run_code)
     if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
   tensors_.has_run_code = false;
   if (!collect()) return Outcome::stale;
-  const bool ran_code = complete_rates();
+  complete_rates();
   find_streams();
-  if (tensors_.has_run_code || ran_code)
+  if (tensors_.has_run_code)
     if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
 
   prepare(arguments);
@@ -275,38 +271,36 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
   return moved ? Outcome::done : Outcome::skipped;
 }
 
-// True where that has run Python code: a tensor's item().
-bool TorchOptimizer::read_rates() {
-  bool ran_code = false;
-  for (FollowedGroup& followed : groups_) {
-    ran_code = ran_code || !PyFloat_CheckExact(followed.lr.ptr());
-    followed.group.rate.reset();
-    if (!PyFloat_CheckExact(followed.lr.ptr())) {
-      if (const auto on_gpu = tensors_.number_on_gpu(followed.lr.ptr()); on_gpu && is_resident_) {
-        followed.group.rate = RateOnDevice{on_gpu->device, {on_gpu->data, on_gpu->is_double}};
-        continue;
-      }
-    }
-    followed.group.lr = number(followed.lr);
-    check_rate(followed.group.lr);
-  }
-  return ran_code;
+void TorchOptimizer::fetch_rate(FollowedGroup& followed) {
+  if (!PyFloat_CheckExact(followed.lr.ptr())) tensors_.has_run_code = true;  // a tensor's item()
+  followed.group.lr = number(followed.lr);
+  check_rate(followed.group.lr);
 }
 
-// Where parameters are elsewhere than the tensor with their rate, it has to be fetched. True where
-// that has run Python code.
-bool TorchOptimizer::complete_rates() {
-  bool ran_code = false;
-  for (const Update& update : updates_) {
-    auto& group = const_cast<Group&>(*update.group);
-    if (!group.rate || group.rate->device == update.slot->device()) continue;
-    const auto followed = std::ranges::find_if(
-        groups_, [&](const FollowedGroup& candidate) { return &candidate.group == &group; });
-    group.lr = number(followed->lr);
-    check_rate(group.lr);
-    ran_code = true;
+// A rate on a GPU is left there, for steps to find. False where these could, and have to be told.
+bool TorchOptimizer::read_rates(bool options_are_new) {
+  for (FollowedGroup& followed : groups_) {
+    followed.group.rate.reset();
+    PyObject* lr = followed.lr.ptr();
+    const auto on_gpu = PyFloat_CheckExact(lr) ? std::nullopt : tensors_.number_on_gpu(lr);
+    if (on_gpu && !is_resident_ && !options_are_new) return false;
+    if (on_gpu && is_resident_)
+      followed.group.rate = RateOnDevice{on_gpu->device, {on_gpu->data, on_gpu->is_double}};
+    else
+      fetch_rate(followed);
   }
-  return ran_code;
+  return true;
+}
+
+// Where parameters are elsewhere than the tensor with their rate, it has to be fetched.
+void TorchOptimizer::complete_rates() {
+  for (FollowedGroup& followed : groups_) {
+    const Group& group = followed.group;
+    const auto is_elsewhere = [&](const Update& update) {
+      return update.group == &group && update.slot->device() != group.rate->device;
+    };
+    if (group.rate && std::ranges::any_of(updates_, is_elsewhere)) fetch_rate(followed);
+  }
 }
 
 // Finds the parameters that have a gradient. False where one of them lacks state.

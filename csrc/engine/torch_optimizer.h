@@ -169,8 +169,9 @@ class TorchOptimizer {
   std::size_t follow_scalar(const pybind11::object& tensor);
   bool holds_its_parameters(const FollowedGroup& group) const;
   bool is_known_state(PyObject* state) const;
-  bool read_rates();
-  bool complete_rates();
+  void fetch_rate(FollowedGroup& group);
+  bool read_rates(bool options_are_new);
+  void complete_rates();
   void find_streams();
   Scaling find_scaling(const ScalingTensors& scaling) const;
   void place_progress();
