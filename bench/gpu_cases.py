@@ -168,10 +168,11 @@ class Bandwidth(Case):
 
     def __init__(self, workload: Workload, *, is_rehearsal: bool) -> None:
         divisor = _REHEARSAL_DIVISOR if is_rehearsal else 1
-        self._actions = {COPY: (torch_copy, _COPIED // divisor)}
-        for nbytes in _MODIFIED:
-            name = f"read-modify-write, {_size(nbytes // divisor)}"
-            self._actions[name] = (torch_modify, nbytes // divisor)
+        copied = min(_COPIED // divisor, 4 * workload.elements)
+        self._actions = {COPY: (torch_copy, copied)}
+        for nbytes in [nbytes // divisor for nbytes in _MODIFIED]:
+            if nbytes <= copied:
+                self._actions[f"read-modify-write, {_size(nbytes)}"] = (torch_modify, nbytes)
         super().__init__("bandwidth", workload, tuple(self._actions), clock="device")
 
     def start(self, peer: str, device: Device) -> Run:

@@ -21,15 +21,29 @@ if TYPE_CHECKING:
 
 # What the tests may go without; that anything else cannot be imported is an error.
 OPTIONAL = frozenset(
-    (
-        "accelerate cupy expecttest hypothesis jax jaxlib lightning matplotlib ml_dtypes optax rich "
-        "safetensors sklearn transformers"
-    ).split()
+    [
+        "accelerate",
+        "cupy",
+        "expecttest",
+        "hypothesis",
+        "jax",
+        "jaxlib",
+        "lightning",
+        "matplotlib",
+        "ml_dtypes",
+        "optax",
+        "rich",
+        "safetensors",
+        "sklearn",
+        "transformers",
+    ]
 )
+
+_MOST_PROCESSES = 4  # a GPU takes turns between them
 
 
 def missing_modules(path: Path) -> list[str]:
-    """Return the optional modules that a test file imports when it is loaded, and that are not there.
+    """Return the optional modules that a test file imports at its top and that are not there.
 
     Parameters
     ----------
@@ -65,54 +79,64 @@ def _is_missing(name: str) -> bool:
     return importlib.util.find_spec(name) is None
 
 
-class Skips:
-    """A plugin for pytest that leaves out what cannot be run here."""
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out test files that cannot be loaded."""
+    return True if _is_test(collection_path) and missing_modules(collection_path) else None
 
-    def __init__(self) -> None:
-        self.passed = 0
-        self._left_out: dict[str, list[str]] = {}
 
-    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
-        """Leave out test files that cannot be loaded."""
-        if not (collection_path.name.startswith("test_") and collection_path.suffix == ".py"):
-            return None
-        if missing := missing_modules(collection_path):
-            self._left_out[collection_path.name] = missing
-            return True
-        return None
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Have a test that has looked for a missing module in vain be skipped."""
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        name = error.name.partition(".")[0]
+        if name in OPTIONAL and _is_missing(name):
+            report.outcome = "skipped"
+            path, line, _ = item.reportinfo()
+            report.longrepr = (str(path), (line or 0) + 1, f"Skipped: {name} is not installed")
+    return report
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Have a test that has looked for a missing module in vain be skipped."""
-        report = yield
-        error = call.excinfo.value if call.excinfo else None
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            name = error.name.partition(".")[0]
-            if name in OPTIONAL and _is_missing(name):
-                report.outcome = "skipped"
-                path, line, _ = item.reportinfo()
-                report.longrepr = (str(path), (line or 0) + 1, f"Skipped: {name} is not installed")
-        return report
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say which files were left out."""
+    for argument in config.args:
+        path = Path(argument.partition("::")[0])
+        for file in sorted(path.rglob("test_*.py")) if path.is_dir() else [path]:
+            if missing := missing_modules(file):
+                line = f"left out: {file.name}, which needs {', '.join(missing)}: not installed"
+                terminalreporter.write_line(line)
+
+
+def _is_test(path: Path) -> bool:
+    return path.name.startswith("test_") and path.suffix == ".py"
+
+
+class _Passed:
+    """A plugin that counts the tests that pass, in whatever process they run."""
+
+    count = 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count the tests that pass."""
-        self.passed += report.when == "call" and report.passed
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Say which files were left out."""
-        for name, missing in sorted(self._left_out.items()):
-            line = f"left out: {name}, which needs {', '.join(missing)}: not installed here"
-            terminalreporter.write_line(line)
+        """Count one."""
+        self.count += report.when == "call" and report.passed
 
 
 def main() -> int:
+    """Run pytest with the hooks above, in several processes where pytest-xdist is there."""
     folder = os.fspath(Path(__file__).parent)
-    sys.path[:] = [entry for entry in sys.path if entry != folder]  # whose names are common ones
-    skips = Skips()
-    status = int(pytest.main(sys.argv[1:], plugins=[skips]))
-    return 5 if status == 0 and skips.passed == 0 else status
+    # To the end, for pytest to find this file: other names in this folder are common ones.
+    sys.path[:] = [*(entry for entry in sys.path if entry != folder), folder]
+    processes = min(_MOST_PROCESSES, (os.cpu_count() or 1) // 2)
+    arguments = ["-p", Path(__file__).stem, *sys.argv[1:]]
+    chosen = [*sys.argv[1:], *os.environ.get("PYTEST_ADDOPTS", "").split()]
+    if processes > 1 and not _is_missing("xdist") and not any(a.startswith("-n") for a in chosen):
+        arguments = ["-n", str(processes), *arguments]
+    passed = _Passed()
+    status = int(pytest.main(arguments, plugins=[passed]))
+    return 5 if status == 0 and passed.count == 0 else status
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ class ndarray:  # noqa: N801
         if self.device.id != _here.device:
             raise ValueError(
                 f"The device where the array resides ({self.device.id}) is different from the "
-                f"current device ({_here.device}). Peer access is unavailable between these devices."
+                f"current device ({_here.device}). "
+                "Peer access is unavailable between these devices."
             )
         return self._values
 

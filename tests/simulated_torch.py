@@ -7,6 +7,7 @@ them. The same tests run with real CUDA tensors where there is a GPU.
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 GPUS = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+def local(tensor: Any) -> Any:
+    """Return the part of a DTensor that is here; other tensors as they are."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 class Simulation:
@@ -40,10 +46,12 @@ class Simulation:
         patch.setattr(_tensors, "current_stream", lambda index: self.stream)
         patch.setattr(_tensors, "USE_EXCHANGE_TABLE", False)
         patch.setattr(_state, "_empty_like", self._empty_like)
+        patch.setattr(_state, "number", self._number)
         patch.setattr(_state, "fitted", self._fitted)
 
     _real_empty_like = staticmethod(_state._empty_like)
     _real_fitted = staticmethod(_state.fitted)
+    _real_number = staticmethod(_state.number)
 
     def put(self, tensor: Any, device: torch.device) -> Any:
         """Return a copy on a device."""
@@ -51,10 +59,11 @@ class Simulation:
 
     def mark(self, tensor: Any, device: torch.device) -> Any:
         """Have a tensor, and all that shares its storage, count as being on a device."""
-        tensor.untyped_storage().simulated_device = device
+        local(tensor).untyped_storage().simulated_device = device
         return tensor
 
     def device_of(self, tensor: Any) -> torch.device:
+        tensor = local(tensor)
         if tensor.device.type != "cpu":
             return tensor.device
         if tensor.layout is not torch.strided:
@@ -100,3 +109,10 @@ class Simulation:
         if self.device_of(value) != device:
             return self.put(result, device)
         return result if result is value else self.mark(result, device)
+
+    def _number(self, name: str, value: Any) -> float:
+        """Fetch a number; from a GPU that is not allowed while a graph is captured."""
+        is_fetched = isinstance(value, torch.Tensor) and self.device_of(value) in GPUS
+        if is_fetched and os.environ.get("FUSESTEP_SIMULATE") == "capture":
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return self._real_number(name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from typing import Any
@@ -94,7 +95,16 @@ def test_jax() -> None:
 
 
 def test_an_array_on_another_device() -> None:
-    with pytest.raises(TypeError, match="parameter 0 is not in CPU memory"):
+    rocm = 10
+    with pytest.raises(TypeError, match="parameter 0 is on a device of DLPack type 10; expected"):
+        fs.Adam([Foreign(np.ones(3), device=rocm)])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("fusestep._cuda") is not None, reason="this build has CUDA kernels"
+)
+def test_an_array_on_a_gpu_in_a_build_without_kernels() -> None:
+    with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0; this build .* docs/gpu\.md"):
         fs.Adam([Foreign(np.ones(3), device=2)])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -87,6 +89,47 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="mode"):
         fs.show_config("json")  # type: ignore[call-overload]
     assert python("-m", "fusestep").stdout == shown
+
+
+def test_show_config_says_what_there_is_for_gpus() -> None:
+    shown = fs.show_config("dicts")["cuda"]
+    assert isinstance(shown, str)
+    if importlib.util.find_spec("fusestep._cuda") is None:
+        assert "no CUDA kernels" in shown
+        return
+    from fusestep import _cuda
+
+    toolkit = f"CUDA {_cuda.toolkit_version // 1000}.{_cuda.toolkit_version % 1000 // 10}"
+    assert ("simulated" if _cuda.is_simulated else toolkit) in shown
+
+
+def test_the_cuda_kernels_are_not_loaded_without_need() -> None:
+    code = (
+        "import sys, numpy as np, fusestep as fs\n"
+        "w = np.zeros(3); opt = fs.Adam([w], max_norm=1.0, skip_nonfinite=True)\n"
+        "opt.step([np.ones(3)]); opt.load_state_dict(opt.state_dict())\n"
+        "print('fusestep._cuda' in sys.modules, opt.steps)"
+    )
+    assert python("-c", code).stdout.strip() == "False 1"
+
+
+def test_the_cuda_kernels_say_which_driver_they_need() -> None:
+    """They can be loaded without one. In a process of its own, which has met no GPU yet."""
+    if importlib.util.find_spec("fusestep._cuda") is None:
+        pytest.skip("this build has no CUDA kernels")
+    code = (
+        "from fusestep import _cuda\n"
+        "for call in (_cuda.check_available, _cuda.device_count):\n"
+        "    try: print(call())\n"
+        "    except RuntimeError as error: print(error)\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    if first == "None":
+        pytest.skip("the kernels are simulated, or there is a GPU")
+    assert re.search(r"built for CUDA \d+\.\d+ and need an NVIDIA GPU with driver \d+", first)
+    assert second == first
 
 
 def test_import_needs_numpy_alone() -> None:

@@ -81,7 +81,7 @@ std::uintptr_t Array::current_stream() const {
 
 bool Array::is_of_library_of(const Array& other) const {
   if (api_ || other.api_) return api_ == other.api_;
-  return Py_TYPE(owner_) == Py_TYPE(other.owner_);
+  return Py_TYPE(owner_) == Py_TYPE(other.owner_) && (is_cupy(owner_) || is_torch(owner_));
 }
 
 void Array::check_alignment(const Label& label) const {

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -74,15 +75,19 @@ Array from_cuda_interface(PyObject* object, const Label& label) {
       throw TypeError(label.text() + " has a mask; expected a plain array");
     const py::tuple data = interface["data"], shape = interface["shape"];
     const py::object strides = interface.attr("get")("strides");
+    if (data.size() != 2 || (!strides.is_none() && py::len(strides) != shape.size()))
+      throw TypeError(label.text() + " has a __cuda_array_interface__ that contradicts itself");
 
     array.data = reinterpret_cast<std::byte*>(data[0].cast<std::uintptr_t>());
     array.writable = !data[1].cast<bool>();
     array.dtype = *dtype;
     array.ndim_ = shape.size();
     array.owned_.resize(2 * array.ndim_);
+    for (std::size_t axis = 0; axis < array.ndim_; ++axis)
+      array.owned_[axis] = shape[axis].cast<std::int64_t>();
+    check_plausible(std::span(array.owned_).first(array.ndim_), array.data, label);
     array.size = 1;
     for (std::size_t axis = array.ndim_; axis-- > 0; array.size *= array.owned_[axis]) {
-      array.owned_[axis] = shape[axis].cast<std::int64_t>();
       array.owned_[array.ndim_ + axis] = strides.is_none()
                                              ? array.size * item_size(*dtype)
                                              : strides[py::int_(axis)].cast<std::int64_t>();

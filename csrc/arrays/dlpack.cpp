@@ -2,6 +2,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+#include <string_view>
+
 #include "arrays/dlpack_abi.h"
 #include "arrays/exchange.h"
 #include "core/errors.h"
@@ -13,6 +16,12 @@ namespace {
 
 constexpr const char* kName = "dltensor";
 constexpr const char* kVersionedName = "dltensor_versioned";
+
+bool is_of_module(PyObject* object, std::string_view name) {
+  const py::object module =
+      py::getattr(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__module__", py::str());
+  return py::isinstance<py::str>(module) && module.cast<std::string>().starts_with(name);
+}
 
 // What is exported. torch refuses to export what requires a gradient, and its export does not say
 // that the numbers in memory are to be negated (as in z.conj().imag). .detach() is the same memory
@@ -74,11 +83,9 @@ void destroy(void* managed) {
 
 }  // namespace
 
-bool is_torch(PyObject* object) {
-  const py::object module =
-      py::getattr(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__module__", py::str());
-  return py::isinstance<py::str>(module) && module.cast<std::string>().starts_with("torch");
-}
+bool is_torch(PyObject* object) { return is_of_module(object, "torch"); }
+
+bool is_cupy(PyObject* object) { return is_of_module(object, "cupy"); }
 
 Array from_dlpack(PyObject* object, const Label& label) {
   const py::object capsule = export_capsule(object, label);

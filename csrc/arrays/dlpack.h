@@ -7,8 +7,9 @@
 
 namespace fusestep::arrays {
 
-// Whether an object is one of torch's, by the name of its type's module.
+// Whether an object is one of torch's, or of CuPy's, by the name of its type's module.
 bool is_torch(PyObject* object);
+bool is_cupy(PyObject* object);
 
 Array from_dlpack(PyObject* object, const Label& label);
 

@@ -73,19 +73,8 @@ std::optional<Device> known_device(const dlpack::Device& device) {
   }
 }
 
-// What an exporter that lies would lead us to read.
-void check_plausible(const dlpack::Tensor& tensor, const Label& label) {
-  constexpr std::int64_t kMostElements = std::int64_t{1} << 56;
-  bool plausible = tensor.ndim >= 0 && (tensor.ndim == 0 || tensor.shape);
-  std::int64_t size = 1;
-  for (std::int32_t axis = 0; plausible && axis < tensor.ndim; ++axis) {
-    const std::int64_t extent = tensor.shape[axis];
-    plausible = extent >= 0 && (extent == 0 || size <= kMostElements / extent);
-    if (plausible) size *= extent;
-  }
-  if (!plausible || (size > 0 && !tensor.data))
-    throw TypeError(label.text() +
-                    " was exported through DLPack with an impossible shape or no data");
+[[noreturn]] void refuse_shape(const Label& label) {
+  throw TypeError(label.text() + " was exported with an impossible shape or no data");
 }
 
 bool says_yes(PyObject* object, const char* method) {
@@ -94,6 +83,16 @@ bool says_yes(PyObject* object, const char* method) {
 }
 
 }  // namespace
+
+void check_plausible(std::span<const std::int64_t> shape, const void* data, const Label& label) {
+  constexpr std::int64_t kMostElements = std::int64_t{1} << 56;
+  std::int64_t size = 1;
+  for (const std::int64_t extent : shape) {
+    if (extent < 0 || (extent > 0 && size > kMostElements / extent)) refuse_shape(label);
+    size *= extent;
+  }
+  if (size > 0 && !data) refuse_shape(label);
+}
 
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   // A reference to each type is kept: another type must not get its address.
@@ -151,7 +150,9 @@ bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner,
 }
 
 void Array::describe(const dlpack::Tensor& tensor, Complex complex, const Label& label) {
-  check_plausible(tensor, label);
+  const auto ndim = static_cast<std::size_t>(tensor.ndim);
+  if (tensor.ndim < 0 || (tensor.ndim > 0 && !tensor.shape)) refuse_shape(label);
+  check_plausible({tensor.shape, ndim}, tensor.data, label);
   device = device_of(tensor.device, label);
   const Element element = expected_element(tensor.dtype, complex, label);
   dtype = element.dtype;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 
 #include "arrays/array.h"
 #include "arrays/dlpack_abi.h"
@@ -27,6 +28,9 @@ Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex
 // The same into `view`, an empty array, where the tensor has the dtype, shape and strides of `like`
 // (from which the view borrows them, and allocates nothing); false where it has not.
 bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner, Array& view);
+
+// Throws TypeError for what an exporter that lies would lead us to read.
+void check_plausible(std::span<const std::int64_t> shape, const void* data, const Label& label);
 
 // The device that DLPack means. Throws TypeError unless it is one of ours.
 Device device_of(const dlpack::Device& device, const Label& label);

@@ -74,6 +74,13 @@ void register_torch(py::module_& module) {
       .def("step", &step, "optimizer"_a, "groups"_a, "state"_a, "grad_scale"_a, "zero_grad"_a,
            "loss_scale"_a = py::none(), "found_inf"_a = py::none())
       .def("set_resident", &TorchOptimizer::set_resident, "value"_a)
+      .def("unused",
+           [](TorchOptimizer& self) {
+             std::vector<std::uintptr_t> identities;
+             for (PyObject* tensor : self.unused())
+               identities.push_back(reinterpret_cast<std::uintptr_t>(tensor));
+             return identities;
+           })
       .def("forget", &TorchOptimizer::forget)
       .def(
           "add_group",

@@ -192,7 +192,7 @@ struct Decide {
   double grad_scale;
   const float* loss_scale;  // gradients are divided by it; or null
   const float* found_inf;   // if not 0, somebody else has found what is not finite; or null
-  bool clips, skips_nonfinite;
+  bool clips, skips_nonfinite, counts;
   double max_norm;
   Decision* decision;
   Counters* counters;
@@ -208,7 +208,7 @@ struct Decide {
     const double clip = clips ? clip_factor(max_norm, norm.value * magnitude) : 1;
     decision->gradient_factor = scale * clip;
     decision->take = overflowed || skip ? 0 : 1;
-    if (!overflowed) ++(skip ? counters->skipped_steps : counters->steps);
+    if (counts && !overflowed) ++(skip ? counters->skipped_steps : counters->steps);
   }
 
  private:

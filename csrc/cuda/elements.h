@@ -88,7 +88,7 @@ class AdjacentElements {
       : item_(item), begin_(std::int64_t{tile} * kTileSize + thread * kPerThread) {}
 
   // Whichever of these suits the type; three, because one that serves all types would have to be
-  // copied together, which waits for the load.
+  // copied together, which waits for the load. Each element is set in turn, and not read again.
   class Values {
    public:
     FUSESTEP_HOST_DEVICE Bits get(int k, DType dtype) const {
@@ -105,8 +105,8 @@ class AdjacentElements {
       switch (item_size(dtype)) {
         case 4: low_.word[k] = bits.low; return;
         case 2: {
-          std::uint32_t& word = half_.word[k / 2];
-          word = k % 2 == 0 ? (word & 0xffff0000u) | bits.low : (word & 0xffffu) | bits.low << 16;
+          std::uint32_t& word = new_half_.word[k / 2];
+          word = k % 2 == 0 ? bits.low : word | bits.low << 16;
           return;
         }
         default: break;
@@ -119,7 +119,8 @@ class AdjacentElements {
    private:
     friend AdjacentElements;
     SixteenBytes low_, high_;
-    EightBytes half_{};  // each half of a word is set on its own
+    EightBytes half_;
+    EightBytes new_half_;  // an element is set while its neighbour in the word is still to be read
   };
 
   FUSESTEP_HOST_DEVICE Values load(int operand) const {
@@ -138,7 +139,7 @@ class AdjacentElements {
   FUSESTEP_HOST_DEVICE void store(int operand, const Values& values) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
     std::byte* to = item_.data[operand] + begin_ * size;
-    if (size == 2) return cuda::store(to, values.half_);
+    if (size == 2) return cuda::store(to, values.new_half_);
     cuda::store(to, values.low_);
     if (size == 8) cuda::store(to + sizeof(SixteenBytes), values.high_);
   }

@@ -8,6 +8,9 @@ namespace {
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());  // or the next call would report it again
+  if (status == cudaErrorStreamCaptureUnsupported || status == cudaErrorStreamCaptureImplicit)
+    throw Error(std::string("a CUDA graph is being captured, which forbids ") + what +
+                ": take one such step before the capture");
   throw Error(std::string("CUDA error while ") + what + ": " + cudaGetErrorString(status) + " (" +
               cudaGetErrorName(status) + ")");
 }
@@ -92,6 +95,8 @@ void copy_to_host(void* to, const void* from, std::size_t bytes, Stream stream) 
         "copying from the GPU");
   check(cudaStreamSynchronize(native(stream)), "waiting for the GPU");
 }
+
+void synchronize() { check(cudaDeviceSynchronize(), "waiting for the GPU"); }
 
 bool is_capturing(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -47,6 +47,9 @@ void release(void* memory) noexcept;
 // After what is in the stream; returns when it is done.
 void copy_to_host(void* to, const void* from, std::size_t bytes, Stream stream);
 
+// Waits for all that the current GPU has been given.
+void synchronize();
+
 bool is_capturing(Stream stream);
 
 // What comes into `stream` from now on waits for what is in `other` now.

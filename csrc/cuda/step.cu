@@ -263,6 +263,7 @@ void decide(const Step& step, Workspace::Record* record) {
   body.clips = step.max_norm.has_value();
   body.max_norm = step.max_norm.value_or(0);
   body.skips_nonfinite = step.skip_nonfinite;
+  body.counts = step.counts;
   body.decision = &record->decision;
   body.counters = &record->counters;
   if (step.needs_norm()) {
@@ -373,6 +374,7 @@ void write_progress(Workspace& workspace, Stream stream, std::span<const rules::
 
 Counters read_progress(Workspace& workspace, Stream stream, std::span<rules::Progress> progress) {
   const CurrentDevice current(workspace.device());
+  synchronize();  // a graph may have been replayed on any stream
   Counters counters;
   copy_to_host(&counters, &workspace.record(stream)->counters, sizeof counters, stream);
   if (!progress.empty())
@@ -386,6 +388,9 @@ void write_rate(Workspace& workspace, Stream stream, double lr) {
   launch(Write<double, 1>{&workspace.record(stream)->lr, 1, {lr}}, 1, stream);
 }
 
-Scalar rate(Workspace& workspace, Stream stream) { return {&workspace.record(stream)->lr, true}; }
+Scalar rate(Workspace& workspace, Stream stream) {
+  const CurrentDevice current(workspace.device());
+  return {&workspace.record(stream)->lr, true};
+}
 
 }  // namespace fusestep::cuda

@@ -36,6 +36,7 @@ struct Step {
   bool skip_nonfinite = false;
   const float* loss_scale = nullptr;
   const float* found_inf = nullptr;
+  bool counts = true;  // in the workspace's counters
 
   // One for each piece of work, or none: then the list comes with its coefficients.
   std::span<const ProgressOnDevice> progress;
@@ -54,8 +55,7 @@ std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list
 
 void clear_gradients(Workspace& workspace, Stream stream, WorkList list);
 
-// The progress of parameters and the counters on the GPU, as they are when all that is in the
-// stream is done.
+// The progress of parameters and the counters on the GPU. Reading waits for all that it has to do.
 void write_progress(Workspace& workspace, Stream stream, std::span<const rules::Progress> progress,
                     const Counters& counters);
 Counters read_progress(Workspace& workspace, Stream stream, std::span<rules::Progress> progress);

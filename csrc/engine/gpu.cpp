@@ -77,7 +77,8 @@ void Gpu::start(std::span<const Update> updates) {
       !std::ranges::all_of(updates, repeats_itself))
     throw std::runtime_error(
         "a CUDA graph is being captured, and every replay would repeat this step with the step "
-        "count of now: create the optimizer with capturable=True");
+        "count of now: create the optimizer with capturable=True, or (in torch) give it a learning "
+        "rate that is a tensor on the GPU");
   push_if_needed();
   for (const cuda::Stream other : other_streams_) driver().wait(index_, stream_, other);
 }
@@ -91,6 +92,7 @@ void Gpu::take(const Request& request) {
                  .skip_nonfinite = request.skip_nonfinite,
                  .loss_scale = request.scaling.loss_scale,
                  .found_inf = request.scaling.found_inf,
+                 .counts = request.counts,
                  .progress = progress_,
                  .groups = groups_});
 }

@@ -47,6 +47,7 @@ class Gpu {
     std::optional<double> max_norm = std::nullopt;  // the norm being found out on the GPU
     bool skip_nonfinite = false;                    // likewise
     Scaling scaling;
+    bool counts = true;  // this step among the steps, for all GPUs
   };
   void take(const Request& request);
   std::vector<double> tile_sums(double prescale);

@@ -115,7 +115,7 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
   if (is_on_gpus_) distribute(updates);
   Gpu::Request request{.options = {arguments.grad_scale, arguments.zero_grad},
                        .scaling = arguments.scaling};
-  if (settings.need_norm() && !is_decided_here(arguments)) {
+  if (settings.need_norm() && !is_decided_here(arguments, settings)) {
     request.max_norm = settings.max_norm;
     request.skip_nonfinite = settings.skip_nonfinite;
   } else if (settings.need_norm()) {
@@ -134,6 +134,7 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
       if (gpu.is_idle()) continue;
       gpu.take(request);
       gpu.finish();
+      request.counts = false;
     }
   }
   std::optional<GilRelease> release;
@@ -147,11 +148,15 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
 // ---- several devices ----
 
 // The norm of gradients on one GPU is found out and acted upon there. Where several devices take
-// part, or processes, the host must wait for them.
-bool Stepper::is_decided_here(const StepArguments& arguments) const {
+// part, or processes, the host must wait for them; and where it counts the steps that are taken.
+bool Stepper::is_decided_here(const StepArguments& arguments, const Settings& settings) const {
   if (!is_on_gpus_) return true;
+  if (arguments.norm || !cpu_work_.empty()) return true;
   const auto busy = std::ranges::count_if(gpus_, [](const Gpu& gpu) { return !gpu.is_idle(); });
-  return arguments.norm || !cpu_work_.empty() || busy > 1;
+  const bool must_know = settings.skip_nonfinite && std::ranges::any_of(gpus_, [](const Gpu& gpu) {
+                           return !gpu.is_idle() && !gpu.keeps_progress();
+                         });
+  return busy > 1 || must_know;
 }
 
 void Stepper::distribute(const std::vector<Update>& updates) {
@@ -256,16 +261,12 @@ void Stepper::keep_progress_on_gpus(const std::vector<Slot*>& slots) {
   }
 }
 
-// Where several GPUs take part in a step, each has counted it.
 void Stepper::pull() {
-  cuda::Counters most{};
   for (Gpu& gpu : gpus_) {
     const cuda::Counters counted = gpu.pull();
-    most.steps = std::max(most.steps, counted.steps);
-    most.skipped_steps = std::max(most.skipped_steps, counted.skipped_steps);
+    steps += counted.steps;
+    skipped_steps += counted.skipped_steps;
   }
-  steps += most.steps;
-  skipped_steps += most.skipped_steps;
 }
 
 void Stepper::push() {

@@ -114,7 +114,7 @@ class Stepper {
 
  private:
   WorkList cpu_work() const { return is_on_gpus_ ? cpu_work_ : work_; }
-  bool is_decided_here(const StepArguments& arguments) const;
+  bool is_decided_here(const StepArguments& arguments, const Settings& settings) const;
   bool keeps_progress(const Slot& slot) const;
   void distribute(const std::vector<Update>& updates);
   std::vector<double> tile_sums(double prescale);

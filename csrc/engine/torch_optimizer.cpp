@@ -251,7 +251,7 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
   if (tensors_.has_run_code)
     if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
   tensors_.has_run_code = false;
-  if (!collect()) return Outcome::stale;
+  if (!collect() || is_outdated_) return Outcome::stale;
   complete_rates();
   find_streams();
   if (tensors_.has_run_code)
@@ -342,6 +342,8 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
   if (is_where_it_was(parameter)) return;
   Slot& slot = parameter.slot;
   memory_.reset();
+  const std::optional<Device> device_before =
+      parameter.is_bound ? std::optional(slot.device()) : std::nullopt;
   parameter.is_bound = false;
   const auto view = [&](PyObject* tensor, const std::string& label) {
     arrays::Array array = tensors_.view(tensor, {"", label});
@@ -356,6 +358,8 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
     parameter.state_memory[i] = arrays::StateMemory::at(slot.state(i).data);
   parameter.is_bound = true;
   is_placed_ = false;
+  // On another device, the step count may have to be elsewhere, too.
+  is_outdated_ = is_outdated_ || (device_before && *device_before != slot.device());
 }
 
 // Parameters without a gradient are not asked where they lie now.
@@ -461,6 +465,15 @@ void TorchOptimizer::write_progress() noexcept {
 
 bool TorchOptimizer::is_resident(const FollowedParameter& parameter) const {
   return is_resident_ && parameter.slot.device().kind == Device::cuda;
+}
+
+std::vector<PyObject*> TorchOptimizer::unused() {
+  stepper.pull();
+  std::vector<PyObject*> tensors;
+  for (const FollowedParameter& parameter : parameters_)
+    if (parameter.is_bound && is_resident(parameter) && parameter.slot.progress.step == 0)
+      tensors.push_back(parameter.tensor);
+  return tensors;
 }
 
 void TorchOptimizer::find_resident_scalars(FollowedParameter& parameter) const {

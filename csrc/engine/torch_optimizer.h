@@ -114,6 +114,9 @@ class TorchOptimizer {
     is_placed_ = false;
   }
 
+  // The parameters on GPUs that no step has moved yet. Waits for them.
+  std::vector<PyObject*> unused();
+
   // Takes note of the state. What is no longer what it was when its parameter was told (another
   // thread has changed it) will be found stale.
   void seal(const pybind11::dict& state);

@@ -41,7 +41,7 @@ struct Sgd {
         lr(static_cast<T>(o.lr)),
         momentum(static_cast<T>(o.momentum)),
         undamped(static_cast<T>(1 - o.dampening)),
-        first(at.step == 1 ? T{1} : T{0}),
+        first(at.step == 1 && o.momentum != 0 ? T{1} : T{0}),
         nesterov(o.nesterov ? T{1} : T{0}) {}
 
   FUSESTEP_HOST_DEVICE void operator()(T& w, T g) const {

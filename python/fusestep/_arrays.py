@@ -43,6 +43,9 @@ class Library(Protocol):
     def copy(self, array: Any) -> Any:
         """Return a copy with the same order of axes in memory."""
 
+    def assign(self, target: Any, value: Any) -> None:
+        """Write a number, or an array of the same dtype and device, to an array."""
+
     def to_numpy(self, array: Any) -> npt.NDArray[Any]:
         """Return an array on the CPU, which may share memory."""
 
@@ -69,6 +72,9 @@ class _NumPy:
         result: npt.NDArray[Any] = array.copy(order="K")
         return result
 
+    def assign(self, target: Any, value: Any) -> None:
+        target[...] = value
+
     def to_numpy(self, array: Any) -> npt.NDArray[Any]:
         return np.asarray(array)
 
@@ -86,6 +92,10 @@ class _CuPy:
     def copy(self, array: Any) -> Any:
         with array.device:
             return array.copy(order="K")
+
+    def assign(self, target: Any, value: Any) -> None:
+        with target.device:
+            target[...] = value
 
     def to_numpy(self, array: Any) -> npt.NDArray[Any]:
         result: npt.NDArray[Any] = array.get()
@@ -105,6 +115,9 @@ class _Torch:
 
     def copy(self, array: Any) -> Any:
         return array.detach().clone()
+
+    def assign(self, target: Any, value: Any) -> None:
+        target[...] = value
 
     def to_numpy(self, array: Any) -> npt.NDArray[Any]:
         torch = importlib.import_module("torch")

@@ -105,7 +105,7 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
     initial = optimizer._initial_state()
     for i, entry in enumerate(plan.entries):
         for target, source in zip(optimizer._arrays[i].values(), entry.arrays, strict=True):
-            target[...] = initial if source is None else source
+            library_of(target).assign(target, initial if source is None else source)
         optimizer._native.set_progress(i, entry.step, entry.momentum_product)
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)
 

@@ -14,7 +14,6 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <sstream>
@@ -1003,20 +1002,21 @@ std::vector<Spec> varied(const Edit& edit = [](Spec&, std::size_t) {}) {
 
 const std::vector<Wish>& wishes() {
   static const std::vector<Wish> all = {
-      {{1, false}, 1e-3},                            // clips
-      {{1, false}, 1e9},                             // does not
-      {{1, false}, HUGE_VAL},                        // never
-      {{-0.5, false}, 0.25, true},                   //
-      {{1, false}, {}, true},                        //
-      {{1, false}, {}, false, 1024.f},               //
-      {{3, false}, 0.5, false, 0.125f},              //
-      {{1, false}, {}, false, {}, 0.f},              //
-      {{1, false}, {}, false, {}, 1.f},              // found by others
-      {{1, false}, 0.5, true, 65536.f, 0.f},         //
-      {{1, false}, 0.5, true, 65536.f, 1.f},         // found by others: not counted as skipped
-      {{0, false}, 1.0, true},                       //
-      {{1, false}, 0.0},                             // clips to nothing
-      {{1, false}, {}, true, -4.f, std::nanf("")}};  // a NaN is not 0
+      {{1, false}, 1e-3},                           // clips
+      {{1, false}, 1e9},                            // does not
+      {{1, false}, HUGE_VAL},                       // never does
+      {{1, false}, 0.0},                            // clips to nothing
+      {{-0.5, false}, 0.25, true},                  // clips by the size of the factor
+      {{0, false}, 1.0, true},                      // a norm of 0
+      {{1, false}, {}, true},                       // nothing to be found
+      {{1, false}, {}, false, 1024.f},              // scaled
+      {{3, false}, 0.5, false, 0.125f},             // scaled, then clipped
+      {{1, false}, {}, true, -4.f},                 // by a negative number
+      {{1, false}, {}, false, {}, 0.f},             // others have found nothing
+      {{1, false}, {}, false, {}, 1.f},             // or something
+      {{1, false}, 0.5, true, 65536.f, 0.f},        // all at once
+      {{1, false}, 0.5, true, 65536.f, 1.f},        // and not counted as skipped
+      {{1, false}, {}, true, 2.f, std::nanf("")}};  // NaN is not 0
   return all;
 }
 

@@ -163,14 +163,9 @@ class Scalars:
         there = [name for name in self._names if is_there(entry.get(name))]
         return {**entry, **{name: self._put(name, entry[name], column, name) for name in there}}
 
-    def places(self, entry: Mapping[str, Any], column: int) -> list[tuple[Tensor, int]]:
+    def places(self, entry: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
         """Return where the scalars of a parameter are: a tensor, and the element of it."""
-        return [
-            (self._tensors[name, self._devices[column]], column)
-            if _is_at(entry[name], self._place(name, column))
-            else (entry[name], 0)
-            for name in self._names
-        ]
+        return [_place_of(entry[name]) for name in self._names]
 
     def _place(self, name: str, column: int) -> Tensor:
         return self._tensors[name, self._devices[column]][column]
@@ -185,6 +180,16 @@ class Scalars:
 
     def _owns(self, value: Any) -> bool:
         return any(_lies_in(value, tensor) for tensor in self._tensors.values())
+
+
+def _place_of(value: Tensor) -> tuple[Tensor, int]:
+    """Return the tensor of many scalars that one is a view of, and which of them; or itself."""
+    base = value._base
+    if base is None or base.ndim != 1 or base.dtype != value.dtype or not base.is_contiguous():
+        return value, 0
+    offset = int(value.storage_offset() - base.storage_offset())
+    is_inside = value.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+    return (base, offset) if is_inside and 0 <= offset < len(base) else (value, 0)
 
 
 def _is_scalar(value: Any) -> bool:

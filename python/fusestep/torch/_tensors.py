@@ -91,21 +91,25 @@ def refusal(tensor: Tensor) -> str:
             f"is a {type(tensor).__name__}, which keeps its numbers in other tensors; expected "
             "a torch.Tensor or a DTensor"
         )
-    if device_of(tensor).type not in _DLPACK_DEVICES:
-        return f"is on device '{tensor.device}'; expected the CPU or an NVIDIA GPU"
-    if device_of(tensor).type == "cuda" and torch.version.hip is not None:
-        return f"is on device '{tensor.device}', of AMD; expected the CPU or an NVIDIA GPU"
-    if device_of(tensor).type == "cuda" and not has_cuda_kernels():
-        return (
-            f"is on device '{tensor.device}', and this build of fusestep has no CUDA kernels (see "
-            "docs/gpu.md)"
-        )
+    if problem := _device_problem(device_of(tensor)):
+        return f"is on device '{tensor.device}', {problem}"
     if tensor.dtype not in DLPACK_DTYPES:
         return (
             f"has dtype {tensor.dtype}; expected float64, float32, float16, bfloat16 or a complex "
             "dtype"
         )
     return f"is a {type(tensor).__name__} whose memory cannot be read"
+
+
+def _device_problem(device: torch.device) -> str:
+    """Say why tensors on a device cannot be updated; nothing where they can."""
+    if device.type not in _DLPACK_DEVICES:
+        return "expected the CPU or an NVIDIA GPU"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "of AMD; expected the CPU or an NVIDIA GPU"
+    if device.type == "cuda" and not has_cuda_kernels():
+        return "and this build of fusestep has no CUDA kernels (see docs/gpu.md)"
+    return ""
 
 
 def describe(
@@ -116,7 +120,7 @@ def describe(
     Strides are in elements.
     """
     device = device_of(tensor)
-    is_readable = tensor.layout is torch.strided and device.type in _DLPACK_DEVICES
+    is_readable = tensor.layout is torch.strided and not _device_problem(device)
     if not is_readable or tensor.dtype not in DLPACK_DTYPES:
         raise TypeError(refusal(tensor))
     code, bits = DLPACK_DTYPES[tensor.dtype]

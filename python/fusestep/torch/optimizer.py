@@ -206,7 +206,7 @@ class Optimizer(torch.optim.Optimizer):
             return None
         parameters = [p for group in self.param_groups for p in group["params"]]
         devices = {_tensors.device_of(parameter) for parameter in parameters}
-        if len(devices) > 1 or any(map(_tensors.is_sharded, parameters)):
+        if len(devices) != 1 or any(map(_tensors.is_sharded, parameters)):
             return None  # the host decides, for all of them
         (device,) = devices
         if device.type != "cuda":
@@ -226,6 +226,7 @@ class Optimizer(torch.optim.Optimizer):
     @_not_compiled
     def _tell_everything(self) -> None:
         """Describe all groups, parameters and state, making what state is missing."""
+        self._drop_unused_state()
         self._native.forget()
         self.param_groups = _in_lists(self.param_groups)
         self._rules = [self._rule_of(group) for group in self.param_groups]
@@ -253,9 +254,23 @@ class Optimizer(torch.optim.Optimizer):
         scalars = _state.Scalars(self._rule_of({}).scalars, entries, devices)
         if self._scalars is not None:
             for column, entry in enumerate(entries):
-                if self._scalars.own(entry):
+                # On a GPU they stay: CUDA graphs go on writing there.
+                if devices[column] == _CPU and self._scalars.own(entry):
                     self._change(parameters[column], scalars.moved(entry, column))
         return scalars
+
+    def _drop_unused_state(self) -> None:
+        """Drop the state of parameters of which a GPU has left out every step so far.
+
+        Where torch keeps no step count, it is the state that says there has been a step.
+        """
+        if not self._counts_on_gpu or self._rule_of({}).scalars:
+            return
+        unused = set(self._native.unused())
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in unused:
+                    self.state.pop(parameter, None)
 
     def _should_count_on_gpu(self) -> bool:
         """Return whether step counts of parameters on a GPU belong there.
@@ -300,7 +315,7 @@ class Optimizer(torch.optim.Optimizer):
             label,
             [entry[name] for name in rule.states] if is_ready else None,
             [entry[name] for name in rule.scalars] if is_ready else [],
-            scalars.places(entry, column) if is_ready else [],
+            scalars.places(entry) if is_ready else [],
             is_first,
             _tensors.is_sharded(parameter),
         )
@@ -439,6 +454,7 @@ class Optimizer(torch.optim.Optimizer):
 
         What is ours is added under ``"fusestep"`` where it is not the default.
         """
+        self._drop_unused_state()
         state_dict: dict[str, Any] = super().state_dict()
         if extras := self._extras():
             state_dict["fusestep"] = extras
@@ -486,6 +502,7 @@ class Optimizer(torch.optim.Optimizer):
     # ---- Python's own protocols -----------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        self._drop_unused_state()
         state: dict[str, Any] = super().__getstate__()
         return {**state, "fusestep": {"state_dtype": self._state_dtype, **self._extras()}}
 
@@ -496,8 +513,7 @@ class Optimizer(torch.optim.Optimizer):
         if extras is not None:
             self._attach(**extras)
             self._adopt_scalars()
-            if any(group.get("fused") for group in self.param_groups):
-                self._step_supports_amp_scaling = True
+            self._follow_fused()
 
     # ---- for this package -----------------------------------------------------------------------
 
@@ -558,7 +574,13 @@ class Optimizer(torch.optim.Optimizer):
         optimizer._attach(**extras)
         torch.optim.Optimizer.__init__(optimizer, [{"params": []}], dict(other.defaults))
         optimizer.__setstate__({"state": other.state, "param_groups": other.param_groups})
+        optimizer._follow_fused()
         return optimizer
+
+    def _follow_fused(self) -> None:
+        """Leave unscaling to the step where torch's constructor would."""
+        if any(group.get("fused") for group in self.param_groups):
+            self._step_supports_amp_scaling = True
 
 
 @functools.cache
