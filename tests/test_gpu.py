@@ -933,6 +933,75 @@ def test_capturable_needs_a_number_and_one_gpu(lib: Library, rng: np.random.Gene
             fs.Adam(params, capturable=True)
 
 
+# ---- histories ----------------------------------------------------------------------------------
+
+_STEP = st.tuples(
+    st.just("step"),
+    st.sets(st.sampled_from("abc")).map(sorted),
+    st.sampled_from(["", "", "a", "c"]),  # where there is a NaN
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "lr": st.sampled_from([0.0, 0.3]),
+            "grad_scale": st.just(0.125),
+            "zero_grad": st.booleans(),
+        },
+    ),
+)
+_CHANGE = st.one_of(
+    st.tuples(st.just("lr"), st.sampled_from([0.01, 0.2])),
+    st.tuples(st.just("max_norm"), st.sampled_from([None, 0.1])),
+    st.tuples(st.just("skip_nonfinite"), st.booleans()),
+    st.tuples(st.just("maximize"), st.booleans()),
+)
+_OTHER = st.sampled_from(
+    [("check",), ("steps",), ("load own",), ("load other",), ("load new",), ("refuse",)]
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rule=st.sampled_from(PLAIN),
+    capturable=st.booleans(),
+    history=st.lists(st.one_of(_STEP, _STEP, _CHANGE, _OTHER), min_size=3, max_size=12),
+)
+def test_any_history(lib: Library, rule: Rule, capturable: bool, history: list[Any]) -> None:
+    """Whatever is done to an optimizer in whatever order."""
+    rng = np.random.default_rng(0)
+    params = {"a": standard(rng, 3), "b": standard(rng, 1030, "f2"), "c": standard(rng, 9, "f8")}
+    fresh = rule.cls(copy.deepcopy(params), **rule.options).state_dict()
+    pair = Pair(lib, rule.cls, params, gpu={"capturable": capturable}, **rule.options)
+    for action, *details in history:
+        if action == "step":
+            names, bad, arguments = details
+            grads = {key: standard(rng, params[key].shape) for key in names}
+            if bad in grads and pair.cpu.skip_nonfinite:
+                grads[bad][-1] = np.nan
+            pair.step(grads, **arguments)
+        elif action == "check":
+            pair.check()
+        elif action == "steps":
+            assert pair.gpu.steps == pair.cpu.steps
+        elif action == "load own":
+            for opt in (pair.cpu, pair.gpu):
+                opt.load_state_dict(opt.state_dict())
+        elif action == "load other":
+            saved = pair.cpu.state_dict(), pair.gpu.state_dict()
+            pair.gpu.load_state_dict(saved[0])
+            pair.cpu.load_state_dict(saved[1])
+        elif action == "load new":
+            for opt in (pair.cpu, pair.gpu):
+                opt.load_state_dict(fresh)
+        elif action == "refuse":
+            bad = {"a": lib.full(3, 1, "float32"), "c": lib.full(8, 1, "float32")}
+            with pytest.raises(ValueError, match="the gradient of parameter 'c'"):
+                pair.gpu.step(bad, lr=0.7, zero_grad=True)
+        else:
+            setattr(pair.cpu, action, details[0])
+            setattr(pair.gpu, action, details[0])
+    pair.check()
+
+
 # ---- several devices ----------------------------------------------------------------------------
 
 COMMON = [

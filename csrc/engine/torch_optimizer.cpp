@@ -342,9 +342,11 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
   if (is_where_it_was(parameter)) return;
   Slot& slot = parameter.slot;
   memory_.reset();
-  const std::optional<Device> device_before =
-      parameter.is_bound ? std::optional(slot.device()) : std::nullopt;
-  parameter.is_bound = false;
+  const bool was_bound = std::exchange(parameter.is_bound, false);
+  const Device device_before = slot.device();
+  std::array<const std::byte*, kMaxStates> states_before{};
+  for (std::size_t i = 0; was_bound && i < parameter.state_count; ++i)
+    states_before[i] = slot.state(i).data;
   const auto view = [&](PyObject* tensor, const std::string& label) {
     arrays::Array array = tensors_.view(tensor, {"", label});
     array.pin();
@@ -358,8 +360,11 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
     parameter.state_memory[i] = arrays::StateMemory::at(slot.state(i).data);
   parameter.is_bound = true;
   is_placed_ = false;
-  // On another device, the step count may have to be elsewhere, too.
-  is_outdated_ = is_outdated_ || (device_before && *device_before != slot.device());
+  // Where state has been moved, the step count may have been, too; and it may have to be.
+  bool has_moved = was_bound && device_before != slot.device();
+  for (std::size_t i = 0; was_bound && i < parameter.state_count; ++i)
+    has_moved = has_moved || states_before[i] != slot.state(i).data;
+  is_outdated_ = is_outdated_ || has_moved;
 }
 
 // Parameters without a gradient are not asked where they lie now.

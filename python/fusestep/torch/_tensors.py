@@ -92,7 +92,7 @@ def refusal(tensor: Tensor) -> str:
             "a torch.Tensor or a DTensor"
         )
     if problem := _device_problem(device_of(tensor)):
-        return f"is on device '{tensor.device}', {problem}"
+        return f"is on device '{tensor.device}'{problem}"
     if tensor.dtype not in DLPACK_DTYPES:
         return (
             f"has dtype {tensor.dtype}; expected float64, float32, float16, bfloat16 or a complex "
@@ -104,11 +104,11 @@ def refusal(tensor: Tensor) -> str:
 def _device_problem(device: torch.device) -> str:
     """Say why tensors on a device cannot be updated; nothing where they can."""
     if device.type not in _DLPACK_DEVICES:
-        return "expected the CPU or an NVIDIA GPU"
+        return "; expected the CPU or an NVIDIA GPU"
     if device.type == "cuda" and torch.version.hip is not None:
-        return "of AMD; expected the CPU or an NVIDIA GPU"
+        return ", of AMD; expected the CPU or an NVIDIA GPU"
     if device.type == "cuda" and not has_cuda_kernels():
-        return "and this build of fusestep has no CUDA kernels (see docs/gpu.md)"
+        return ", and this build of fusestep has no CUDA kernels (see docs/gpu.md)"
     return ""
 
 
