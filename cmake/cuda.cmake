@@ -60,10 +60,10 @@ message(STATUS "CUDA ${CUDAToolkit_VERSION}: kernels for ${CMAKE_CUDA_ARCHITECTU
 
 add_library(fusestep_cuda STATIC ${fusestep_cuda_sources} csrc/cuda/runtime.cpp csrc/cuda/step.cu)
 set_target_properties(fusestep_cuda PROPERTIES
-  CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden
-  CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
+  CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
+# Not CUDA_STANDARD: older versions of CMake do not know that newer compilers have it.
 target_compile_options(fusestep_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
-  -fmad=false --prec-div=true --prec-sqrt=true --ftz=false
+  -std=c++20 -fmad=false --prec-div=true --prec-sqrt=true --ftz=false
   -Xfatbin=-compress-all --threads=0
   $<$<BOOL:${FUSESTEP_CUDA_STRICT}>:-Werror=all-warnings -Xptxas=-warn-spills -Xptxas=-Werror>>)
 string(REPLACE ";" " " architectures "${CMAKE_CUDA_ARCHITECTURES}")

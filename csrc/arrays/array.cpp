@@ -79,6 +79,10 @@ std::uintptr_t Array::current_stream() const {
   return exporter_stream(owner_, device);
 }
 
+bool Array::is_lent_for_the_call() const {
+  return device.kind == Device::cuda && managed_ && !is_torch(owner_);
+}
+
 bool Array::is_of_library_of(const Array& other) const {
   if (api_ || other.api_) return api_ == other.api_;
   return Py_TYPE(owner_) == Py_TYPE(other.owner_) && (is_cupy(owner_) || is_torch(owner_));

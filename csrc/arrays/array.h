@@ -71,6 +71,10 @@ class Array {
   // True where getting at its memory has run somebody else's code.
   bool is_foreign() const { return managed_ != nullptr || is_cuda_interface_; }
 
+  // True for memory of a GPU that its library, which knows nothing of streams but its own, may use
+  // again as soon as the view is gone.
+  bool is_lent_for_the_call() const;
+
   // The stream on which its library works at this moment. May run Python code.
   std::uintptr_t current_stream() const;
 

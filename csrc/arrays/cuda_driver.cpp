@@ -21,8 +21,15 @@ const cuda::Driver* find_driver() {
   }
 }
 
+// Guarded by the GIL, and not by a static's own lock: importing may let another thread run, which
+// would wait for that lock with the GIL in its hands.
 const cuda::Driver* found_driver() {
-  static const cuda::Driver* const driver = find_driver();  // guarded by the GIL
+  static const cuda::Driver* driver = nullptr;
+  static bool has_looked = false;
+  if (!has_looked) {
+    driver = find_driver();
+    has_looked = true;
+  }
   return driver;
 }
 

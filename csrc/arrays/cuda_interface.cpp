@@ -35,9 +35,12 @@ std::optional<DType> dtype_of(const py::object& object, std::string_view text) {
 
 // 0 is not a stream of the protocol, 1 is the default stream; to CUDA both are. A library means the
 // current device; on another one it is taken to work in the default stream.
-std::uintptr_t stream_of(const py::dict& interface, const Device& device) {
+std::uintptr_t stream_of(const py::object& object, const py::dict& interface,
+                         const Device& device) {
   constexpr std::uintptr_t kDefault = 1;
-  const py::object stream = interface.attr("get")("stream");
+  py::object stream = interface.attr("get")("stream");
+  if (stream.is_none() && is_cupy(object.ptr()))  // told to speak version 2, which has none
+    stream = py::module_::import("cupy").attr("cuda").attr("get_current_stream")().attr("ptr");
   if (stream.is_none()) return 0;
   const auto value = stream.cast<std::uintptr_t>();
   if (value <= kDefault || device.kind != Device::cuda) return 0;
@@ -93,7 +96,7 @@ Array from_cuda_interface(PyObject* object, const Label& label) {
                                              : strides[py::int_(axis)].cast<std::int64_t>();
     }
     array.device = device_of_array(given, array.data, label);
-    array.stream = stream_of(interface, array.device);
+    array.stream = stream_of(given, interface, array.device);
   } catch (py::error_already_set& error) {
     for (PyObject* kind : {PyExc_TypeError, PyExc_AttributeError, PyExc_KeyError, PyExc_ValueError})
       if (error.matches(kind))
@@ -113,7 +116,8 @@ Array from_cuda_interface(PyObject* object, const Label& label) {
 }
 
 std::uintptr_t cuda_interface_stream(PyObject* object, const Device& device) {
-  return stream_of(py::handle(object).attr(kAttribute), device);
+  const auto given = py::reinterpret_borrow<py::object>(object);
+  return stream_of(given, given.attr(kAttribute), device);
 }
 
 }  // namespace fusestep::arrays

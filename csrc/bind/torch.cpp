@@ -112,7 +112,7 @@ void register_torch(py::module_& module) {
           })
       .def_property("skipped_steps", &TorchOptimizer::skipped_steps,
                     [](TorchOptimizer& self, std::int64_t value) {
-                      self.stepper.pull();
+                      self.skipped_steps();  // what GPUs have counted so far does not come on top
                       self.stepper.skipped_steps = value;
                     });
 

@@ -13,7 +13,14 @@ class LinkedDriver final : public Driver {
     return cuda::device_of(address);
   }
   int current_device() const override { return cuda::current_device(); }
-  bool is_capturing(Stream stream) const override { return cuda::is_capturing(stream); }
+  bool is_capturing(int device, Stream stream) const override {
+    const CurrentDevice current(device);
+    return cuda::is_capturing(stream);
+  }
+  void synchronize(int device) const override {
+    const CurrentDevice current(device);
+    cuda::synchronize();
+  }
   void wait(int device, Stream stream, Stream other) const override {
     const CurrentDevice current(device);
     cuda::wait(stream, other);

@@ -23,7 +23,8 @@ class Driver {
 
   virtual int device_of(const void* address) const = 0;
   virtual int current_device() const = 0;
-  virtual bool is_capturing(Stream stream) const = 0;
+  virtual bool is_capturing(int device, Stream stream) const = 0;
+  virtual void synchronize(int device) const = 0;
   virtual void wait(int device, Stream stream, Stream other) const = 0;
 
   // As in step.h.

@@ -8,11 +8,17 @@ namespace {
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());  // or the next call would report it again
-  if (status == cudaErrorStreamCaptureUnsupported || status == cudaErrorStreamCaptureImplicit)
+  if (status == cudaErrorStreamCaptureUnsupported || status == cudaErrorStreamCaptureImplicit ||
+      status == cudaErrorStreamCaptureIsolation)
     throw Error(std::string("a CUDA graph is being captured, which forbids ") + what +
                 ": take one such step before the capture");
   throw Error(std::string("CUDA error while ") + what + ": " + cudaGetErrorString(status) + " (" +
               cudaGetErrorName(status) + ")");
+}
+
+// Or the next check would report it.
+void forgive(cudaError_t status) {
+  if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
 }
 
 cudaStream_t native(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
@@ -76,7 +82,7 @@ CurrentDevice::CurrentDevice(int device) : before_(current_device()) {
 }
 
 CurrentDevice::~CurrentDevice() {
-  if (before_ >= 0) static_cast<void>(cudaSetDevice(before_));
+  if (before_ >= 0) forgive(cudaSetDevice(before_));
 }
 
 void* allocate(std::size_t bytes) {
@@ -85,9 +91,13 @@ void* allocate(std::size_t bytes) {
   return memory;
 }
 
-// Fails in a forked child and when the process ends, where the memory is gone anyway.
+// Fails in a forked child and when the process ends, where the memory is gone anyway. An optimizer
+// may be deleted while a graph is captured, which must not spoil the graph.
 void release(void* memory) noexcept {
-  if (cudaFree(memory) != cudaSuccess) static_cast<void>(cudaGetLastError());
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  const bool is_relaxed = cudaThreadExchangeStreamCaptureMode(&mode) == cudaSuccess;
+  forgive(cudaFree(memory));
+  if (is_relaxed) forgive(cudaThreadExchangeStreamCaptureMode(&mode));
 }
 
 void copy_to_host(void* to, const void* from, std::size_t bytes, Stream stream) {
@@ -116,7 +126,7 @@ void wait(Stream stream, Stream other) {
   check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
   cudaError_t status = cudaEventRecord(event, native(other));
   if (status == cudaSuccess) status = cudaStreamWaitEvent(native(stream), event, 0);
-  static_cast<void>(cudaEventDestroy(event));  // takes effect once nobody needs it
+  forgive(cudaEventDestroy(event));  // takes effect once nobody needs it
   check(status, "having one stream wait for another");
 }
 

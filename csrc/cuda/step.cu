@@ -374,12 +374,13 @@ void write_progress(Workspace& workspace, Stream stream, std::span<const rules::
 
 Counters read_progress(Workspace& workspace, Stream stream, std::span<rules::Progress> progress) {
   const CurrentDevice current(workspace.device());
-  synchronize();  // a graph may have been replayed on any stream
+  synchronize();  // a graph may have been replayed on any stream, and the last one may be gone
+  constexpr Stream kDefault = 0;
   Counters counters;
-  copy_to_host(&counters, &workspace.record(stream)->counters, sizeof counters, stream);
+  copy_to_host(&counters, &workspace.record(stream)->counters, sizeof counters, kDefault);
   if (!progress.empty())
     copy_to_host(progress.data(), workspace.progress(progress.size(), stream),
-                 progress.size_bytes(), stream);
+                 progress.size_bytes(), kDefault);
   return counters;
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "arrays/cuda_driver.h"
+#include "engine/gil.h"
 #include "engine/stepper.h"
 
 namespace fusestep::engine {
@@ -73,8 +74,8 @@ void Gpu::start(std::span<const Update> updates) {
   const auto repeats_itself = [&](const Update& update) {
     return update.slot->device() != Device{Device::cuda, index_} || is_steady(update);
   };
-  if (!keeps_progress() && driver().is_capturing(stream_) &&
-      !std::ranges::all_of(updates, repeats_itself))
+  is_captured_ = driver().is_capturing(index_, stream_);
+  if (!keeps_progress() && is_captured_ && !std::ranges::all_of(updates, repeats_itself))
     throw std::runtime_error(
         "a CUDA graph is being captured, and every replay would repeat this step with the step "
         "count of now: create the optimizer with capturable=True, or (in torch) give it a learning "
@@ -117,7 +118,7 @@ void Gpu::keep_progress_of(std::vector<Slot*> slots) {
 
 void Gpu::push_if_needed() {
   if (is_pushed_ || !keeps_progress()) return;
-  if (driver().is_capturing(stream_))
+  if (is_captured_)
     throw std::runtime_error(
         "a CUDA graph is being captured, and this optimizer has not taken a step since it was "
         "created, loaded or changed: take one before the capture");
@@ -128,10 +129,17 @@ void Gpu::push_if_needed() {
   is_pushed_ = true;
 }
 
-cuda::Counters Gpu::pull() {
+cuda::Counters Gpu::pull(cuda::Stream current) {
   if (!is_pushed_) return {};
+  if (driver().is_capturing(index_, current))
+    throw std::runtime_error(
+        "a CUDA graph is being captured, and how far this optimizer has come would have to be "
+        "fetched from the GPU: take one step before the capture");
   std::vector<rules::Progress> progress(residents_.size());
-  const cuda::Counters now = driver().read_progress(workspace(), stream_, progress);
+  const cuda::Counters now = [&] {
+    const GilRelease release(true);
+    return driver().read_progress(workspace(), stream_, progress);
+  }();
   for (std::size_t i = 0; i < residents_.size(); ++i) residents_[i]->progress = progress[i];
   const cuda::Counters before = std::exchange(seen_, now);
   return {now.steps - before.steps, now.skipped_steps - before.skipped_steps};

@@ -56,6 +56,9 @@ class Gpu {
   // Has those streams wait for the step.
   void finish();
 
+  // Whether the step is being captured rather than taken.
+  bool is_captured() const { return is_captured_; }
+
   // ---- progress that is kept here ----
 
   // From the next step on, that of these slots, or of none.
@@ -63,8 +66,10 @@ class Gpu {
   bool keeps_progress() const { return !residents_.empty(); }
 
   // Brings the slots up to date, and counts what has happened since the last time. Waits for the
-  // GPU.
-  cuda::Counters pull();
+  // GPU, without the GIL. Throws where a CUDA graph is being captured on this stream, which that
+  // would spoil.
+  cuda::Counters pull(cuda::Stream current);
+  bool knows_more() const { return is_pushed_; }
 
   // What the slots say holds from the next step on.
   void push() { is_pushed_ = false; }
@@ -86,6 +91,7 @@ class Gpu {
 
   // Of the step under way.
   cuda::Stream stream_ = 0;
+  bool is_captured_ = false;
   std::vector<cuda::Stream> other_streams_;
   std::vector<const Work*> work_;
   std::vector<cuda::ProgressOnDevice> progress_;

@@ -5,8 +5,10 @@
 #include <string_view>
 #include <utility>
 
+#include "arrays/cuda_driver.h"
 #include "core/errors.h"
 #include "cpu/fp_environment.h"
+#include "engine/gil.h"
 
 namespace fusestep::engine {
 namespace {
@@ -67,6 +69,18 @@ void Optimizer::step(PyObject* const* gradients, std::size_t count, std::optiona
   collect(gradients, count);
   stepper.prepare(updates_, occupied_memory(), arguments);
   stepper.take(updates_, arguments);
+  wait_for_borrowed_gradients();
+}
+
+// An exporter that is not told otherwise takes its memory back when the step lets go of it, while
+// the GPU may not even have begun.
+void Optimizer::wait_for_borrowed_gradients() const {
+  for (const Update& update : updates_) {
+    if (!update.gradient.is_lent_for_the_call()) continue;
+    const GilRelease release(true);
+    arrays::cuda_driver().synchronize(update.slot->device().index);
+    return;
+  }
 }
 
 void Optimizer::collect(PyObject* const* gradients, std::size_t count) {
@@ -103,7 +117,7 @@ bool Optimizer::is_on_one_gpu() const {
 
 // Where several devices take part, the host waits for them, and knows whether steps are left out.
 void Optimizer::place_progress() {
-  stepper.pull();
+  pull();
   std::vector<Slot*> slots;
   if ((is_capturable_ || stepper.settings.skip_nonfinite) && is_on_one_gpu())
     for (Slot& slot : slots_) slots.push_back(&slot);
@@ -134,29 +148,34 @@ void Optimizer::set_skip_nonfinite(bool value) {
   place_progress();
 }
 
+void Optimizer::pull() {
+  const Turnstile::Turn turn = turnstile.turn_or_own();
+  stepper.pull([&](const Device&) { return slots_.front().parameter().current_stream(); });
+}
+
 rules::Progress Optimizer::progress(std::size_t i) {
-  stepper.pull();
+  pull();
   return slots_.at(i).progress;
 }
 
 void Optimizer::set_progress(std::size_t i, const rules::Progress& progress) {
-  stepper.pull();
+  pull();
   slots_.at(i).progress = progress;
   stepper.push();
 }
 
 std::int64_t Optimizer::steps() {
-  stepper.pull();
+  pull();
   return stepper.steps;
 }
 
 std::int64_t Optimizer::skipped_steps() {
-  stepper.pull();
+  pull();
   return stepper.skipped_steps;
 }
 
 void Optimizer::set_counts(std::int64_t steps, std::int64_t skipped_steps) {
-  stepper.pull();
+  pull();
   stepper.steps = steps;
   stepper.skipped_steps = skipped_steps;
 }

@@ -54,7 +54,9 @@ class Optimizer {
  private:
   void collect(PyObject* const* gradients, std::size_t count);
   OccupiedMemory& occupied_memory();
+  void wait_for_borrowed_gradients() const;
   bool is_on_one_gpu() const;
+  void pull();
   void place_progress();
 
   std::deque<Slot> slots_;

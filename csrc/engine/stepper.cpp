@@ -99,14 +99,14 @@ bool Stepper::take(const std::vector<Update>& updates, const StepArguments& argu
     ++skipped_steps;
     return false;
   }
-  bool is_counted_elsewhere = true;
+  bool counts = false;
   for (std::size_t i = 0; i < updates.size(); ++i) {
     Slot& slot = *updates[i].slot;
-    if (is_on_gpus_ && keeps_progress(slot)) continue;
+    if (is_on_gpus_ && is_counted_elsewhere(slot)) continue;
     slot.progress = next_[i];
-    is_counted_elsewhere = false;
+    counts = true;
   }
-  if (!is_counted_elsewhere) ++steps;
+  if (counts) ++steps;
   return true;
 }
 
@@ -119,7 +119,7 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
     request.max_norm = settings.max_norm;
     request.skip_nonfinite = settings.skip_nonfinite;
   } else if (settings.need_norm()) {
-    const GilRelease release(will_release_gil() && !is_on_gpus_);
+    const GilRelease release(will_release_gil() || is_on_gpus_);
     const GradientNorm norm = arguments.norm ? *arguments.norm : gradient_norm();
     if (settings.skip_nonfinite && !norm.finite) {
       if (arguments.zero_grad) clear_gradients();
@@ -244,10 +244,11 @@ std::size_t Stepper::place_of(int gpu) {
 
 Gpu& Stepper::gpu(int index) { return gpus_[place_of(index)]; }
 
-bool Stepper::keeps_progress(const Slot& slot) const {
+// On the GPU; or nowhere, where a graph is captured that repeats itself.
+bool Stepper::is_counted_elsewhere(const Slot& slot) const {
   if (slot.device().kind == Device::cpu) return false;
   return std::ranges::any_of(gpus_, [&](const Gpu& gpu) {
-    return gpu.index() == slot.device().index && gpu.keeps_progress();
+    return gpu.index() == slot.device().index && (gpu.keeps_progress() || gpu.is_captured());
   });
 }
 
@@ -261,9 +262,10 @@ void Stepper::keep_progress_on_gpus(const std::vector<Slot*>& slots) {
   }
 }
 
-void Stepper::pull() {
+void Stepper::pull(const CurrentStream& current_stream) {
   for (Gpu& gpu : gpus_) {
-    const cuda::Counters counted = gpu.pull();
+    if (!gpu.knows_more()) continue;
+    const cuda::Counters counted = gpu.pull(current_stream({Device::cuda, gpu.index()}));
     steps += counted.steps;
     skipped_steps += counted.skipped_steps;
   }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -101,8 +102,10 @@ class Stepper {
   // The progress of these slots, all on GPUs, is kept there; or that of none.
   void keep_progress_on_gpus(const std::vector<Slot*>& slots);
 
-  // Brings slots and counters up to date with what GPUs have done. Waits for them.
-  void pull();
+  // Brings slots and counters up to date with what GPUs have done. Waits for them, without the GIL:
+  // the caller has the turn.
+  using CurrentStream = std::function<cuda::Stream(const Device&)>;
+  void pull(const CurrentStream& current_stream);
 
   // What slots and counters say holds from the next step on, on GPUs, too.
   void push();
@@ -115,7 +118,7 @@ class Stepper {
  private:
   WorkList cpu_work() const { return is_on_gpus_ ? cpu_work_ : work_; }
   bool is_decided_here(const StepArguments& arguments, const Settings& settings) const;
-  bool keeps_progress(const Slot& slot) const;
+  bool is_counted_elsewhere(const Slot& slot) const;
   void distribute(const std::vector<Update>& updates);
   std::vector<double> tile_sums(double prescale);
   GradientNorm gradient_norm();

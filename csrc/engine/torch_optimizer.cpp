@@ -50,7 +50,7 @@ double number(const py::object& value) {
 // ---- being told what there is ----
 
 void TorchOptimizer::forget() {
-  stepper.pull();  // it points into parameters_, too
+  pull();  // it points into parameters_, too
   stepper.keep_progress_on_gpus({});
   is_placed_ = is_outdated_ = false;
   memory_.reset();  // it points into parameters_
@@ -251,7 +251,7 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
   if (tensors_.has_run_code)
     if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
   tensors_.has_run_code = false;
-  if (!collect() || is_outdated_) return Outcome::stale;
+  if (!collect()) return Outcome::stale;
   complete_rates();
   find_streams();
   if (tensors_.has_run_code)
@@ -315,7 +315,9 @@ bool TorchOptimizer::collect() {
       if (gradient.is_none()) continue;
       if (!parameter.is_ready) return false;
       follow_memory(parameter);
+      if (is_outdated_) return false;
       read_progress(parameter);
+      if (is_outdated_) return false;
       Slot& slot = parameter.slot;
       Update& update = updates_.emplace_back(&slot, &group.group);
       if (tensors_.view_gradient(parameter.tensor, slot.parameter(), gradient.ptr(),
@@ -437,6 +439,10 @@ void TorchOptimizer::for_each_scalar(const FollowedParameter& parameter, Visit v
 // What the tensors say counts: users may write to them. But a float32 cannot count beyond 2^24.
 void TorchOptimizer::read_progress(FollowedParameter& parameter) {
   if (is_resident(parameter)) return find_resident_scalars(parameter);
+  if (!has_scalars_here(parameter)) {
+    is_outdated_ = true;  // they have been moved to a GPU
+    return;
+  }
   rules::Progress& progress = parameter.slot.progress;
   for_each_scalar(parameter, [&](std::size_t scalar, const auto& element) {
     using T = std::decay_t<decltype(element)>;
@@ -449,6 +455,12 @@ void TorchOptimizer::read_progress(FollowedParameter& parameter) {
   });
 }
 
+bool TorchOptimizer::has_scalars_here(const FollowedParameter& parameter) const {
+  return std::ranges::all_of(parameter.scalars, [&](const ScalarPlace& place) {
+    return scalars_[place.tensor].view.device.kind == Device::cpu;
+  });
+}
+
 void TorchOptimizer::write_progress() noexcept {
   try {
     find_scalars();  // other threads may have run
@@ -456,7 +468,7 @@ void TorchOptimizer::write_progress() noexcept {
     return;  // and have taken them away
   }
   for (const FollowedParameter* parameter : moving_) {
-    if (is_resident(*parameter)) continue;
+    if (is_resident(*parameter) || !has_scalars_here(*parameter)) continue;
     const rules::Progress& progress = parameter->slot.progress;
     for_each_scalar(*parameter, [&](std::size_t scalar, auto& element) {
       using T = std::decay_t<decltype(element)>;
@@ -473,7 +485,7 @@ bool TorchOptimizer::is_resident(const FollowedParameter& parameter) const {
 }
 
 std::vector<PyObject*> TorchOptimizer::unused() {
-  stepper.pull();
+  pull();
   std::vector<PyObject*> tensors;
   for (const FollowedParameter& parameter : parameters_)
     if (parameter.is_bound && is_resident(parameter) && parameter.slot.progress.step == 0)
@@ -498,7 +510,7 @@ void TorchOptimizer::find_resident_scalars(FollowedParameter& parameter) const {
 // Tells the stepper whose progress is on a GPU. What has happened there so far is fetched first.
 void TorchOptimizer::place_progress() {
   if (is_placed_) return;
-  stepper.pull();
+  pull();
   std::vector<Slot*> slots;
   for (FollowedParameter& parameter : parameters_)
     if (parameter.is_bound && is_resident(parameter)) slots.push_back(&parameter.slot);
@@ -529,8 +541,13 @@ Scaling TorchOptimizer::find_scaling(const ScalingTensors& scaling) const {
   return {find(scaling.loss_scale), find(scaling.found_inf)};
 }
 
+void TorchOptimizer::pull() {
+  const Turnstile::Turn turn = turnstile_.turn_or_own();
+  stepper.pull([&](const Device& device) { return tensors_.current_stream(device); });
+}
+
 std::int64_t TorchOptimizer::skipped_steps() {
-  stepper.pull();
+  pull();
   return stepper.skipped_steps;
 }
 

@@ -178,6 +178,8 @@ class TorchOptimizer {
   void find_streams();
   Scaling find_scaling(const ScalingTensors& scaling) const;
   void place_progress();
+  void pull();
+  bool has_scalars_here(const FollowedParameter& parameter) const;
   bool is_resident(const FollowedParameter& parameter) const;
   void find_resident_scalars(FollowedParameter& parameter) const;
   bool collect();

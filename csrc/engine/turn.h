@@ -21,14 +21,21 @@ class Turnstile {
  public:
   class Turn {
    public:
-    explicit Turn(Turnstile& turnstile) : turnstile_(turnstile) { turnstile_.enter(); }
-    ~Turn() { turnstile_.leave(); }
+    explicit Turn(Turnstile& turnstile) : turnstile_(&turnstile) { turnstile_->enter(); }
+    ~Turn() {
+      if (turnstile_) turnstile_->leave();
+    }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
    private:
-    Turnstile& turnstile_;
+    friend Turnstile;
+    Turn() = default;
+    Turnstile* turnstile_ = nullptr;
   };
+
+  // A turn, or nothing where this thread has it already.
+  Turn turn_or_own() { return owner_ == std::this_thread::get_id() ? Turn() : Turn(*this); }
 
  private:
   void enter() {

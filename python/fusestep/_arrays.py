@@ -87,7 +87,7 @@ class _CuPy:
         cupy = importlib.import_module("cupy")
         shape, axes = _memory_order(parameter)
         with cupy.cuda.Device(_index(parameter.device)):
-            return cupy.full(shape, fill, dtype).transpose(axes)
+            return cupy.full(shape, fill, dtype).transpose(*axes)
 
     def copy(self, array: Any) -> Any:
         with array.device:
@@ -111,7 +111,7 @@ class _Torch:
         torch = importlib.import_module("torch")
         shape, axes = _memory_order(parameter)
         options = {"dtype": getattr(torch, dtype), "device": parameter.device}
-        return torch.full(shape, fill, **options).permute(axes)
+        return torch.full(shape, fill, **options).permute(*axes)
 
     def copy(self, array: Any) -> Any:
         return array.detach().clone()
