@@ -33,6 +33,10 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(fusestep_choose_architectures ON)
 endif()
 enable_language(CUDA)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 and older do not know that nvcc 12 has it
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+endif()
 find_package(CUDAToolkit REQUIRED)
 
 if(CUDAToolkit_VERSION VERSION_LESS 12.1)
@@ -60,10 +64,10 @@ message(STATUS "CUDA ${CUDAToolkit_VERSION}: kernels for ${CMAKE_CUDA_ARCHITECTU
 
 add_library(fusestep_cuda STATIC ${fusestep_cuda_sources} csrc/cuda/runtime.cpp csrc/cuda/step.cu)
 set_target_properties(fusestep_cuda PROPERTIES
-  CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
-# Not CUDA_STANDARD: older versions of CMake do not know that newer compilers have it.
+  CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden
+  CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 target_compile_options(fusestep_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
-  -std=c++20 -fmad=false --prec-div=true --prec-sqrt=true --ftz=false
+  -fmad=false --prec-div=true --prec-sqrt=true --ftz=false
   -Xfatbin=-compress-all --threads=0
   $<$<BOOL:${FUSESTEP_CUDA_STRICT}>:-Werror=all-warnings -Xptxas=-warn-spills -Xptxas=-Werror>>)
 string(REPLACE ";" " " architectures "${CMAKE_CUDA_ARCHITECTURES}")

@@ -1085,7 +1085,6 @@ def test_subclasses_of_tensors(machine: Machine) -> None:
     assert_same_course(machine, course)
 
 
-@pytest.mark.gpu
 @each_class
 def test_a_default_device(real: Machine, name: str) -> None:
     """What is made without saying where is made on the GPU: not what belongs on the CPU."""
@@ -1233,7 +1232,6 @@ def test_state_dicts_between_the_cpu_and_the_gpu(
     assert_same(results[1], results[0])
 
 
-@pytest.mark.gpu
 def test_a_file_from_the_gpu_is_loaded_onto_the_cpu(real: Machine, tmp_path: Path) -> None:
     params = leaves(real.gpu, (6, 5))
     opt = fst.NAdam(params, skip_nonfinite=True)
@@ -1805,7 +1803,6 @@ def test_graphs_go_on_finding_the_step_counts(
 
 
 @quiet_graphs
-@pytest.mark.gpu
 def test_two_graphs_of_one_optimizer(real: Machine) -> None:
     """Of different parameters, replayed in turns."""
 
@@ -1827,7 +1824,6 @@ def test_two_graphs_of_one_optimizer(real: Machine) -> None:
 
 
 @quiet_graphs
-@pytest.mark.gpu
 def test_what_a_replay_has_skipped_is_waited_for(real: Machine) -> None:
     """Also where the replay is in another stream than the capture was."""
     params = leaves(real.gpu, (33,))
@@ -1877,7 +1873,6 @@ def nobody_waits() -> Iterator[None]:
         torch.cuda.synchronize()
 
 
-@pytest.mark.gpu
 @each_class_and_mode(modes=[mode for mode in MODES if "bfloat16" not in mode])
 def test_a_step_does_not_wait(real: Machine, name: str, mode: str) -> None:
     params = leaves(real.gpu, (33, 65), (), (1030,))
@@ -1893,7 +1888,6 @@ def test_a_step_does_not_wait(real: Machine, name: str, mode: str) -> None:
         opt.zero_grad()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize("name", FUSED)
 def test_a_scaler_does_not_wait_for_a_fused_step(
@@ -1917,7 +1911,6 @@ def test_a_scaler_does_not_wait_for_a_fused_step(
         both_ways()
 
 
-@pytest.mark.gpu
 def test_a_scaler_does_not_wait_for_a_converted_step(real: Machine) -> None:
     params = leaves(real.gpu, (33, 65), (7,))
     opt = fst.convert(torch.optim.Adam(params, fused=True))
@@ -2044,7 +2037,6 @@ def test_no_parameters_and_a_scaler(machine: Machine) -> None:
     opt.step()
 
 
-@pytest.mark.gpu
 def test_autocast(real: Machine) -> None:
     """A network as people train it, beside torch's."""
     models, losses = [], []
@@ -2714,7 +2706,6 @@ def test_a_step_for_each_parameter_inside_backward(machine: Machine) -> None:
 # ---- streams -------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
 @each_class_and_mode(["SGD", "Adam"])
 def test_a_step_is_in_order_in_its_stream(real: Machine, name: str, mode: str) -> None:
     """What comes before it is waited for; what comes after it waits."""
@@ -2748,7 +2739,6 @@ def test_a_step_is_in_order_in_its_stream(real: Machine, name: str, mode: str) -
     assert_same_course(real, course)
 
 
-@pytest.mark.gpu
 @each_mode
 def test_the_default_stream_is_not_used(real: Machine, mode: str) -> None:
     """A step in another stream is through while the default one still sleeps."""
@@ -2772,7 +2762,6 @@ def test_the_default_stream_is_not_used(real: Machine, mode: str) -> None:
     assert int(opt.state[params[0]]["step"]) == 4
 
 
-@pytest.mark.gpu
 def test_two_optimizers_in_two_streams(real: Machine) -> None:
     def course(place: Place) -> Any:
         lists = [leaves(place, (33, 65), (7,), seed=i) for i in range(2)]
@@ -2795,7 +2784,6 @@ def test_two_optimizers_in_two_streams(real: Machine) -> None:
     assert_same_course(real, course)
 
 
-@pytest.mark.gpu
 def test_counts_are_read_in_order(real: Machine) -> None:
     """After steps in one stream, seen from another."""
     params = leaves(real.gpu, (33,))
@@ -2924,7 +2912,6 @@ def test_nothing_stays_behind(machine: Machine, mode: str) -> None:
         gc.enable()
 
 
-@pytest.mark.gpu
 def test_steps_allocate_nothing(real: Machine) -> None:
     """Of torch's memory, nor of the GPU's."""
     params = leaves(real.gpu, (333, 65), (7,))
@@ -2943,7 +2930,6 @@ def test_steps_allocate_nothing(real: Machine) -> None:
     assert (torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]) == before
 
 
-@pytest.mark.gpu
 def test_optimizers_give_their_memory_back(real: Machine) -> None:
     params = [torch.ones(3_000_000, device="cuda", requires_grad=True)]
     params[0].grad = torch.ones(3_000_000, device="cuda")
@@ -2963,7 +2949,6 @@ def test_optimizers_give_their_memory_back(real: Machine) -> None:
     assert torch.cuda.mem_get_info()[0] > before - 4 * 2**20
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("strided", [False, True])
 def test_one_parameter_beyond_31_bits(real: Machine, strided: bool) -> None:
     """Every element must move, and only once."""
@@ -3095,7 +3080,6 @@ def test_distributed_training_and_a_scaler(
         torch.testing.assert_close(whole, q, rtol=0, atol=1e-9)
 
 
-@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
