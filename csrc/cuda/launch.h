@@ -14,8 +14,16 @@ namespace fusestep::cuda {
 
 #if defined(__CUDACC__)
 
+// For Blackwell ptxas spills registers to have more blocks on a processor than it was asked for,
+// unless it is told that one is enough. Elsewhere that would only cost registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define FUSESTEP_LAUNCH_BOUNDS __launch_bounds__(kThreads, 1)
+#else
+#define FUSESTEP_LAUNCH_BOUNDS __launch_bounds__(kThreads)
+#endif
+
 template <class Body>
-__global__ void __launch_bounds__(kThreads) run(const __grid_constant__ Body body) {
+__global__ void FUSESTEP_LAUNCH_BOUNDS run(const __grid_constant__ Body body) {
   body(static_cast<std::int64_t>(blockIdx.x), static_cast<int>(threadIdx.x));
 }
 
