@@ -2202,12 +2202,7 @@ def first_skipped_and_state_brought(place: Place, name: str, how: str) -> Any:
     [
         "Adam",
         "NAdam",
-        pytest.param(
-            "SGD",
-            marks=pytest.mark.xfail(
-                strict=True, reason="state is dropped as that of the step that was left out"
-            ),
-        ),
+        "SGD",
     ],
 )
 def test_state_that_comes_after_a_step_that_was_skipped(
@@ -2869,10 +2864,10 @@ def test_two_threads_share_an_optimizer(machine: Machine, skip_nonfinite: bool) 
 REPLACING = """
 sys.setswitchinterval(1e-5)
 if sys.argv[2] == "norm":  # for which the host waits, where the CPU takes part
-    params = [put(torch.zeros(200_000), "cuda:0"), put(torch.zeros(50), "cpu")]
+    params = [put(torch.zeros(100_000), "cuda:0"), put(torch.zeros(50), "cpu")]
     options = {"max_norm": 1.0}
 else:  # progress, which is fetched where a parameter has been given other memory
-    params = [put(torch.zeros(50), "cuda:0") for _ in range(500)]
+    params = [put(torch.zeros(50), "cuda:0") for _ in range(300)]
     options = {"fused": True}
 for p in params:
     p.requires_grad_().grad = put(torch.ones(p.shape), "cpu" if p is params[-1] else "cuda:0")
@@ -2891,7 +2886,7 @@ thread = threading.Thread(target=replace)
 thread.start()
 taken = 1
 try:
-    for _ in range(400):
+    for _ in range(250):
         if sys.argv[2] != "norm":
             params[0].data = put(params[0].data, "cuda:0")
         before = params[0]._version
@@ -2910,7 +2905,6 @@ assert {int(opt.state[p]["step"]) for p in params} == {taken}
 """
 
 
-@pytest.mark.xfail(strict=False, reason="the list of parameters has been freed: a crash, mostly")
 @pytest.mark.parametrize("what", ["norm", "progress"])
 def test_another_thread_replaces_things(machine: Machine, what: str) -> None:
     """While the host waits for the GPU. No step that is lost or made up: an error at worst."""

@@ -45,6 +45,15 @@ void step(TorchOptimizer& self, const py::handle& optimizer, const py::handle& g
             {loss_scale, found_inf}, teller);
 }
 
+// id(parameter) -> ids of its state, for parameters that no step has moved yet.
+std::map<std::uintptr_t, std::vector<std::uintptr_t>> unused(TorchOptimizer& self) {
+  const auto id = [](PyObject* object) { return reinterpret_cast<std::uintptr_t>(object); };
+  std::map<std::uintptr_t, std::vector<std::uintptr_t>> result;
+  for (const auto& [tensor, states] : self.unused())
+    for (PyObject* state : states) result[id(tensor)].push_back(id(state));
+  return result;
+}
+
 TorchOptimizer::GroupOptions group_options(const py::dict& group, const std::string& rule,
                                            const Options& options, bool maximize,
                                            const py::set& watched, bool is_mutable) {
@@ -74,13 +83,7 @@ void register_torch(py::module_& module) {
       .def("step", &step, "optimizer"_a, "groups"_a, "state"_a, "grad_scale"_a, "zero_grad"_a,
            "loss_scale"_a = py::none(), "found_inf"_a = py::none())
       .def("set_resident", &TorchOptimizer::set_resident, "value"_a)
-      .def("unused",
-           [](TorchOptimizer& self) {
-             std::vector<std::uintptr_t> identities;
-             for (PyObject* tensor : self.unused())
-               identities.push_back(reinterpret_cast<std::uintptr_t>(tensor));
-             return identities;
-           })
+      .def("unused", &unused)
       .def("forget", &TorchOptimizer::forget)
       .def(
           "add_group",

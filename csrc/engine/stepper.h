@@ -80,6 +80,9 @@ class Stepper {
   // True where take() will let other Python threads run.
   bool will_release_gil() const;
 
+  // True where some of the last step that was prepared is on GPUs.
+  bool is_on_gpus() const { return is_on_gpus_; }
+
   // Elements of the last step that was prepared, on the CPU.
   std::int64_t elements() const { return elements_; }
 

@@ -484,13 +484,16 @@ bool TorchOptimizer::is_resident(const FollowedParameter& parameter) const {
   return is_resident_ && parameter.slot.device().kind == Device::cuda;
 }
 
-std::vector<PyObject*> TorchOptimizer::unused() {
+std::vector<TorchOptimizer::Unused> TorchOptimizer::unused() {
   pull();
-  std::vector<PyObject*> tensors;
+  std::vector<Unused> unused;
   for (const FollowedParameter& parameter : parameters_)
     if (parameter.is_bound && is_resident(parameter) && parameter.slot.progress.step == 0)
-      tensors.push_back(parameter.tensor);
-  return tensors;
+      unused.push_back(
+          {parameter.tensor,
+           {parameter.states.begin(),
+            parameter.states.begin() + static_cast<std::ptrdiff_t>(parameter.state_count)}});
+  return unused;
 }
 
 void TorchOptimizer::find_resident_scalars(FollowedParameter& parameter) const {
@@ -555,7 +558,8 @@ std::int64_t TorchOptimizer::skipped_steps() {
 
 // A group that moves as a whole hands over its own list, if no other thread can have changed it.
 void TorchOptimizer::increment_versions(bool gradients_too) noexcept {
-  const bool lists_may_have_changed = stepper.settings.need_norm() && stepper.will_release_gil();
+  const bool lists_may_have_changed =
+      stepper.is_on_gpus() || (stepper.settings.need_norm() && stepper.will_release_gil());
   auto moving = moving_.begin();
   for (const FollowedGroup& group : groups_) {
     const auto first = moving;

@@ -114,8 +114,13 @@ class TorchOptimizer {
     is_placed_ = false;
   }
 
-  // The parameters on GPUs that no step has moved yet. Waits for them.
-  std::vector<PyObject*> unused();
+  // The parameters on GPUs that no step has moved yet, with the state that they were told with.
+  // Waits for the GPUs. The pointers are to be compared only.
+  struct Unused {
+    PyObject* tensor;
+    std::vector<PyObject*> states;
+  };
+  std::vector<Unused> unused();
 
   // Takes note of the state. What is no longer what it was when its parameter was told (another
   // thread has changed it) will be found stale.

@@ -45,7 +45,8 @@ def convert(optimizer: torch.optim.Optimizer, **extras: Any) -> Optimizer:
     TypeError
         It is of another class, or of a subclass, whose step may do something of its own.
     ValueError
-        It was created with ``differentiable=True`` or ``capturable=True``.
+        It was created with ``differentiable=True`` or, with parameters on the CPU,
+        ``capturable=True``.
 
     Notes
     -----

@@ -226,7 +226,7 @@ class Optimizer(torch.optim.Optimizer):
     @_not_compiled
     def _tell_everything(self) -> None:
         """Describe all groups, parameters and state, making what state is missing."""
-        self._drop_unused_state()
+        self._drop_unused_state(for_a_step=True)
         self._native.forget()
         self.param_groups = _in_lists(self.param_groups)
         self._rules = [self._rule_of(group) for group in self.param_groups]
@@ -259,18 +259,24 @@ class Optimizer(torch.optim.Optimizer):
                     self._change(parameters[column], scalars.moved(entry, column))
         return scalars
 
-    def _drop_unused_state(self) -> None:
+    def _drop_unused_state(self, *, for_a_step: bool = False) -> None:
         """Drop the state of parameters of which a GPU has left out every step so far.
 
-        Where torch keeps no step count, it is the state that says there has been a step.
+        Where torch keeps no step count, it is the state that says there has been a step. What has
+        been put there since is somebody else's, and stays.
         """
         if not self._counts_on_gpu or self._rule_of({}).scalars:
             return
-        unused = set(self._native.unused())
+        unused = self._native.unused()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if id(parameter) in unused:
-                    self.state.pop(parameter, None)
+                entry = self.state.get(parameter, {})
+                states = unused.get(id(parameter))
+                if states is None or not {*states} <= {*map(id, entry.values())}:
+                    continue
+                if for_a_step:
+                    self._changes.append((parameter, dict(entry)))
+                del self.state[parameter]
 
     def _should_count_on_gpu(self) -> bool:
         """Return whether step counts of parameters on a GPU belong there.
