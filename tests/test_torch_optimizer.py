@@ -1037,6 +1037,31 @@ def test_another_thread_replaces_things(what: str, pointers: str) -> None:
     assert {int(opt.state[p]["step"]) for p in params} == {taken}
 
 
+def test_state_is_replaced_while_it_is_told(
+    pointers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was told may be gone when the step looks: it must not be touched."""
+    params = leaves((100,), (100,))
+    opt = fst.Adam(params)
+    train(opt, params, 1)
+    tell = opt._tell_parameter
+
+    def tell_and_replace(parameter: Tensor, *args: Any) -> None:
+        tell(parameter, *args)
+        entry = opt.state[parameter]
+        entry["exp_avg"] = entry["exp_avg"].clone()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(opt, "_tell_parameter", tell_and_replace)
+        opt.state[params[0]]["exp_avg"] = torch.zeros(100)  # has everything told anew
+        for _ in range(100):
+            with pytest.raises(RuntimeError, match="changed during its own step"):
+                opt.step()
+    assert {int(opt.state[p]["step"]) for p in params} == {1}
+    opt.step()
+    assert {int(opt.state[p]["step"]) for p in params} == {2}
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_can_step() -> None:
     params = leaves((600, 600))

@@ -152,6 +152,7 @@ void TorchOptimizer::seal(const py::dict& state) {
         parameter.is_ready && std::ranges::all_of(parameter.told, [&](const py::object& object) {
           return found != entries.end() && found->second->watches(object.ptr());
         });
+    if (!parameter.is_ready) parameter.state_count = 0;  // nothing holds what it was told with
     parameter.told.clear();
   }
 }
