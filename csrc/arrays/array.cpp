@@ -155,11 +155,11 @@ bool share_memory(const Array& a, const Array& b) {
   if (interleave(a, b)) return false;
   // Any other pair of views: an integer-programming question that NumPy has solved.
   const auto view = [](const Array& array) {
+    const py::capsule owner(array.data);  // so that NumPy does not copy
     const auto [shape, strides] = array.geometry();
     const py::dtype dtype("V" + std::to_string(item_size(array.dtype)));
     return py::array(dtype, std::vector<py::ssize_t>(shape.begin(), shape.end()),
-                     std::vector<py::ssize_t>(strides.begin(), strides.end()), array.data,
-                     py::none());
+                     std::vector<py::ssize_t>(strides.begin(), strides.end()), array.data, owner);
   };
   return py::module_::import("numpy").attr("shares_memory")(view(a), view(b)).cast<bool>();
 }

@@ -10,6 +10,7 @@
 #include "arrays/cuda_driver.h"
 #include "arrays/dlpack.h"
 #include "arrays/exchange.h"
+#include "arrays/foreign_errors.h"
 #include "core/errors.h"
 
 namespace py = pybind11;
@@ -97,12 +98,10 @@ Array from_cuda_interface(PyObject* object, const Label& label) {
     }
     array.device = device_of_array(given, array.data, label);
     array.stream = stream_of(given, interface, array.device);
-  } catch (py::error_already_set& error) {
-    for (PyObject* kind : {PyExc_TypeError, PyExc_AttributeError, PyExc_KeyError, PyExc_ValueError})
-      if (error.matches(kind))
-        throw TypeError(label.text() + " has a __cuda_array_interface__ that cannot be read: " +
-                        py::str(error.value()).cast<std::string>());
-    throw;
+  } catch (const py::error_already_set& error) {
+    rethrow_as_type_error(error,
+                          {PyExc_TypeError, PyExc_AttributeError, PyExc_KeyError, PyExc_ValueError},
+                          label.text() + " has a __cuda_array_interface__ that cannot be read: ");
   } catch (py::cast_error&) {
     throw TypeError(label.text() + " has a __cuda_array_interface__ that cannot be read");
   }

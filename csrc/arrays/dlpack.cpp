@@ -7,6 +7,7 @@
 
 #include "arrays/dlpack_abi.h"
 #include "arrays/exchange.h"
+#include "arrays/foreign_errors.h"
 #include "core/errors.h"
 
 namespace py = pybind11;
@@ -53,8 +54,6 @@ py::object call_dlpack(const py::object& exporter, const Device& device) {
   }
 }
 
-// Errors of the exporter that are about the array become a sentence that names it; others (a
-// KeyboardInterrupt, say) go through as they are.
 py::object export_capsule(PyObject* object, const Label& label) {
   try {
     const py::object exporter = exporter_of(object, label);
@@ -62,14 +61,11 @@ py::object export_capsule(PyObject* object, const Label& label) {
     return call_dlpack(
         exporter,
         device_of({device[0].cast<std::int32_t>(), device[1].cast<std::int32_t>()}, label));
-  } catch (py::error_already_set& error) {
-    for (PyObject* kind : {PyExc_TypeError, PyExc_BufferError, PyExc_AttributeError,
-                           PyExc_ValueError, PyExc_NotImplementedError}) {
-      if (error.matches(kind))
-        throw TypeError(label.text() + " cannot be exported through DLPack: " +
-                        py::str(error.value()).cast<std::string>());
-    }
-    throw;
+  } catch (const py::error_already_set& error) {
+    rethrow_as_type_error(error,
+                          {PyExc_TypeError, PyExc_BufferError, PyExc_AttributeError,
+                           PyExc_ValueError, PyExc_NotImplementedError},
+                          label.text() + " cannot be exported through DLPack: ");
   } catch (py::cast_error&) {
     throw TypeError(label.text() + ": __dlpack_device__ did not return a pair of numbers");
   }

@@ -30,7 +30,7 @@ class ArrayDescription(NamedTuple):
     device: str  # "cpu", "cuda:0", ...
 
 
-class Library(Protocol):
+class Backend(Protocol):
     """What is asked of a library of arrays."""
 
     def new(self, parameter: ArrayDescription, dtype: str, fill: float) -> Any:
@@ -133,21 +133,21 @@ class _Torch:
 
 
 _NUMPY = _NumPy()
-_OTHERS: dict[str, Library] = {"cupy": _CuPy(), "torch": _Torch()}
+_OTHERS: dict[str, Backend] = {"cupy": _CuPy(), "torch": _Torch()}
 
 
-def library_of(array: Any) -> Library:
+def backend_of(array: Any) -> Backend:
     """Return the library of an array, by the name of its type's module."""
     return _OTHERS.get(type(array).__module__.partition(".")[0], _NUMPY)
 
 
-def library_for_state(parameter: Any, description: ArrayDescription) -> Library:
+def backend_for_state(parameter: Any, description: ArrayDescription) -> Backend:
     """Return the library whose arrays a parameter's state is kept in."""
     if description.device == "cpu":
         return _NUMPY
-    library = library_of(parameter)
-    if library is not _NUMPY:
-        return library
+    backend = backend_of(parameter)
+    if backend is not _NUMPY:
+        return backend
     for name, other in _OTHERS.items():
         if importlib.util.find_spec(name) is not None:
             return other

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arrays import library_of
+from ._arrays import backend_of
 
 if TYPE_CHECKING:
     from ._arrays import ArrayDescription
@@ -43,7 +43,7 @@ def as_state(value: Any, label: str, like: Any) -> Any:
         If its shape is not that of `like`.
     """
     try:
-        array = np.array(library_of(value).to_numpy(value))
+        array = np.array(backend_of(value).to_numpy(value))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{label} is a {type(value).__name__}; expected a float array ({error})"
@@ -59,4 +59,4 @@ def as_state(value: Any, label: str, like: Any) -> Any:
             f"{label} has dtype {array.dtype}, which would be rounded to {dtype}"
             + (advice if array.dtype == np.float64 else "")
         )
-    return library_of(like).from_numpy(array, like)
+    return backend_of(like).from_numpy(array, like)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._arrays import library_of
+from ._arrays import backend_of
 from ._hyperparameters import number
 from ._state import as_state
 from ._version import __version__
@@ -25,7 +25,7 @@ def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
     """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones."""
     state = optimizer.state
     for entry in state.values() if copy else ():
-        entry.update({x: library_of(entry[x]).copy(entry[x]) for x in optimizer._state_names})
+        entry.update({x: backend_of(entry[x]).copy(entry[x]) for x in optimizer._state_names})
     lr = optimizer._hyperparameters["lr"]
     group = {
         **optimizer._hyperparameters,
@@ -105,7 +105,7 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
     initial = optimizer._initial_state()
     for i, entry in enumerate(plan.entries):
         for target, source in zip(optimizer._arrays[i].values(), entry.arrays, strict=True):
-            library_of(target).assign(target, initial if source is None else source)
+            backend_of(target).assign(target, initial if source is None else source)
         optimizer._native.set_progress(i, entry.step, entry.momentum_product)
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import _state_dict
-from ._arrays import library_of
+from ._arrays import backend_of
 
 _FORMAT = "1"
 
@@ -67,7 +67,7 @@ def _split(state_dict: dict[str, Any]) -> tuple[dict[str, np.ndarray[Any, Any]],
     entries = []
     for key, entry in state_dict["state"].items():
         arrays = {
-            name: library_of(x).to_numpy(x) for name, x in entry.items() if hasattr(x, "shape")
+            name: backend_of(x).to_numpy(x) for name, x in entry.items() if hasattr(x, "shape")
         }
         tensors.update({f"{key}/{name}": np.asarray(x, order="C") for name, x in arrays.items()})
         scalars = {name: x for name, x in entry.items() if name not in arrays}

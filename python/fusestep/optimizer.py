@@ -393,8 +393,8 @@ class Optimizer:
         if not self._state_names:
             return {}
         dtype = _state.state_dtype_for(self._state_dtype, parameter)
-        library = _arrays.library_for_state(array, parameter)
-        return {name: library.new(parameter, dtype, fill) for name in self._state_names}
+        backend = _arrays.backend_for_state(array, parameter)
+        return {name: backend.new(parameter, dtype, fill) for name in self._state_names}
 
     def _initial_state(self) -> float:
         return _cpu.describe_rule(self._rule, self._native_options(self._hyperparameters))[-1]
