@@ -11,7 +11,7 @@ import pytest
 import company
 import machine
 import threads
-from interleave import Budget
+from interleave import PatientBudget
 from laboratory import FULL, QUICK, Group, Laboratory
 from peers import PEERS, RULES
 from shapes import QUICK as QUICK_WORKLOADS
@@ -58,15 +58,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def budget(request: pytest.FixtureRequest) -> Budget:
+def budget(request: pytest.FixtureRequest) -> PatientBudget:
     """How long to measure; with --benchmark-disable, as short as can be."""
     if request.config.getoption("benchmark_disable"):
-        return Budget(turn=0, min_rounds=1, max_rounds=1, group=0, patience=0)
+        return PatientBudget(turn=0, min_rounds=1, max_rounds=1, group=0, patience=0)
     return FULL if request.config.getoption("--full") else QUICK
 
 
 @pytest.fixture(scope="session")
-def laboratory(request: pytest.FixtureRequest, budget: Budget) -> Iterator[Laboratory]:
+def laboratory(request: pytest.FixtureRequest, budget: PatientBudget) -> Iterator[Laboratory]:
     """Measures a group with those of its peers that were not deselected."""
     peers: dict[Group, list[str]] = {}
     for item in request.session.items:

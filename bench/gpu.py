@@ -29,7 +29,8 @@ import machine
 from gpu_cases import OURS, all_cases, difference, forget
 from gpu_devices import device_called
 from gpu_shapes import BILLION, fitting, workloads
-from gpu_timing import CLOCKS, Budget, measure
+from gpu_timing import CLOCKS, measure
+from interleave import Budget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

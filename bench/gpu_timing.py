@@ -21,39 +21,20 @@ import random
 import statistics
 import time
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import TYPE_CHECKING
+
+from interleave import fast, time_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from gpu_devices import Device
+    from interleave import Budget
 
 CLOCKS = ("device", "wall", "host")
 
 _BURST = 3  # calls that the host's time is measured over
 _MOST_CALLS = 5_000  # in a turn
-_SLOW = 4  # times the shortest turn; who takes longer leaves after the first rounds
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long to measure a group of peers.
-
-    Parameters
-    ----------
-    turn
-        Seconds a turn should take; a call that takes longer is a turn by itself.
-    min_rounds, max_rounds
-        Rounds that all peers take part in, and rounds altogether, at most.
-    group
-        Seconds after which no round follows but the first `min_rounds`.
-    """
-
-    turn: float
-    min_rounds: int
-    max_rounds: int
-    group: float
 
 
 @dataclass
@@ -118,10 +99,8 @@ def _rounds(turns: dict[str, _Turn], budget: Budget) -> dict[str, Samples]:
 
 
 def _fast(samples: Mapping[str, Samples], turn: float) -> list[str]:
-    """Return those whose turn takes not many times as long as the shortest, or as planned."""
     took = {name: sample.calls * sample.median("wall") for name, sample in samples.items()}
-    shortest = max(turn, min(took.values()))
-    return sorted(name for name in took if took[name] < _SLOW * shortest)
+    return sorted(fast(took, turn))
 
 
 @dataclass(frozen=True)
@@ -132,14 +111,14 @@ class _Turn:
 
     def take(self) -> dict[str, float]:
         """Return the seconds a call takes, by clock."""
-        _call(self.function, max(1, self.calls // 4))
+        time_calls(self.function, max(1, self.calls // 4))
         self.device.synchronize()
-        host = _call(self.function, _BURST)
+        host = time_calls(self.function, _BURST)
         self.device.synchronize()
         stopwatch = self.device.stopwatch()
         begin = time.perf_counter()
         stopwatch.start()
-        _call(self.function, self.calls)
+        time_calls(self.function, self.calls)
         stopwatch.stop()
         self.device.synchronize()
         wall = time.perf_counter() - begin
@@ -156,17 +135,9 @@ def _calls_in_a_turn(device: Device, function: Callable[[], object], turn: float
     while True:
         device.synchronize()
         begin = time.perf_counter()
-        _call(function, calls)
+        time_calls(function, calls)
         device.synchronize()
         seconds = time.perf_counter() - begin
         if seconds > turn / 4 or calls >= _MOST_CALLS:
             return max(1, min(_MOST_CALLS, round(calls * turn / seconds)))
         calls *= 4
-
-
-def _call(function: Callable[[], object], calls: int) -> float:
-    """Return the seconds until the last call has returned."""
-    begin = time.perf_counter()
-    for _ in repeat(None, calls):
-        function()
-    return time.perf_counter() - begin

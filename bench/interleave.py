@@ -35,7 +35,7 @@ _SLOW = 4  # times the shortest turn; who takes longer would take up most of the
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure.
+    """How long to measure a group of peers.
 
     Parameters
     ----------
@@ -47,15 +47,25 @@ class Budget:
         Rounds altogether, at most.
     group
         Seconds after which no round follows but the first `min_rounds`.
-    patience
-        Seconds that may be lost, in a session, on rounds that others have disturbed and on waiting
-        for them.
     """
 
     turn: float
     min_rounds: int
     max_rounds: int
     group: float
+
+
+@dataclass(frozen=True)
+class PatientBudget(Budget):
+    """How long to measure each group of a session.
+
+    Parameters
+    ----------
+    patience
+        Seconds that may be lost, in the session, on rounds that others have disturbed and on
+        waiting for them.
+    """
+
     patience: float
 
 
@@ -121,8 +131,8 @@ class _Turn:
     def take(self) -> float:
         """Return the seconds a call takes."""
         time.sleep(_SETTLE)
-        _time(self.function, self.untimed)
-        return _time(self.function, self.calls) / self.calls
+        time_calls(self.function, self.untimed)
+        return time_calls(self.function, self.calls) / self.calls
 
 
 def _plan(function: Callable[[], object], budget: Budget) -> _Turn:
@@ -141,15 +151,30 @@ def _plan(function: Callable[[], object], budget: Budget) -> _Turn:
 
 def _shortest(function: Callable[[], object], calls: int) -> float:
     """Return the shortest of some times: an accident must not decide on the number of calls."""
-    first = _time(function, calls)
-    return first if first > _LONG else min(first, *(_time(function, calls) for _ in range(4)))
+    first = time_calls(function, calls)
+    return first if first > _LONG else min(first, *(time_calls(function, calls) for _ in range(4)))
 
 
-def _time(function: Callable[[], object], calls: int) -> float:
+def time_calls(function: Callable[[], object], calls: int) -> float:
+    """Return the seconds until the last call has returned."""
     begin = time.perf_counter()
     for _ in repeat(None, calls):
         function()
     return time.perf_counter() - begin
+
+
+def fast(took: Mapping[str, float], turn: float) -> set[str]:
+    """Return those whose turn takes not many times as long as the shortest, or as planned.
+
+    Parameters
+    ----------
+    took
+        Seconds that a turn has taken, by name.
+    turn
+        Seconds that were planned for it.
+    """
+    shortest = max(turn, min(took.values()))
+    return {name for name in took if took[name] < _SLOW * shortest}
 
 
 class _Rounds:
@@ -174,13 +199,12 @@ class _Rounds:
             took += duration
 
     def fast(self, turn: float) -> set[str]:
-        """Return those whose turn takes not many times as long as the shortest, or as planned."""
-        seconds = {
+        """Return those whose turn does not take much longer than others', or than planned."""
+        took = {
             name: statistics.median(samples) * self._turns[name].calls
             for name, samples in self._seconds.items()
         }
-        shortest = max(turn, min(seconds.values()))
-        return {name for name in seconds if seconds[name] < _SLOW * shortest}
+        return fast(took, turn)
 
     def samples(self) -> dict[str, Samples]:
         """Return everything."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import threads
 from company import Patience
-from interleave import Budget, Samples, measure
+from interleave import PatientBudget, Samples, measure
 from memory import gradients, zeros
 from peers import PEERS
 from shapes import WORKLOADS
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from memory import FloatArray
     from peers import Run
 
-QUICK = Budget(turn=0.002, min_rounds=3, max_rounds=15, group=0.2, patience=0)
-FULL = Budget(turn=0.01, min_rounds=5, max_rounds=30, group=3.0, patience=600)
+QUICK = PatientBudget(turn=0.002, min_rounds=3, max_rounds=15, group=0.2, patience=0)
+FULL = PatientBudget(turn=0.01, min_rounds=5, max_rounds=30, group=3.0, patience=600)
 
 _TEMPORARIES = 5  # arrays of the parameters' size that a step of some peer makes for a while
 
@@ -58,7 +58,7 @@ class Laboratory:
         How long to measure a group.
     """
 
-    def __init__(self, peers: dict[Group, list[str]], budget: Budget) -> None:
+    def __init__(self, peers: dict[Group, list[str]], budget: PatientBudget) -> None:
         self._peers = peers
         self._budget = budget
         self._patience = Patience(budget.patience)

@@ -16,7 +16,8 @@ import gpu_tests  # noqa: E402
 from gpu_cases import COPY, FUSED, OURS, all_cases, difference, forget  # noqa: E402
 from gpu_devices import Rehearsal  # noqa: E402
 from gpu_shapes import BILLION, fitting, workloads  # noqa: E402
-from gpu_timing import CLOCKS, Budget, measure  # noqa: E402
+from gpu_timing import CLOCKS, measure  # noqa: E402
+from interleave import Budget  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from interleave import Budget
+    from interleave import PatientBudget
 
 torch = pytest.importorskip("torch")
 
@@ -48,7 +48,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def torch_laboratory(request: pytest.FixtureRequest, budget: Budget) -> Iterator[TorchLaboratory]:
+def torch_laboratory(
+    request: pytest.FixtureRequest, budget: PatientBudget
+) -> Iterator[TorchLaboratory]:
     """Measures a contest with those of its steppers that were not deselected."""
     steppers: dict[Contest, list[str]] = {}
     for item in request.session.items:

@@ -23,7 +23,7 @@ from torch_tasks import TASKS, gradients_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from interleave import Budget
+    from interleave import Budget, PatientBudget
     from peers import Run
 
 _SETTLE = 0.005  # seconds in which the spinning threads of the last turn go to sleep
@@ -60,7 +60,7 @@ class TorchLaboratory:
         How long to measure a contest.
     """
 
-    def __init__(self, steppers: dict[Contest, list[str]], budget: Budget) -> None:
+    def __init__(self, steppers: dict[Contest, list[str]], budget: PatientBudget) -> None:
         self._steppers = steppers
         self._budget = budget
         self._patience = Patience(budget.patience)

@@ -355,8 +355,8 @@ class Mirror:
     With ``device=None`` the copies are NumPy arrays.
     """
 
-    def __init__(self, library: Library, device: int | None = 0) -> None:
-        self.library = library
+    def __init__(self, lib: Library, device: int | None = 0) -> None:
+        self.lib = lib
         self.device = device
         self._memory: dict[int, tuple[np.ndarray, Any]] = {}  # by the owner's identity
 
@@ -370,10 +370,10 @@ class Mirror:
         offset = host.ctypes.data - owner.ctypes.data if host.size else 0
         if self.device is None:
             return np.ndarray(host.shape, host.dtype, memory, offset, host.strides)
-        return self.library.view(memory, host.shape, host.strides, offset)
+        return self.lib.view(memory, host.shape, host.strides, offset)
 
     def _copy(self, flat: np.ndarray) -> Any:
-        return flat.copy() if self.device is None else self.library.put(flat, self.device)
+        return flat.copy() if self.device is None else self.lib.put(flat, self.device)
 
     def check(self) -> None:
         """All memory, between and beside the arrays, too, is the same."""
@@ -446,14 +446,14 @@ class Interface:
 class Capsule:
     """An array that only speaks DLPack."""
 
-    def __init__(self, library: Library, array: Any) -> None:
-        self.library, self.array = library, array
+    def __init__(self, lib: Library, array: Any) -> None:
+        self.lib, self.array = lib, array
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.array.__dlpack_device__()
 
     def __dlpack__(self, **arguments: Any) -> Any:
-        return self.library.dlpack(self.array, **arguments)
+        return self.lib.dlpack(self.array, **arguments)
 
 
 def on_gpu(capsule: Any, index: int) -> Any:

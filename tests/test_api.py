@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import fusestep as fs
 from rules import PLAIN, RULES, Rule
+from strategies import GRAD_SCALES, MAX_NORMS, ORDERS, SHAPE_LISTS, dtype_lists
 
 f32 = np.float32
 
@@ -148,15 +149,11 @@ def test_one_gradient_for_two_parameters() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     rule=st.sampled_from(PLAIN),
-    shapes=st.lists(
-        st.sampled_from([(), (3,), (40, 50), (0,), (1024,), (1025,), (70_001,)]),
-        min_size=1,
-        max_size=4,
-    ),
-    dtypes=st.lists(st.sampled_from(["f4", "f8", "f2"]), min_size=4, max_size=4),
-    max_norm=st.sampled_from([1e-3, 1.0, 30.0, 1e9, math.inf]),
-    grad_scale=st.sampled_from([1.0, -1.0, 1 / 128, 3.0]),
-    order=st.sampled_from("CF"),
+    shapes=SHAPE_LISTS,
+    dtypes=dtype_lists(4),
+    max_norm=st.sampled_from(MAX_NORMS),
+    grad_scale=st.sampled_from(GRAD_SCALES),
+    order=ORDERS,
 )
 def test_clipping_is_torchs(
     rule: Rule,

@@ -16,7 +16,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from hypothesis import strategies as st
 
 import fusestep as fs
 import simulated_cupy
+from concurrency import in_threads
 from devices import (
     Capsule,
     Interface,
@@ -42,6 +42,7 @@ from devices import (
 )
 from fusestep import functional as F  # noqa: N812
 from rules import PLAIN, RULES, Rule
+from strategies import GRAD_SCALES, MAX_NORMS, ORDERS, SHAPE_LISTS, dtype_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -590,21 +591,17 @@ def test_references_are_given_back(lib: Library) -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     rule=st.sampled_from(PLAIN),
-    shapes=st.lists(
-        st.sampled_from([(), (3,), (40, 50), (0,), (1024,), (1025,), (70_001,)]),
-        min_size=1,
-        max_size=4,
-    ),
-    dtypes=st.lists(st.sampled_from(["f4", "f8", "f2"]), min_size=8, max_size=8),
+    shapes=SHAPE_LISTS,
+    dtypes=dtype_lists(8),
     common=st.fixed_dictionaries(
         {
-            "max_norm": st.sampled_from([None, 1e-3, 1.0, 30.0, 1e9, math.inf]),
+            "max_norm": st.sampled_from([None, *MAX_NORMS]),
             "skip_nonfinite": st.booleans(),
             "maximize": st.booleans(),
         }
     ),
-    grad_scale=st.sampled_from([1.0, -1.0, 1 / 128, 3.0, 0.0]),
-    order=st.sampled_from("CF"),
+    grad_scale=st.sampled_from([*GRAD_SCALES, 0.0]),
+    order=ORDERS,
 )
 def test_clipping(
     lib: Library,
@@ -1043,43 +1040,42 @@ def test_several_devices_in_one_optimizer(
     assert pair.gpu.steps == (1 if common.get("skip_nonfinite") else 5)
 
 
-@pytest.mark.parametrize("common", COMMON, ids=str)
-@pytest.mark.parametrize("places", [(None, 0), (0, 1)], ids=str)
-def test_a_step_on_one_of_several_devices(
+on_two_devices = pytest.mark.parametrize("places", [(None, 0), (0, 1)], ids=str)
+
+
+@pytest.fixture
+def pair_apart(
     lib: Library,
     common: dict[str, Any],
     places: tuple[int | None, ...],
     rng: np.random.Generator,
-) -> None:
-    """The others have no gradients."""
+) -> Pair:
+    """Parameters "a" and "b", each on a device of its own."""
     if 1 in places:
         needs_two(lib)
     of = dict(zip("ab", places, strict=True))
-    pair = Pair(lib, fs.Adam, {key: standard(rng, 50) for key in "ab"}, places=of, **common)
+    return Pair(lib, fs.Adam, {key: standard(rng, 50) for key in "ab"}, places=of, **common)
+
+
+@pytest.mark.parametrize("common", COMMON, ids=str)
+@on_two_devices
+def test_a_step_on_one_of_several_devices(pair_apart: Pair, rng: np.random.Generator) -> None:
+    """The others have no gradients."""
     for names in ("a", "b", "ab", "b"):
-        pair.step({key: standard(rng, 50) for key in names})
-        pair.check()
+        pair_apart.step({key: standard(rng, 50) for key in names})
+        pair_apart.check()
 
 
 @pytest.mark.parametrize("common", COMMON[2:], ids=str)
-@pytest.mark.parametrize("places", [(None, 0), (0, 1)], ids=str)
-def test_skipping_on_one_of_several_devices(
-    lib: Library,
-    common: dict[str, Any],
-    places: tuple[int | None, ...],
-    rng: np.random.Generator,
-) -> None:
+@on_two_devices
+def test_skipping_on_one_of_several_devices(pair_apart: Pair, rng: np.random.Generator) -> None:
     """A step that is left out on the only GPU that takes part is not counted."""
-    if 1 in places:
-        needs_two(lib)
-    of = dict(zip("ab", places, strict=True))
-    pair = Pair(lib, fs.Adam, {key: standard(rng, 50) for key in "ab"}, places=of, **common)
     for names in ("a", "b", "ab", "b"):
         grads = {key: standard(rng, 50) for key in names}
         grads[names[-1]][7] = np.nan
-        pair.step(grads)
-        pair.check()
-    assert pair.gpu.skipped_steps == 4
+        pair_apart.step(grads)
+        pair_apart.check()
+    assert pair_apart.gpu.skipped_steps == 4
 
 
 def test_state_on_another_device_than_the_current_one(
@@ -1745,24 +1741,6 @@ def test_a_machine_without_a_driver(lib: Library, common: dict[str, Any]) -> Non
 
 
 # ---- threads ------------------------------------------------------------------------------------
-
-
-def in_threads(count: int, work: Callable[[int], Any]) -> None:
-    errors: list[BaseException] = []
-
-    def guarded(i: int) -> None:
-        try:
-            work(i)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "a thread hangs"
-    assert not errors, errors[0]
 
 
 @pytest.mark.parametrize("common", [{}, {"max_norm": 0.5, "skip_nonfinite": True}], ids=str)

@@ -13,27 +13,10 @@ import numpy as np
 import pytest
 
 import fusestep as fs
+from concurrency import in_threads
 from rules import PLAIN, Rule
 
 f32 = np.float32
-
-
-def in_threads(count: int, work) -> None:
-    errors: list[BaseException] = []
-
-    def guarded(i: int) -> None:
-        try:
-            work(i)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(60)
-        assert not t.is_alive(), "a thread hangs"
-    assert not errors, errors[0]
 
 
 @pytest.mark.parametrize("size", [10, 100_000])

@@ -14,10 +14,8 @@ import gc
 import importlib.util
 import io
 import os
-import pickle
 import subprocess
 import sys
-import threading
 import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -26,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from concurrency import in_threads
 from rules import PLAIN, RULES, Rule
 
 torch = pytest.importorskip("torch")
@@ -35,6 +34,7 @@ from torch.optim import lr_scheduler  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 import simulated_torch  # noqa: E402
+from torch_copies import through_a_file, through_pickle  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1246,17 +1246,6 @@ def test_a_file_from_the_gpu_is_loaded_onto_the_cpu(real: Machine, tmp_path: Pat
     train(real, opt, params, 2, 2)
     train(real, other, others, 2, 2)
     assert_same(real.to_cpu(standing(opt, params)), standing(other, others))
-
-
-def through_pickle(opt: Any) -> Any:
-    return pickle.loads(pickle.dumps(opt))
-
-
-def through_a_file(opt: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(opt, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, through_pickle, through_a_file])
@@ -2803,23 +2792,6 @@ def test_counts_are_read_in_order(real: Machine) -> None:
 # ---- threads, forks, lifetimes -------------------------------------------------------------------
 
 
-def in_threads(*functions: Callable[[], Any]) -> None:
-    errors: list[BaseException] = []
-
-    def run(function: Callable[[], Any]) -> None:
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-
-
 @pytest.mark.parametrize("mode", ["plain", "all"])
 def test_two_optimizers_in_two_threads(machine: Machine, mode: str) -> None:
     def course(place: Place) -> Any:
@@ -2831,18 +2803,15 @@ def test_two_optimizers_in_two_threads(machine: Machine, mode: str) -> None:
         for i, params in enumerate(lists):
             give(machine, params, i)
 
-        def steps(opt: Any) -> Callable[[], None]:
-            def run() -> None:
-                stream = torch.cuda.Stream() if place.is_gpu and machine.is_real else None
-                if stream:
-                    stream.wait_stream(torch.cuda.default_stream())
-                with torch.cuda.stream(stream) if stream else nullcontext():
-                    for _ in range(50):
-                        opt.step()
+        def steps(i: int) -> None:
+            stream = torch.cuda.Stream() if place.is_gpu and machine.is_real else None
+            if stream:
+                stream.wait_stream(torch.cuda.default_stream())
+            with torch.cuda.stream(stream) if stream else nullcontext():
+                for _ in range(50):
+                    opts[i].step()
 
-            return run
-
-        in_threads(*map(steps, opts))
+        in_threads(2, steps)
         machine.finish()
         return [standing(opt, params) for opt, params in zip(opts, lists, strict=True)]
 
@@ -2856,7 +2825,7 @@ def test_two_threads_share_an_optimizer(machine: Machine, skip_nonfinite: bool) 
     for p in params:
         p.data.zero_()
         p.grad = torch.ones_like(p)
-    in_threads(*[lambda: [opt.step() for _ in range(25)]] * 4)
+    in_threads(4, lambda _: [opt.step() for _ in range(25)])
     for p in params:
         assert (p == -100).all()
 

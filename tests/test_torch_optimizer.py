@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-import io
 import os
-import pickle
 import signal
 import threading
 import weakref
@@ -22,6 +20,8 @@ from rules import PLAIN, RULES, Rule
 
 torch = pytest.importorskip("torch")
 fst = pytest.importorskip("fusestep.torch")
+
+from torch_copies import through_a_file, through_pickle  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -892,17 +892,6 @@ def test_loading_shares_no_memory() -> None:
     assert_same(opt.state_dict(), before)
 
 
-def through_pickle(opt: Any) -> Any:
-    return pickle.loads(pickle.dumps(opt))
-
-
-def through_a_file(opt: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(opt, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize("through", [copy.deepcopy, through_pickle, through_a_file])
 def test_copies_go_on_alike(through: Callable[[Any], Any]) -> None:
     params = leaves((6, 5), (4,))
@@ -1037,9 +1026,7 @@ def test_another_thread_replaces_things(what: str, pointers: str) -> None:
     assert {int(opt.state[p]["step"]) for p in params} == {taken}
 
 
-def test_state_is_replaced_while_it_is_told(
-    pointers: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_state_is_replaced_while_it_is_told(pointers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was told may be gone when the step looks: it must not be touched."""
     params = leaves((100,), (100,))
     opt = fst.Adam(params)

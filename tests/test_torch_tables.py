@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
-import pickle
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ from torch.optim.optimizer import (  # noqa: E402
 )
 
 import fusestep.torch as fst  # noqa: E402
+from torch_copies import through_a_file, through_pickle  # noqa: E402
 
 ACCELERATOR = "the adapter takes parameters on the CPU"
 MEMORY = "64 GB and more; test_large.py has parameters of more than 2**31 elements"
@@ -1044,19 +1044,8 @@ def test_zero_grad(case: Case, set_to_none: bool) -> None:
         assert not any(g.any() for g in grads)
 
 
-def pickled(obj: Any) -> Any:
-    return pickle.loads(pickle.dumps(obj))
-
-
-def saved(obj: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(obj, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @each_flag
-@pytest.mark.parametrize("copy", [deepcopy, pickled, saved])
+@pytest.mark.parametrize("copy", [deepcopy, through_pickle, through_a_file])
 def test_a_copy_goes_on_as_the_original(case: Case, copy: Any) -> None:
     line = Line()
     opt = case.ours(line.named())
