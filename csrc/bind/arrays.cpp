@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "arrays/rows.h"
 #include "bind/register.h"
 
 namespace py = pybind11;
@@ -27,6 +28,9 @@ py::tuple describe(const py::object& object, const std::string& name) {
 }  // namespace
 
 void register_arrays(py::module_& module) {
+  module.def(
+      "set_rows_type", [](const py::type& type) { arrays::set_rows_type(type.ptr()); },
+      py::arg("type"));
   module.def("describe_array", &describe, py::arg("array"), py::arg("name"));
   module.def(
       "is_array", [](const py::object& object) { return arrays::is_array(object.ptr()); },

@@ -14,6 +14,8 @@ void register_errors(py::module_&) {
       py::set_error(PyExc_TypeError, error.what());
     } catch (const ValueError& error) {
       py::set_error(PyExc_ValueError, error.what());
+    } catch (const IndexError& error) {
+      py::set_error(PyExc_IndexError, error.what());
     }
   });
 }

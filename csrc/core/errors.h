@@ -13,4 +13,8 @@ struct ValueError : std::runtime_error {  // the right kind, a wrong value: Pyth
   using std::runtime_error::runtime_error;
 };
 
+struct IndexError : std::runtime_error {  // there is no such row: Python's IndexError
+  using std::runtime_error::runtime_error;
+};
+
 }  // namespace fusestep

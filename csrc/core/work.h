@@ -1,10 +1,12 @@
 // What a step has to do, whichever device does it.
 #pragma once
 
+#include <cstdint>
 #include <span>
 
 #include "core/dtypes.h"
 #include "core/layout.h"
+#include "gradients/rows.h"
 
 namespace fusestep {
 
@@ -14,10 +16,16 @@ struct Coefficients;
 
 // One parameter's share of a step.
 struct Work {
-  Iteration iteration;
-  DType compute;  // the type the rule computes in
+  Iteration iteration;                    // with `rows`: of one row, at row 0 of every operand
+  const gradients::Rows* rows = nullptr;  // the rows that move, where not all do
+  DType compute;                          // the type the rule computes in
   const rules::Coefficients* rule;
   double gradient_factor = 1;  // multiplies the gradient, besides the step's own factor
+
+  std::int64_t elements() const { return iteration.size * (rows ? rows->count() : 1); }
+
+  // Of a table: those of its first row that moves, then those of the next, ...
+  std::int64_t tiles() const { return iteration.tiles() * (rows ? rows->count() : 1); }
 };
 
 struct StepOptions {

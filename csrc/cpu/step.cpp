@@ -7,8 +7,10 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/fp_environment.h"
+#include "cpu/row_tile.h"
 #include "cpu/thread_pool.h"
 #include "cpu/tile_access.h"
+#include "cpu/updater.h"
 #include "rules/registry.h"
 
 namespace fusestep::cpu {
@@ -19,10 +21,6 @@ constexpr std::int64_t kParallelElements = 1 << 17;
 
 // The least that a thread claims at a time, in tiles.
 constexpr std::int64_t kLeastChunk = 32;
-
-// From this size on a run is worth starting at a cache line, so that no vector crosses one.
-constexpr std::int64_t kAlignedRun = 4096;
-constexpr std::uintptr_t kCacheLine = 64;
 
 // Where each chunk ends. Each is half of a fair share of what is left: long runs for the
 // prefetchers while there is much to do, short ones towards the end so that threads finish together
@@ -39,14 +37,14 @@ std::vector<std::int64_t> cut_into_chunks(std::int64_t tiles, int threads) {
 template <class Visit>
 void for_each_tile_range(WorkList list, Visit visit, const Errand& errand = {}) {
   std::int64_t elements = 0;
-  for (const Work* work : list) elements += work->iteration.size;
+  for (const Work* work : list) elements += work->elements();
 
   if (elements < kParallelElements || num_threads() == 1) {
     if (errand) errand();
     const IeeeEnvironment ieee;
     std::int64_t before = 0;
     for (const Work* work : list) {
-      const std::int64_t tiles = work->iteration.tiles();
+      const std::int64_t tiles = work->tiles();
       if (tiles > 0) visit(*work, std::int64_t{0}, tiles, before);
       before += tiles;
     }
@@ -56,7 +54,7 @@ void for_each_tile_range(WorkList list, Visit visit, const Errand& errand = {}) 
   std::vector<std::int64_t> ends;  // tiles of the list up to and including each parameter
   ends.reserve(list.size());
   std::int64_t total = 0;
-  for (const Work* work : list) ends.push_back(total += work->iteration.tiles());
+  for (const Work* work : list) ends.push_back(total += work->tiles());
 
   const std::vector<std::int64_t> chunk_ends = cut_into_chunks(total, num_threads());
   auto work_on = [&](std::int64_t chunk) {
@@ -85,88 +83,17 @@ void in_compute_type(const Work& work, Visit visit) {
 }
 
 template <class T>
-class Updater {
- public:
-  Updater(const KernelTable& kernels, const Work& work, const StepOptions& options)
-      : kernels_(kernels.of<T>()),
-        access_(kernels_),
-        iteration_(work.iteration),
-        loop_(kernels_.update[work.rule->loop]),
-        rule_(work.rule->bytes),
-        factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)),
-        clear_(options.clear_gradients) {}
-
-  void operator()(std::int64_t first, std::int64_t last) const {
-    if (is_one_run(first, last)) return update_run(first, last);
-    for (std::int64_t tile = first; tile < last; ++tile) update_tile(tile);
-  }
-
- private:
-  // True where the rule's loop can go straight through the arrays' own memory.
-  bool is_one_run(std::int64_t first, std::int64_t last) const {
-    if (iteration_.layout || (clear_ && last - first > 1)) return false;
-    for (int i = 0; i < iteration_.operands; ++i)
-      if (!TileAccess<T>::in_place(iteration_.dense(i, 0, 1))) return false;
-    return true;
-  }
-
-  void update_run(std::int64_t first, std::int64_t last) const {
-    const std::int64_t begin = first * kTileSize;
-    const std::int64_t size = std::min(last * kTileSize, iteration_.size) - begin;
-    std::array<T*, kMaxOperands> at{};
-    for (int i = 0; i < iteration_.operands; ++i)
-      at[i] = reinterpret_cast<T*>(iteration_.operand[i].data) + begin;
-
-    const auto past_line = reinterpret_cast<std::uintptr_t>(at[kParameter]) % kCacheLine;
-    if (size >= kAlignedRun && past_line != 0) {
-      const auto head = static_cast<std::int64_t>((kCacheLine - past_line) / sizeof(T));
-      call_loop(at, head);
-      for (int i = 0; i < iteration_.operands; ++i) at[i] += head;
-      call_loop(at, size - head);
-    } else {
-      call_loop(at, size);
-    }
-    if (clear_) access_.clear(iteration_.dense(kGradient, begin, size));
-  }
-
-  void update_tile(std::int64_t tile) const {
-    alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
-    std::array<Block, kMaxOperands> block;
-    std::array<T*, kMaxOperands> at{};
-    for (int i = 0; i < iteration_.operands; ++i) {
-      block[i] = iteration_.block(i, tile);
-      at[i] = access_.read(block[i], buffer[i]);
-    }
-    call_loop(at, block[0].size());
-    for (int i = 0; i < iteration_.operands; ++i)
-      if (i != kGradient && at[i] == buffer[i]) access_.store(buffer[i], block[i]);
-    if (clear_) access_.clear(block[kGradient]);
-  }
-
-  void call_loop(const std::array<T*, kMaxOperands>& at, std::int64_t size) const {
-    loop_(rule_, Run<T>{size,
-                        at[kParameter],
-                        {at[kGradient], factor_},
-                        {at[kState], at[kState + 1], at[kState + 2]}});
-  }
-
-  const Kernels<T>& kernels_;
-  TileAccess<T> access_;
-  const Iteration& iteration_;
-  typename Kernels<T>::Update loop_;
-  const void* rule_;
-  T factor_;
-  bool clear_;
-};
-
-template <class T>
 double sum_of_squares(const KernelTable& table, const Work& work, std::int64_t tile,
                       double prescale) {
   const Kernels<T>& kernels = table.of<T>();
   alignas(kCacheLine) T buffer[kTileSize];
+  const TileAccess<T> access(kernels);
+  if (work.rows) {
+    const RowTile at(work, tile);
+    return kernels.sum_of_squares(at.gradient(access, buffer), at.size(), prescale);
+  }
   const Block block = work.iteration.block(kGradient, tile);
-  const T* elements = TileAccess<T>(kernels).read(block, buffer);
-  return kernels.sum_of_squares(elements, block.size(), prescale);
+  return kernels.sum_of_squares(access.read(block, buffer), block.size(), prescale);
 }
 
 }  // namespace
@@ -174,7 +101,7 @@ double sum_of_squares(const KernelTable& table, const Work& work, std::int64_t t
 std::vector<double> tile_sums(WorkList list, double prescale) {
   const KernelTable& table = *active_tier().kernels;
   std::int64_t tiles = 0;
-  for (const Work* work : list) tiles += work->iteration.tiles();
+  for (const Work* work : list) tiles += work->tiles();
   std::vector<double> sums(static_cast<std::size_t>(tiles));
   for_each_tile_range(
       list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t before) {
@@ -218,8 +145,12 @@ void clear_gradients(WorkList list) {
       list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
         in_compute_type(work, [&](auto type) {
           const TileAccess<decltype(type)> access(active_tier().kernels->of<decltype(type)>());
-          for (std::int64_t tile = first; tile < last; ++tile)
-            access.clear(work.iteration.block(kGradient, tile));
+          for (std::int64_t tile = first; tile < last; ++tile) {
+            if (work.rows)
+              RowTile(work, tile).clear(access);
+            else
+              access.clear(work.iteration.block(kGradient, tile));
+          }
         });
       });
 }

@@ -93,8 +93,11 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count) {
     if (gradients[i] == Py_None) continue;
     Slot& slot = slots_[i];
     slot.check_is_current();
-    updates_.emplace_back(&slot, &group,
-                          arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));
+    if (arrays::is_rows(gradients[i]))
+      updates_.emplace_back(&slot, &group, arrays::from_rows(gradients[i], slot.name()));
+    else
+      updates_.emplace_back(&slot, &group,
+                            arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));
     Update& update = updates_.back();
     foreign = foreign || update.gradient.is_foreign();
     if (slot.device().kind == Device::cuda)

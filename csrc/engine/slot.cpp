@@ -84,10 +84,14 @@ void Slot::check_is_current() const {
 
 void Slot::check_gradient(const Array& gradient, const OccupiedMemory& memory,
                           bool clears_gradient) {
-  const auto label = [&] { return "the gradient of " + name_; };
   if (!same_shape(gradient, parameter_))
-    throw ValueError(label() + " has shape " + shape_text(gradient) + "; expected " +
-                     shape_text(parameter_));
+    throw ValueError("the gradient of " + name_ + " has shape " + shape_text(gradient) +
+                     "; expected " + shape_text(parameter_));
+  check_memory(gradient, memory, clears_gradient);
+}
+
+void Slot::check_memory(const Array& gradient, const OccupiedMemory& memory, bool clears_gradient) {
+  const auto label = [&] { return "the gradient of " + name_; };
   if (gradient.device != parameter_.device)
     throw ValueError(label() + " is on " + name_of(gradient.device) + "; expected " +
                      name_of(parameter_.device));
@@ -107,6 +111,32 @@ void Slot::check_gradient(const Array& gradient, const OccupiedMemory& memory,
   if (!gradient.c_contiguous) known_.strides.assign(strides.begin(), strides.end());
 }
 
+void Slot::prepare_rows(const Array& values, std::span<const std::int64_t> numbers,
+                        const OccupiedMemory& memory, bool clears_gradient) {
+  if (device().kind != Device::cpu)
+    throw TypeError(name_ + " is on " + name_of(device()) +
+                    ", where this version of fusestep does not take Rows: give a dense gradient");
+  check_shape_of_rows(values);
+  check_memory(values, memory, clears_gradient);
+  known_ = {};  // the next dense gradient is to be planned anew
+  gradient_is_known_ = false;
+  try {
+    rows_.plan(numbers, parameter_.geometry().shape[0]);
+  } catch (const IndexError& error) {
+    throw IndexError("the gradient of " + name_ + " has " + error.what());
+  }
+  plan_rows(values);
+}
+
+void Slot::check_shape_of_rows(const Array& values) const {
+  const auto shape = parameter_.geometry().shape, given = values.geometry().shape;
+  if (shape.empty()) throw ValueError(name_ + " has no rows; expected a dense gradient");
+  if (!std::ranges::equal(shape.subspan(1), given.subspan(1)))
+    throw ValueError("the rows for " + name_ + " have values of shape " + shape_text(values) +
+                     "; expected the shape of its rows after the first axis, as in " +
+                     shape_text(parameter_));
+}
+
 // The shape is the parameter's, so address, dtype and strides say which memory it is.
 bool Slot::is_known(const Array& gradient) const {
   return gradient.data == known_.data && gradient.dtype == known_.dtype &&
@@ -114,21 +144,48 @@ bool Slot::is_known(const Array& gradient) const {
          (gradient.c_contiguous || std::ranges::equal(gradient.geometry().strides, known_.strides));
 }
 
+std::array<const Array*, kMaxOperands> Slot::operands(const Array& gradient) const {
+  std::array<const Array*, kMaxOperands> arrays{};
+  arrays[kParameter] = &parameter_;
+  arrays[kGradient] = &gradient;
+  for (std::size_t i = 0; i < states_.size(); ++i) arrays[kState + i] = &states_[i];
+  return arrays;
+}
+
 void Slot::plan(const Array& gradient) {
+  const auto arrays = operands(gradient);
+  const std::size_t count = 2 + states_.size();
   Iteration& iteration = work.iteration;
-  iteration.operand[kParameter] = parameter_.operand();
-  iteration.operand[kGradient] = gradient.operand();
-  for (std::size_t i = 0; i < states_.size(); ++i)
-    iteration.operand[kState + i] = states_[i].operand();
+  work.rows = nullptr;
+  for (std::size_t i = 0; i < count; ++i) iteration.operand[i] = arrays[i]->operand();
 
   if (all_in_c_order_ && gradient.c_contiguous)
-    return iteration.plan_dense(parameter_.size, 2 + static_cast<int>(states_.size()));
+    return iteration.plan_dense(parameter_.size, static_cast<int>(count));
 
   std::array<Geometry, kMaxOperands> geometry;
-  geometry[kParameter] = parameter_.geometry();
-  geometry[kGradient] = gradient.geometry();
-  for (std::size_t i = 0; i < states_.size(); ++i) geometry[kState + i] = states_[i].geometry();
-  iteration.plan(std::span(geometry).first(2 + states_.size()));
+  for (std::size_t i = 0; i < count; ++i) geometry[i] = arrays[i]->geometry();
+  iteration.plan(std::span(geometry).first(count));
+}
+
+// What is walked is one row; the others are so many strides away.
+void Slot::plan_rows(const Array& values) {
+  const auto arrays = operands(values);
+  const std::size_t count = 2 + states_.size();
+  Iteration& iteration = work.iteration;
+  work.rows = &rows_;
+  std::array<Geometry, kMaxOperands> geometry;
+  for (std::size_t i = 0; i < count; ++i) {
+    iteration.operand[i] = arrays[i]->operand();
+    const auto [shape, strides] = arrays[i]->geometry();
+    rows_.stride[i] = strides[0];
+    geometry[i] = {shape.subspan(1), strides.subspan(1)};
+  }
+  if (all_in_c_order_ && values.c_contiguous) {
+    std::int64_t elements = 1;
+    for (const std::int64_t extent : geometry[kParameter].shape) elements *= extent;
+    return iteration.plan_dense(elements, static_cast<int>(count));
+  }
+  iteration.plan(std::span(geometry).first(count));
 }
 
 }  // namespace fusestep::engine

@@ -3,7 +3,9 @@
 
 #include <Python.h>
 
+#include <array>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -36,6 +38,10 @@ class Slot {
   // Changes nothing that a caller can see.
   void prepare(const arrays::Array& gradient, const OccupiedMemory& memory, bool clears_gradient);
 
+  // The same for a gradient of some rows. Throws IndexError for a row that does not exist.
+  void prepare_rows(const arrays::Array& values, std::span<const std::int64_t> numbers,
+                    const OccupiedMemory& memory, bool clears_gradient);
+
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
 
@@ -60,13 +66,19 @@ class Slot {
   bool is_known(const arrays::Array& gradient) const;
   void check_gradient(const arrays::Array& gradient, const OccupiedMemory& memory,
                       bool clears_gradient);
+  void check_shape_of_rows(const arrays::Array& values) const;
+  void check_memory(const arrays::Array& gradient, const OccupiedMemory& memory,
+                    bool clears_gradient);
   void plan(const arrays::Array& gradient);
+  void plan_rows(const arrays::Array& values);
+  std::array<const arrays::Array*, kMaxOperands> operands(const arrays::Array& gradient) const;
 
   std::string name_;
   arrays::Array parameter_;
   std::vector<arrays::Array> states_;
   std::vector<std::string> state_labels_;
   bool all_in_c_order_ = true;  // the parameter and its state
+  gradients::Rows rows_;        // of the last gradient that was one of rows
 
   // The last gradient's memory, which was found to be disjoint from all parameters and states.
   struct Known {

@@ -39,13 +39,16 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
   is_on_gpus_ = false;
   for (const Update& update : updates) {
     Slot& slot = *update.slot;
-    slot.prepare(update.gradient, memory, arguments.zero_grad);
+    if (update.row_numbers)
+      slot.prepare_rows(update.gradient, *update.row_numbers, memory, arguments.zero_grad);
+    else
+      slot.prepare(update.gradient, memory, arguments.zero_grad);
     slot.work.gradient_factor = update.group->maximize ? -1 : 1;
     if (!slot.gradient_is_known()) disjoint_gradients_.clear();
     next_.push_back(update.group->rule->advance(slot.progress));
     work_.push_back(&slot.work);
     if (slot.device().kind == Device::cpu)
-      elements_ += slot.work.iteration.size;
+      elements_ += slot.work.elements();
     else
       is_on_gpus_ = true;
   }
@@ -188,7 +191,7 @@ std::vector<double> Stepper::tile_sums(double prescale) {
   for (std::size_t i = 0; i < work_.size(); ++i) {
     const std::size_t part = part_[i];
     const auto first = parts[part].begin() + static_cast<std::ptrdiff_t>(used[part]);
-    const std::int64_t tiles = work_[i]->iteration.tiles();
+    const std::int64_t tiles = work_[i]->tiles();
     sums.insert(sums.end(), first, first + tiles);
     used[part] += static_cast<std::size_t>(tiles);
   }
@@ -211,7 +214,7 @@ std::vector<GradientNorm> Stepper::gradient_norms(const std::vector<Update>& upd
   std::vector<GradientNorm> norms;
   std::size_t first = 0;
   for (const Work* work : work_) {
-    const std::int64_t tiles = work->iteration.tiles();
+    const std::int64_t tiles = work->tiles();
     GradientNorm norm = norm_of(sum_in_groups(sums.data() + first, tiles));
     if (!norm.finite) {
       if (prescaled.empty()) prescaled = tile_sums(kPrescale);

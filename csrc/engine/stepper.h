@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "arrays/array.h"
+#include "arrays/rows.h"
 #include "core/gradient_norm.h"
 #include "cpu/step.h"
 #include "engine/gpu.h"
@@ -46,9 +47,15 @@ struct Settings {
 struct Update {
   Update(Slot* slot, const Group* group, arrays::Array gradient = {})
       : slot(slot), group(group), gradient(std::move(gradient)) {}
+  Update(Slot* slot, const Group* group, arrays::Rows rows)
+      : slot(slot),
+        group(group),
+        gradient(std::move(rows.values)),
+        row_numbers(std::move(rows.numbers)) {}
   Slot* slot;
   const Group* group;
   arrays::Array gradient;
+  std::optional<std::vector<std::int64_t>> row_numbers;  // where it is of some rows only
   cuda::Stream stream = 0;  // on a GPU: where the parameter's library works
 };
 

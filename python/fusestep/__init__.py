@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import functional
 from ._version import __version__
+from .gradients import Rows
 from .optimizer import Optimizer
 from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam
 from .runtime import get_num_threads, set_num_threads, show_config
@@ -30,6 +31,7 @@ __all__ = [
     "AdamW",
     "NAdam",
     "Optimizer",
+    "Rows",
     "__version__",
     "functional",
     "get_num_threads",

@@ -1,0 +1,76 @@
+#include "gradients/rows.h"
+
+#include <algorithm>
+#include <bit>
+#include <numeric>
+#include <string>
+
+#include "core/errors.h"
+
+namespace fusestep::gradients {
+namespace {
+
+using Numbers = std::span<const std::int64_t>;
+
+void check_range(Numbers numbers, std::int64_t table_rows) {
+  const auto is_outside = [=](std::int64_t row) { return row < 0 || row >= table_rows; };
+  const auto found = std::ranges::find_if(numbers, is_outside);
+  if (found == numbers.end()) return;
+  throw IndexError("row " + std::to_string(*found) + " (at position " +
+                   std::to_string(found - numbers.begin()) + " of the indices); expected 0 to " +
+                   std::to_string(table_rows - 1));
+}
+
+// The positions of the numbers, sorted by number; equal ones in the order in which they came.
+// Least significant digit first: a few passes over short arrays, where comparing would take a dozen
+// branches for each of them that nothing predicts.
+std::vector<std::int64_t> sorted_positions(Numbers numbers, std::int64_t table_rows) {
+  constexpr int kDigitBits = 11;
+  constexpr std::uint64_t kDigits = 1 << kDigitBits;
+  std::vector<std::int64_t> positions(numbers.size());
+  std::iota(positions.begin(), positions.end(), 0);
+  if (numbers.size() < kDigits / 8) {
+    std::ranges::stable_sort(positions, {}, [&](std::int64_t at) { return numbers[at]; });
+    return positions;
+  }
+  std::vector<std::int64_t> sorted(numbers.size());
+  const int bits = std::bit_width(static_cast<std::uint64_t>(table_rows - 1));
+  for (int shift = 0; shift < bits; shift += kDigitBits) {
+    const auto digit = [&](std::int64_t at) {
+      return (static_cast<std::uint64_t>(numbers[static_cast<std::size_t>(at)]) >> shift) % kDigits;
+    };
+    std::array<std::size_t, kDigits> next{};
+    for (const std::int64_t at : positions) ++next[digit(at)];
+    std::exclusive_scan(next.begin(), next.end(), next.begin(), std::size_t{0});
+    for (const std::int64_t at : positions) sorted[next[digit(at)]++] = at;
+    positions.swap(sorted);
+  }
+  return positions;
+}
+
+}  // namespace
+
+void Rows::plan(Numbers numbers, std::int64_t table_rows) {
+  check_range(numbers, table_rows);
+  const bool ascend =
+      std::ranges::adjacent_find(numbers, std::ranges::greater_equal{}) == numbers.end();
+  if (ascend) {
+    source_.resize(numbers.size());
+    std::iota(source_.begin(), source_.end(), 0);
+    row_.assign(numbers.begin(), numbers.end());
+    first_ = source_;
+  } else {
+    source_ = sorted_positions(numbers, table_rows);
+    row_.clear();
+    first_.clear();
+    for (std::size_t i = 0; i < source_.size(); ++i) {
+      const std::int64_t row = numbers[static_cast<std::size_t>(source_[i])];
+      if (!row_.empty() && row_.back() == row) continue;
+      row_.push_back(row);
+      first_.push_back(static_cast<std::int64_t>(i));
+    }
+  }
+  first_.push_back(std::ssize(source_));
+}
+
+}  // namespace fusestep::gradients
