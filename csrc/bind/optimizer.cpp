@@ -1,7 +1,9 @@
 #include "engine/optimizer.h"
 
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include "arrays/rows.h"
 #include "bind/register.h"
 #include "core/errors.h"
 
@@ -63,6 +65,37 @@ void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& l
                  static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())), rate, arguments);
 }
 
+// One array of row numbers for each parameter, or None.
+void catch_up(Optimizer& optimizer, const py::sequence& indices) {
+  Optimizer::RowNumbers numbers;
+  for (const py::handle array : indices) {
+    static const std::string kName = "catch_up";
+    auto& rows = numbers.emplace_back();
+    if (!array.is_none())
+      rows = arrays::read_row_numbers(array.ptr(), {"the row indices for ", kName});
+  }
+  optimizer.catch_up(numbers);
+}
+
+// What rows of parameter i have missed: (steps missed, for each row; what is known of each step),
+// or None where all are up to date.
+py::object missed_steps(Optimizer& optimizer, std::size_t i) {
+  const rules::RowHistory* history = optimizer.slot(i).history.get();
+  if (!history || history->rows_behind().empty()) return py::none();
+  const std::vector<std::int64_t> missed = history->all_missed();
+  return py::make_tuple(
+      py::array_t<std::int64_t>(static_cast<py::ssize_t>(missed.size()), missed.data()),
+      history->steps());
+}
+
+void set_missed_steps(Optimizer& optimizer, std::size_t i,
+                      const py::array_t<std::int64_t, py::array::c_style>& missed,
+                      const std::vector<std::vector<double>>& steps) {
+  engine::Slot& slot = optimizer.slot(i);
+  slot.history->restore(*optimizer.group.rule, slot.work.compute, slot.states(), steps,
+                        {missed.data(), static_cast<std::size_t>(missed.size())});
+}
+
 // (names of state arrays, names of scalars, initial value of the state) with these options.
 py::tuple describe_rule(const std::string& name, const Options& options) {
   const auto rule = make_rule(name, options);
@@ -108,6 +141,11 @@ void register_optimizer(py::module_& module) {
             self.group.rule->set(name, value);
           },
           "name"_a, "value"_a)
+      .def("keep_history", &Optimizer::keep_history)
+      .def("catch_up", &catch_up, "indices"_a)
+      .def("flush", &Optimizer::flush)
+      .def("missed_steps", &missed_steps, "index"_a)
+      .def("set_missed_steps", &set_missed_steps, "index"_a, "missed"_a, "steps"_a)
       .def("make_capturable", &Optimizer::make_capturable)
       .def("set_rate", &Optimizer::set_rate, "lr"_a)
       .def(

@@ -12,14 +12,21 @@ namespace fusestep {
 
 namespace rules {
 struct Coefficients;
-}
+class RowHistory;
+}  // namespace rules
 
 // One parameter's share of a step.
 struct Work {
   Iteration iteration;                    // with `rows`: of one row, at row 0 of every operand
   const gradients::Rows* rows = nullptr;  // the rows that move, where not all do
   DType compute;                          // the type the rule computes in
-  const rules::Coefficients* rule;
+  const rules::Coefficients* rule = nullptr;
+
+  // Where rows that have missed steps are brought up to date before they move: what they missed.
+  // With only_catches_up that is all that happens, and there is no gradient.
+  const rules::RowHistory* history = nullptr;
+  bool only_catches_up = false;
+
   double gradient_factor = 1;  // multiplies the gradient, besides the step's own factor
 
   std::int64_t elements() const { return iteration.size * (rows ? rows->count() : 1); }

@@ -26,10 +26,16 @@ struct Run {
 template <class T>
 struct Kernels {
   using Update = void (*)(const void* rule, const Run<T>& run);
+  using CatchUp = bool (*)(const void* idle, const Run<T>& run);
   using Load = void (*)(const void* from, T* to, std::int64_t size);
   using Store = void (*)(const T* from, void* to, std::int64_t size);
 
   std::array<Update, rules::Loops::size> update;
+
+  // Makes up for idle steps (rules/idle.h); false, with nothing changed, where that would not be
+  // precise enough. Reads no gradient.
+  std::array<CatchUp, rules::Loops::size> catch_up;
+
   std::array<Load, kDTypes> load;    // by stored type; `from` need not be aligned
   std::array<Store, kDTypes> store;  // by stored type; `to` need not be aligned
 

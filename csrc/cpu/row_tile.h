@@ -21,10 +21,13 @@ class RowTile {
         row_(number / work.iteration.tiles()),
         tile_(number % work.iteration.tiles()) {}
 
+  // In the table.
+  std::int64_t row() const { return work_.rows->row(row_); }
+
   std::int64_t size() const { return work_.iteration.block(kParameter, tile_).size(); }
 
   // Of the parameter or a piece of its state.
-  Block block(int operand) const { return block(operand, work_.rows->row(row_)); }
+  Block block(int operand) const { return block(operand, row()); }
 
   // The elements of the gradient: where they are, or added up in `buffer`.
   template <class T>

@@ -46,6 +46,39 @@ void update(const void* rule, const Run<T>& run) {
   update<T, typename Loop::template Of<T>>(rule, run, std::make_index_sequence<Loop::kStates>{});
 }
 
+template <class T, class Move, class... State>
+bool catch_up(const Move move, std::int64_t size, T* parameter, State*... state) {
+  int unsuited = 0;
+  for (std::int64_t i = 0; i < size; ++i) unsuited |= !move.suits(parameter[i], state[i]...);
+  if (unsuited != 0) return false;
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+  for (std::int64_t i = 0; i < size; ++i) {
+    const auto move_one = [&](T w, State... s) {
+      move(w, s...);
+      parameter[i] = w;
+      ((state[i] = s), ...);
+    };
+    move_one(parameter[i], state[i]...);
+  }
+  return true;
+}
+
+template <class T, class Idle, std::size_t... S>
+bool catch_up(const Idle& idle, const Run<T>& run, std::index_sequence<S...>) {
+  return idle.is_closed &&
+         catch_up(typename Idle::template Move<T>(idle), run.size, run.parameter, run.state[S]...);
+}
+
+template <class T, class Loop>
+bool catch_up(const void* idle, const Run<T>& run) {
+  using Idle = typename Loop::template Of<T>::Idle;
+  return catch_up(*static_cast<const Idle*>(idle), run, std::make_index_sequence<Loop::kStates>{});
+}
+
 // memcpy, because an array of a packed record may start anywhere; it costs nothing.
 template <class T, class Stored>
 void load(const void* from, T* __restrict to, std::int64_t size) {
@@ -79,6 +112,7 @@ double sum_of_squares(const T* x, std::int64_t size, double prescale) {
 template <class T, class... Loop>
 constexpr Kernels<T> table(rules::LoopList<Loop...>) {
   return {{update<T, Loop>...},
+          {catch_up<T, Loop>...},
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},
           {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
           sum_of_squares<T>};

@@ -10,6 +10,7 @@
 #include "cpu/row_tile.h"
 #include "cpu/tile_access.h"
 #include "rules/registry.h"
+#include "rules/row_history.h"
 
 namespace fusestep::cpu {
 
@@ -25,7 +26,8 @@ class Updater {
         access_(kernels_),
         work_(work),
         iteration_(work.iteration),
-        loop_(kernels_.update[work.rule->loop]),
+        loop_number_(work.rule->loop),
+        loop_(kernels_.update[loop_number_]),
         rule_(work.rule->bytes),
         factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)),
         clear_(options.clear_gradients) {}
@@ -89,25 +91,42 @@ class Updater {
     alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     std::array<T*, kMaxOperands> at{};
     for (int i = 0; i < iteration_.operands; ++i)
-      at[i] = i == kGradient ? tile.gradient(access_, buffer[i])
-                             : access_.read(tile.block(i), buffer[i]);
-    call_loop(at, tile.size());
+      if (i != kGradient) at[i] = access_.read(tile.block(i), buffer[i]);
+    if (work_.history && work_.history->is_behind(tile.row()))
+      catch_up(tile, at, buffer[kGradient]);
+    if (!work_.only_catches_up) {
+      at[kGradient] = tile.gradient(access_, buffer[kGradient]);
+      call_loop(at, tile.size());
+    }
     for (int i = 0; i < iteration_.operands; ++i)
       if (i != kGradient && at[i] == buffer[i]) access_.store(buffer[i], tile.block(i));
     if (clear_) tile.clear(access_);
   }
 
+  // In closed form, or else one missed step after the other.
+  void catch_up(const RowTile& tile, const std::array<T*, kMaxOperands>& at, T* zeros) const {
+    const rules::IdleBytes idle = work_.history->missed_steps(tile.row());
+    const Run<T> run = run_over(at, tile.size(), {zeros, T{0}});
+    if (kernels_.catch_up[loop_number_](idle.bytes, run)) return;
+    std::fill_n(zeros, tile.size(), T{0});
+    for (const rules::Coefficients& step : work_.history->each_missed_step(tile.row()))
+      loop_(step.bytes, run);
+  }
+
+  static Run<T> run_over(const std::array<T*, kMaxOperands>& at, std::int64_t size,
+                         const gradients::Dense<T>& gradient) {
+    return {size, at[kParameter], gradient, {at[kState], at[kState + 1], at[kState + 2]}};
+  }
+
   void call_loop(const std::array<T*, kMaxOperands>& at, std::int64_t size) const {
-    loop_(rule_, Run<T>{size,
-                        at[kParameter],
-                        {at[kGradient], factor_},
-                        {at[kState], at[kState + 1], at[kState + 2]}});
+    loop_(rule_, run_over(at, size, {at[kGradient], factor_}));
   }
 
   const Kernels<T>& kernels_;
   TileAccess<T> access_;
   const Work& work_;
   const Iteration& iteration_;
+  std::size_t loop_number_;
   typename Kernels<T>::Update loop_;
   const void* rule_;
   T factor_;

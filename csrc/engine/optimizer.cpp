@@ -110,6 +110,37 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count) {
     for (const Update& update : updates_) update.slot->check_is_current();
 }
 
+// ---- rows that have missed steps ----
+
+void Optimizer::keep_history() {
+  for (Slot& slot : slots_) slot.keep_history();
+}
+
+// `numbers` are one for each parameter.
+void Optimizer::catch_up(const RowNumbers& numbers) {
+  const Turnstile::Turn turn(turnstile);
+  const cpu::IeeeEnvironment ieee;
+  const auto for_each = [&](auto visit) {
+    for (std::size_t i = 0; i < slots_.size(); ++i)
+      if (numbers.at(i)) visit(slots_[i], *numbers[i]);
+  };
+  for_each([](const Slot& slot, const auto& rows) {
+    slot.check_is_current();
+    if (slot.history) gradients::Rows().plan(rows, slot.history->rows());  // throws IndexError
+  });
+  for_each([&](Slot& slot, const auto& rows) {
+    if (slot.history) stepper.catch_up(slot, *group.rule, rows);
+  });
+}
+
+void Optimizer::flush() {
+  const Turnstile::Turn turn(turnstile);
+  const cpu::IeeeEnvironment ieee;
+  for (const Slot& slot : slots_) slot.check_is_current();
+  for (Slot& slot : slots_)
+    if (slot.history) stepper.catch_up(slot, *group.rule);
+}
+
 // ---- progress on a GPU ----
 
 bool Optimizer::is_on_one_gpu() const {

@@ -39,6 +39,15 @@ class Optimizer {
   // Whether a step may turn out to be left out.
   void set_skip_nonfinite(bool value);
 
+  // Rows that a step does not touch are brought up to date when they are next used.
+  void keep_history();
+
+  // Brings rows of each parameter up to date; without numbers, all of them. None: not this one.
+  using RowNumbers = std::vector<std::optional<std::vector<std::int64_t>>>;
+  void catch_up(const RowNumbers& numbers);
+  void flush();
+  Slot& slot(std::size_t i) { return slots_.at(i); }
+
   // The progress of parameter i. Waits for a GPU.
   rules::Progress progress(std::size_t i);
   void set_progress(std::size_t i, const rules::Progress& progress);

@@ -125,7 +125,23 @@ void Slot::prepare_rows(const Array& values, std::span<const std::int64_t> numbe
   } catch (const IndexError& error) {
     throw IndexError("the gradient of " + name_ + " has " + error.what());
   }
-  plan_rows(values);
+  plan_rows(values, work, rows_);
+}
+
+void Slot::keep_history() {
+  if (device().kind != Device::cpu)
+    throw TypeError(name_ + " is on " + name_of(device()) +
+                    ", where this version of fusestep does not take rows='exact'");
+  const auto shape = parameter_.geometry().shape;
+  if (!shape.empty()) history = std::make_unique<rules::RowHistory>(shape[0]);
+}
+
+Work Slot::catch_up_work(gradients::Rows& rows) const {
+  Work catching_up;
+  catching_up.compute = work.compute;
+  catching_up.only_catches_up = true;
+  plan_rows(parameter_, catching_up, rows);  // in place of a gradient, which nobody reads
+  return catching_up;
 }
 
 void Slot::check_shape_of_rows(const Array& values) const {
@@ -157,6 +173,7 @@ void Slot::plan(const Array& gradient) {
   const std::size_t count = 2 + states_.size();
   Iteration& iteration = work.iteration;
   work.rows = nullptr;
+  work.history = nullptr;
   for (std::size_t i = 0; i < count; ++i) iteration.operand[i] = arrays[i]->operand();
 
   if (all_in_c_order_ && gradient.c_contiguous)
@@ -168,16 +185,17 @@ void Slot::plan(const Array& gradient) {
 }
 
 // What is walked is one row; the others are so many strides away.
-void Slot::plan_rows(const Array& values) {
+void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows) const {
   const auto arrays = operands(values);
   const std::size_t count = 2 + states_.size();
   Iteration& iteration = work.iteration;
-  work.rows = &rows_;
+  work.rows = &rows;
+  work.history = history.get();
   std::array<Geometry, kMaxOperands> geometry;
   for (std::size_t i = 0; i < count; ++i) {
     iteration.operand[i] = arrays[i]->operand();
     const auto [shape, strides] = arrays[i]->geometry();
-    rows_.stride[i] = strides[0];
+    rows.stride[i] = strides[0];
     geometry[i] = {shape.subspan(1), strides.subspan(1)};
   }
   if (all_in_c_order_ && values.c_contiguous) {

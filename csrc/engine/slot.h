@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -14,6 +15,7 @@
 #include "cpu/step.h"
 #include "cuda/arguments.h"
 #include "engine/memory.h"
+#include "rules/row_history.h"
 #include "rules/rule.h"
 
 namespace fusestep::engine {
@@ -42,6 +44,12 @@ class Slot {
   void prepare_rows(const arrays::Array& values, std::span<const std::int64_t> numbers,
                     const OccupiedMemory& memory, bool clears_gradient);
 
+  // The work of bringing these rows up to date, which points to them.
+  Work catch_up_work(gradients::Rows& rows) const;
+
+  // From now on rows that a step does not touch miss it, and are brought up to date when used.
+  void keep_history();
+
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
 
@@ -54,6 +62,7 @@ class Slot {
 
   Work work;  // what prepare() found; its coefficients are the caller's to add
   rules::Progress progress;
+  std::unique_ptr<rules::RowHistory> history;  // where missed steps are made up for
 
   // Where progress is kept on a GPU, and what is here may be old; see Gpu.
   struct Resident {
@@ -70,7 +79,7 @@ class Slot {
   void check_memory(const arrays::Array& gradient, const OccupiedMemory& memory,
                     bool clears_gradient);
   void plan(const arrays::Array& gradient);
-  void plan_rows(const arrays::Array& values);
+  void plan_rows(const arrays::Array& values, Work& work, gradients::Rows& rows) const;
   std::array<const arrays::Array*, kMaxOperands> operands(const arrays::Array& gradient) const;
 
   std::string name_;

@@ -96,6 +96,7 @@ bool Stepper::will_release_gil() const { return elements_ >= kElementsWorthRelea
 bool Stepper::take(const std::vector<Update>& updates, const StepArguments& arguments,
                    const cpu::Errand& errand) {
   if (updates.empty()) return true;
+  catch_up_whole_tables(updates);
   add_coefficients(updates);
   // A copy of the settings: another thread may assign to an attribute while the GIL is released.
   if (!run(updates, arguments, Settings(settings), errand)) {
@@ -107,6 +108,7 @@ bool Stepper::take(const std::vector<Update>& updates, const StepArguments& argu
     Slot& slot = *updates[i].slot;
     if (is_on_gpus_ && is_counted_elsewhere(slot)) continue;
     slot.progress = next_[i];
+    if (slot.history) record(updates[i], next_[i]);
     counts = true;
   }
   if (counts) ++steps;
@@ -146,6 +148,43 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
     release.emplace(will_release_gil());
   });
   return true;
+}
+
+// ---- rows that have missed steps ----
+
+// Before a dense gradient moves all rows.
+void Stepper::catch_up_whole_tables(const std::vector<Update>& updates) {
+  for (const Update& update : updates)
+    if (update.slot->history && !update.row_numbers) catch_up(*update.slot, *update.group->rule);
+}
+
+void Stepper::record(const Update& update, const rules::Progress& progress) {
+  Slot& slot = *update.slot;
+  if (!update.row_numbers) return slot.history->mark_all();
+  slot.history->record(*update.group->rule, {update.group->lr, progress}, *slot.work.rule);
+  for (std::int64_t i = 0; i < slot.work.rows->count(); ++i)
+    slot.history->mark(slot.work.rows->row(i));
+  if (slot.history->is_full()) catch_up(slot, *update.group->rule);
+}
+
+void Stepper::catch_up(Slot& slot, const rules::AnyRule& rule) {
+  catch_up(slot, rule, slot.history->rows_behind());
+  slot.history->mark_all();
+}
+
+void Stepper::catch_up(Slot& slot, const rules::AnyRule& rule,
+                       std::span<const std::int64_t> numbers) {
+  gradients::Rows rows;
+  rows.plan(numbers, slot.history->rows());
+  Work work = slot.catch_up_work(rows);
+  const rules::Coefficients loop{rule.loop(slot.states()), {}};
+  work.rule = &loop;
+  const Work* const list[] = {&work};
+  {
+    const GilRelease release(work.elements() >= kElementsWorthReleasingGil);
+    cpu::update(list, {});
+  }
+  for (std::int64_t i = 0; i < rows.count(); ++i) slot.history->mark(rows.row(i));
 }
 
 // ---- several devices ----

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -96,6 +97,10 @@ class Stepper {
   // Forgets the slots it has met, which are about to go.
   void forget_gradients() { disjoint_gradients_.clear(); }
 
+  // Brings rows of a slot that keeps their history up to date: these, or all.
+  void catch_up(Slot& slot, const rules::AnyRule& rule, std::span<const std::int64_t> numbers);
+  void catch_up(Slot& slot, const rules::AnyRule& rule);
+
   // The norm of each gradient that was prepared.
   std::vector<GradientNorm> gradient_norms(const std::vector<Update>& updates);
 
@@ -133,6 +138,8 @@ class Stepper {
   std::vector<double> tile_sums(double prescale);
   GradientNorm gradient_norm();
   void clear_gradients();
+  void catch_up_whole_tables(const std::vector<Update>& updates);
+  void record(const Update& update, const rules::Progress& progress);
   std::size_t place_of(int gpu);
   void check_gradients_are_disjoint(const std::vector<Update>& updates);
   void add_coefficients(const std::vector<Update>& updates);

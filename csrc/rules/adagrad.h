@@ -7,6 +7,7 @@
 //     w <- w - lr / (1 + (t - 1) lr_decay) * g / (sqrt(s) + eps)
 #pragma once
 
+#include "rules/idle.h"
 #include "rules/rule.h"
 #include "rules/weight_decay.h"
 
@@ -44,6 +45,9 @@ struct Adagrad {
     sum += g * g;
     w -= lr * (g / (square_root(sum) + eps));
   }
+
+  using Idle = IdleAtRest;
+  static Idle idle(const Options& o, const Progress&) { return {o.weight_decay == 0}; }
 
   static std::vector<std::string_view> state_names(const Options&) { return {"sum"}; }
   static std::vector<std::string_view> scalar_names() { return {"step"}; }

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "core/power.h"
+#include "rules/idle_moments.h"
 #include "rules/rule.h"
 #include "rules/weight_decay.h"
 
@@ -100,6 +101,12 @@ struct Adam {
     moments(decay(w, g), m, v);
     v_max = maximum(v_max, v);
     w -= step_size * (m / (square_root(v_max) + scaled_eps));
+  }
+
+  using Idle = IdleMoments;
+  static Idle idle(const Options& o, const Progress& at) {
+    const Adam<double> step(o, at);
+    return Idle::of(step, step.step_size, o.amsgrad);
   }
 
   static std::vector<std::string_view> state_names(const Options& o) {

@@ -43,6 +43,30 @@ class Chosen final : public AnyRule {
                                      : Coefficients::of(loop(states), Rule<float>(options, at));
   }
 
+  IdleBytes idle(const Progress& at, double lr) const override {
+    Options options = options_;
+    options.lr = lr;
+    return IdleBytes::of(Rule<double>::idle(options, at));
+  }
+
+  void extend(std::span<IdleBytes> each, const IdleBytes& later) const override {
+    using Idle = typename Rule<double>::Idle;
+    const Idle step = later.as<Idle>();
+    for (IdleBytes& earlier : each) earlier = IdleBytes::of(earlier.as<Idle>().then(step));
+  }
+
+  std::vector<std::string_view> option_names() const override {
+    return std::apply([](auto... field) { return std::vector{field.name...}; }, Options::fields());
+  }
+
+  std::vector<double> option_values() const override {
+    return std::apply(
+        [&](auto... field) { return std::vector{static_cast<double>(options_.*field.member)...}; },
+        Options::fields());
+  }
+
+  std::unique_ptr<AnyRule> clone() const override { return std::make_unique<Chosen>(*this); }
+
   std::size_t loop(std::size_t states) const override {
     static constexpr std::size_t index[] = {
         Loops::index<Loop<Rule, 0>>(), Loops::index<Loop<Rule, 1>>(), Loops::index<Loop<Rule, 2>>(),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -26,6 +27,18 @@ class AnyRule {
   // many as state_names() has, which the caller knows and need not ask for at every step.
   virtual Coefficients coefficients(const Progress& at, DType compute, double lr,
                                     std::size_t states) const = 0;
+
+  // What this update does to a row without a gradient; see rules/idle.h.
+  virtual IdleBytes idle(const Progress& at, double lr) const = 0;
+
+  // Adds a later step to each of these.
+  virtual void extend(std::span<IdleBytes> each, const IdleBytes& later) const = 0;
+
+  // Options by name, in a fixed order, and their values.
+  virtual std::vector<std::string_view> option_names() const = 0;
+  virtual std::vector<double> option_values() const = 0;
+
+  virtual std::unique_ptr<AnyRule> clone() const = 0;
 
   // What the coefficients are worked out from, for who does it elsewhere: the loop and the options.
   virtual std::size_t loop(std::size_t states) const = 0;

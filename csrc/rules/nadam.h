@@ -13,6 +13,7 @@
 
 #include "core/power.h"
 #include "rules/adam.h"
+#include "rules/idle_moments.h"
 #include "rules/rule.h"
 #include "rules/weight_decay.h"
 
@@ -67,6 +68,12 @@ struct NAdam {
     constexpr double kLog096 = -0.040821994520255166;  // ln 0.96
     return o.beta1 *
            (1 - 0.5 * exponential(static_cast<double>(step) * o.momentum_decay * kLog096));
+  }
+
+  using Idle = IdleMoments;
+  static Idle idle(const Options& o, const Progress& at) {
+    const NAdam<double> step(o, at);
+    return Idle::of(step, step.momentum_weight, false);
   }
 
   static std::vector<std::string_view> state_names(const Options&) {

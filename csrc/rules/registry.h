@@ -71,6 +71,26 @@ struct Coefficients {
   }
 };
 
+// A rule's Idle with the type forgotten.
+struct IdleBytes {
+  alignas(8) unsigned char bytes[72];
+
+  template <class Idle>
+  FUSESTEP_HOST_DEVICE static IdleBytes of(const Idle& idle) {
+    static_assert(sizeof(Idle) <= sizeof bytes && std::is_trivially_copyable_v<Idle>);
+    IdleBytes result{};
+    memcpy(result.bytes, &idle, sizeof idle);
+    return result;
+  }
+
+  template <class Idle>
+  FUSESTEP_HOST_DEVICE Idle as() const {
+    Idle idle;
+    memcpy(&idle, bytes, sizeof idle);
+    return idle;
+  }
+};
+
 // A rule's options with the type forgotten: what a GPU is handed to work out coefficients by.
 struct OptionBytes {
   alignas(8) unsigned char bytes[64];

@@ -9,6 +9,7 @@
 //     w <- w - lr (g + mu b)                         Nesterov
 #pragma once
 
+#include "rules/idle.h"
 #include "rules/rule.h"
 #include "rules/weight_decay.h"
 
@@ -27,6 +28,41 @@ struct SgdOptions {
                       Field{"weight_decay", &SgdOptions::weight_decay},
                       Field{"nesterov", &SgdOptions::nesterov}};
   }
+};
+
+// Idle steps are linear in the weight and the velocity: w <- (1 - shrink) w + w_from_b b, ...
+struct IdleVelocity {
+  double shrink = 0, w_from_b = 0, b_from_w = 0, b_from_b = 1;
+  bool is_closed = true;
+
+  FUSESTEP_HOST_DEVICE IdleVelocity then(const IdleVelocity& later) const {
+    return {joined_shares(shrink, later.shrink) - later.w_from_b * b_from_w,
+            w_from_b - later.shrink * w_from_b + later.w_from_b * b_from_b,
+            later.b_from_w - later.b_from_w * shrink + later.b_from_b * b_from_w,
+            later.b_from_w * w_from_b + later.b_from_b * b_from_b};
+  }
+
+  template <class T>
+  struct Move {
+    T shrink, w_from_b, b_from_w, b_from_b;
+
+    FUSESTEP_HOST_DEVICE explicit Move(const IdleVelocity& idle)
+        : shrink(static_cast<T>(idle.shrink)),
+          w_from_b(static_cast<T>(idle.w_from_b)),
+          b_from_w(static_cast<T>(idle.b_from_w)),
+          b_from_b(static_cast<T>(idle.b_from_b)) {}
+
+    template <class... State>
+    FUSESTEP_HOST_DEVICE bool suits(T, State...) const {
+      return true;
+    }
+    FUSESTEP_HOST_DEVICE void operator()(T& w) const { w -= shrink * w; }
+    FUSESTEP_HOST_DEVICE void operator()(T& w, T& b) const {
+      const T before = w;
+      w -= shrink * w - w_from_b * b;
+      b = b_from_w * before + b_from_b * b;
+    }
+  };
 };
 
 template <class T>
@@ -53,6 +89,18 @@ struct Sgd {
     g = decay(w, g);
     b = first != T{0} ? g : momentum * b + undamped * g;
     w -= lr * (nesterov != T{0} ? g + momentum * b : b);
+  }
+
+  using Idle = IdleVelocity;
+  static Idle idle(const Options& o, const Progress& at) {
+    const Sgd<double> step(o, at);
+    const double lambda = step.decay.coupled;
+    if (step.momentum == 0) return {.shrink = step.lr * lambda};
+    const double b_from_w = step.first != 0 ? lambda : step.undamped * lambda;
+    const double b_from_b = step.first != 0 ? 0 : step.momentum;
+    const double direct = step.nesterov != 0 ? lambda : 0;  // of the gradient itself
+    const double share = step.nesterov != 0 ? step.momentum : 1;
+    return {step.lr * (direct + share * b_from_w), -step.lr * share * b_from_b, b_from_w, b_from_b};
   }
 
   static std::vector<std::string_view> state_names(const Options& o) {

@@ -40,6 +40,14 @@ def flag(name: str, value: Any) -> bool:
     raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected True or False")
 
 
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return `value` if it is one of the choices."""
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return str(value)
+
+
 def non_negative(name: str, value: Any) -> float:
     """Return `value` as a finite float >= 0."""
     result = number(name, value)

@@ -6,12 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ._arrays import backend_of
 from ._hyperparameters import number
 from ._state import as_state
 from ._version import __version__
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from .optimizer import Optimizer
 
 # Entries of a group that are not hyper-parameters of ours.
@@ -26,6 +30,8 @@ def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
     state = optimizer.state
     for entry in state.values() if copy else ():
         entry.update({x: backend_of(entry[x]).copy(entry[x]) for x in optimizer._state_names})
+    for i, entry in enumerate(state.values()):
+        entry.update(_missed_steps(optimizer, i))
     lr = optimizer._hyperparameters["lr"]
     group = {
         **optimizer._hyperparameters,
@@ -43,6 +49,14 @@ def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
     return {"state": state, "param_groups": [group], "fusestep": counters}
 
 
+def _missed_steps(optimizer: Optimizer, i: int) -> dict[str, Any]:
+    """Return what rows of a parameter have missed; nothing where all are up to date."""
+    missed = optimizer._native.missed_steps(i)
+    if missed is None:
+        return {}
+    return {"missed_steps": missed[0], "recent_steps": np.array(missed[1])}
+
+
 @dataclass
 class _Entry:
     """What one parameter is to be given: arrays in the order of the rule's state."""
@@ -50,6 +64,8 @@ class _Entry:
     step: int
     momentum_product: float
     arrays: list[Any]  # None: the rule's initial value
+    missed: npt.NDArray[np.int64]  # by each row, of the steps in `recent`
+    recent: npt.NDArray[np.float64]
 
 
 @dataclass
@@ -107,6 +123,8 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
         for target, source in zip(optimizer._arrays[i].values(), entry.arrays, strict=True):
             backend_of(target).assign(target, initial if source is None else source)
         optimizer._native.set_progress(i, entry.step, entry.momentum_product)
+        if optimizer.rows == "exact":
+            optimizer._native.set_missed_steps(i, entry.missed, entry.recent)
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)
 
 
@@ -183,9 +201,10 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     label = f"the state of {optimizer._parameters.labels[i]}"
     entry = mapping({} if entry is None else entry, label)
     if not entry:  # torch has no entry for a parameter that never moved
-        return _Entry(0, 1.0, [None] * len(names))
+        return _Entry(0, 1.0, [None] * len(names), *_check_missed_steps(optimizer, i, {}))
 
     entry = {name: value for name, value in entry.items() if value is not None}
+    missed, recent = _check_missed_steps(optimizer, i, entry)
     scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry
     # Where torch keeps no step (SGD), state says that there was one, and no more is needed.
@@ -205,4 +224,33 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     product = number("mu_product", entry.get("mu_product", 1.0))
     if not 0 <= product <= 1:
         raise ValueError(f"mu_product is {product!r}; expected a number in [0, 1]")
-    return _Entry(step, product, arrays)
+    return _Entry(step, product, arrays, missed, recent)
+
+
+def _check_missed_steps(
+    optimizer: Optimizer, i: int, entry: dict[Any, Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Take from an entry what rows have missed, and return it; zeros where it has none."""
+    label = f"the missed steps of {optimizer._parameters.labels[i]}"
+    shape = tuple(optimizer._parameters.arrays[i].shape)
+    columns = 3 + len({"lr", *optimizer._native_options(optimizer._hyperparameters)})
+    if "missed_steps" not in entry and "recent_steps" not in entry:
+        return np.zeros(shape[:1], np.int64), np.zeros((0, columns))
+    if optimizer.rows != "exact":
+        raise ValueError(
+            f"{label} are still to be made up for, which this optimizer does not do: create it "
+            "with rows='exact', or call flush() before state_dict()"
+        )
+    try:
+        missed = np.asarray(entry.pop("missed_steps")).astype(np.int64, casting="safe")
+        recent = np.asarray(entry.pop("recent_steps")).astype(np.float64, casting="safe")
+    except (KeyError, TypeError, ValueError) as error:
+        raise TypeError(f"{label} cannot be read: {error}") from None
+    if missed.shape != shape[:1] or recent.ndim != 2 or recent.shape[1] != columns:
+        raise ValueError(
+            f"{label} have shapes {missed.shape} and {recent.shape}; expected {shape[:1]} and "
+            f"(steps, {columns})"
+        )
+    if not (np.isfinite(recent).all() and (missed >= 0).all() and (missed <= len(recent)).all()):
+        raise ValueError(f"{label} are not steps that can have been missed")
+    return missed, recent

@@ -53,7 +53,7 @@ class Rows:
     __slots__ = ("indices", "values")
 
     def __init__(self, indices: Array, values: Array) -> None:
-        self.indices: Any = _as_indices(indices) if isinstance(indices, (list, tuple)) else indices
+        self.indices: Any = as_indices(indices)
         self.values: Any = values
 
     def __repr__(self) -> str:
@@ -61,7 +61,10 @@ class Rows:
         return f"Rows({count} indices, values of shape {getattr(self.values, 'shape', '?')})"
 
 
-def _as_indices(indices: list[Any] | tuple[Any, ...]) -> np.ndarray[Any, Any]:
+def as_indices(indices: Any) -> Any:
+    """Return an array of row numbers: the one that was given, or one of the ints in a list."""
+    if not isinstance(indices, (list, tuple)):
+        return indices
     array = np.asarray(indices)
     if array.size and array.dtype.kind != "i":
         raise TypeError(f"indices are {indices!r}; expected a list of int")

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 
 from . import _arrays, _cpu, _state, _state_dict, checkpoint
-from ._hyperparameters import Hyperparameter, as_native_options, flag, max_norm, non_negative
+from ._hyperparameters import (
+    Hyperparameter,
+    as_native_options,
+    flag,
+    max_norm,
+    non_negative,
+    one_of,
+)
 from ._parameters import Gradients, Parameters, Params
+from .gradients import as_indices
 
 if TYPE_CHECKING:
     import os
@@ -24,6 +32,7 @@ class CommonOptions(TypedDict, total=False):
     skip_nonfinite: bool
     state_dtype: Any
     capturable: bool
+    rows: Literal["lazy", "exact"]
 
 
 class Optimizer:
@@ -54,10 +63,18 @@ class Optimizer:
         current stream, what replays use; other hyper-parameters stay what they were when the graph
         was captured. Take one step before the capture, and keep the optimizer as long as the graph.
 
+    rows
+        What a step with :class:`fusestep.Rows` means for the rows that are not listed. ``"lazy"``:
+        nothing, they and their state stay as they are, as in ``torch.optim.SparseAdam``.
+        ``"exact"``: a gradient of zero, as if the whole table had been given. They are brought up
+        to date when they are next listed; before reading rows, call :meth:`catch_up`, before
+        reading the whole table, :meth:`flush`.
+
     Raises
     ------
     TypeError
-        Something is not an array, not of a supported dtype, or a hyper-parameter is not a number.
+        Something is not an array, not of a supported dtype, or a hyper-parameter is not a number;
+        with ``rows="exact"``, a parameter is on a GPU.
     ValueError
         A hyper-parameter is out of range; an array is read-only, overlaps itself or another one;
         there are no parameters; with ``capturable``, a parameter is not on the GPU of the others,
@@ -88,6 +105,7 @@ class Optimizer:
         "_hyperparameters",
         "_native",
         "_parameters",
+        "_rows",
         "_scalar_names",
         "_state_dtype",
         "_state_names",
@@ -111,6 +129,7 @@ class Optimizer:
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
         capturable: bool = False,
+        rows: Literal["lazy", "exact"] = "lazy",
     ) -> None:
         if type(self) is Optimizer:
             raise TypeError("Optimizer has no rule; create one of its subclasses: Adam, SGD, ...")
@@ -123,6 +142,7 @@ class Optimizer:
         self._state_dtype = _state.check_state_dtype(state_dtype)
         self._capturable = flag("capturable", capturable)
         self._check_rate(self._hyperparameters)
+        self._rows = one_of("rows", rows, ("lazy", "exact"))
 
         self._parameters = Parameters(params)
         options = self._native_options(self._hyperparameters)
@@ -138,6 +158,8 @@ class Optimizer:
             self._parameters.arrays,
             [list(state.values()) for state in self._arrays],
         )
+        if self._rows == "exact":
+            self._native.keep_history()
         if self._capturable:
             self._native.make_capturable()
             self._native.set_rate(self._hyperparameters["lr"])
@@ -161,8 +183,9 @@ class Optimizer:
             A float array of the parameter's shape for each parameter, in the form that `params`
             had: a list or tuple, a dict with any subset of the names, or one array. The dtype
             (float64, float32, float16, bfloat16) and the strides may differ from the parameter's.
-            A parameter whose gradient is None, or not in the dict, does not move, and its state
-            does not age.
+            In place of an array, :class:`fusestep.Rows` with the gradients of some rows (of a
+            parameter on the CPU). A parameter whose gradient is None, or not in the dict, does not
+            move, and its state does not age.
         lr
             Learning rate of this step, in place of :attr:`lr`.
         grad_scale
@@ -179,6 +202,8 @@ class Optimizer:
             A gradient has the wrong shape, or shares memory with a parameter or its state; there
             are too few or too many; a name is unknown; with `zero_grad`, a gradient is read-only
             or shares memory with another.
+        IndexError
+            :class:`fusestep.Rows` lists a row that the parameter does not have.
 
         Notes
         -----
@@ -189,6 +214,44 @@ class Optimizer:
         if callable(rate):
             rate = non_negative("lr(step)", rate(self._native.steps))
         self._native.step(self._parameters.in_order(grads), rate, grad_scale, zero_grad)
+
+    def catch_up(self, indices: Any) -> None:
+        """Bring rows up to date that have missed steps, so that they may be read.
+
+        Does nothing unless the optimizer was created with ``rows="exact"``.
+
+        Parameters
+        ----------
+        indices
+            Rows of the parameter: an array of int32 or int64 of shape [N], or a list of int, in any
+            order. Where `params` was a list or dict: such an array (or None) for each parameter, in
+            that form.
+
+        Raises
+        ------
+        TypeError
+            Indices are not an array of int32 or int64.
+        ValueError
+            They are not one-dimensional.
+        IndexError
+            There is no such row. Nothing has been changed then.
+        """
+        one = not isinstance(self._parameters.given, (list, dict))
+        given = (indices,) if one else self._parameters.in_order(indices)
+        self._native.catch_up([None if rows is None else as_indices(rows) for rows in given])
+
+    def flush(self) -> None:
+        """Bring all rows up to date that have missed steps, so that the parameters may be read.
+
+        Does nothing unless the optimizer was created with ``rows="exact"``. Costs about as much as
+        a dense step.
+        """
+        self._native.flush()
+
+    @property
+    def rows(self) -> str:
+        """What a step with :class:`fusestep.Rows` means for the rows that are not listed."""
+        return self._rows
 
     @property
     def capturable(self) -> bool:
@@ -233,6 +296,12 @@ class Optimizer:
             and its state arrays under torch's names; ``"param_groups"``: a list of one dict with
             the hyper-parameters and the keys of the parameters; ``"fusestep"``: the rule and the
             counters. A callable ``lr`` is stored as None.
+
+        Notes
+        -----
+        Where rows have missed steps (``rows="exact"``), the state says which and what: it belongs
+        to the parameters as they are now, not up to date. After :meth:`flush` there is no such
+        entry, and the state is what ``torch.optim`` would have.
         """
         return self._native.exclusively(lambda: _state_dict.export(self, copy=True))
 
@@ -300,6 +369,8 @@ class Optimizer:
         values = {**self._hyperparameters, **self._fixed, "state_dtype": self._state_dtype}
         if self._capturable:
             values["capturable"] = True
+        if self._rows != "lazy":
+            values["rows"] = self._rows
         arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
         count = len(self._parameters.arrays)
         elements = sum(int(np.prod(np.shape(array))) for array in self._parameters.arrays)
@@ -314,6 +385,7 @@ class Optimizer:
             "hyperparameters": dict(self._hyperparameters),
             "state_dtype": self._state_dtype,
             "capturable": self._capturable,
+            "rows": self._rows,
             "state_dict": self.state_dict(),
             "attributes": getattr(self, "__dict__", {}),  # of a subclass
         }
@@ -321,7 +393,9 @@ class Optimizer:
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         own = dict(pickled["hyperparameters"])
         common = {name: own.pop(name) for name in ("maximize", "max_norm", "skip_nonfinite")}
-        fixed = {name: pickled[name] for name in ("state_dtype", "capturable") if name in pickled}
+        fixed = {
+            name: pickled[name] for name in ("state_dtype", "capturable", "rows") if name in pickled
+        }
         Optimizer.__init__(self, pickled["params"], own, **common, **fixed)
         self.load_state_dict(pickled["state_dict"])
         for name, value in pickled["attributes"].items():
