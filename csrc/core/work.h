@@ -27,9 +27,17 @@ struct Work {
   const rules::RowHistory* history = nullptr;
   bool only_catches_up = false;
 
+  // The state of a row-wise rule: one element for each row of the parameter.
+  bool is_rowwise = false;
+  Operand row_state;
+  std::int64_t row_state_stride = 0;  // in bytes
+
   double gradient_factor = 1;  // multiplies the gradient, besides the step's own factor
 
   std::int64_t elements() const { return iteration.size * (rows ? rows->count() : 1); }
+
+  // What a thread may be given: a row-wise rule has to see all of a row.
+  std::int64_t pieces() const { return is_rowwise ? rows->count() : tiles(); }
 
   // Of a table: those of its first row that moves, then those of the next, ...
   std::int64_t tiles() const { return iteration.tiles() * (rows ? rows->count() : 1); }

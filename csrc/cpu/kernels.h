@@ -27,6 +27,8 @@ template <class T>
 struct Kernels {
   using Update = void (*)(const void* rule, const Run<T>& run);
   using CatchUp = bool (*)(const void* idle, const Run<T>& run);
+  using SumOfRow = double (*)(const void* rule, const Run<T>& run);
+  using RuleOfRow = void (*)(void* rule, double mean_square, T& accumulator);
   using Load = void (*)(const void* from, T* to, std::int64_t size);
   using Store = void (*)(const T* from, void* to, std::int64_t size);
 
@@ -35,6 +37,11 @@ struct Kernels {
   // Makes up for idle steps (rules/idle.h); false, with nothing changed, where that would not be
   // precise enough. Reads no gradient.
   std::array<CatchUp, rules::Loops::size> catch_up;
+
+  // For row-wise rules: the sum of the rule's squares over at most kTileSize elements of a row, in
+  // a fixed order; and what makes its coefficients those of that row.
+  std::array<SumOfRow, rules::Loops::size> sum_of_row;
+  std::array<RuleOfRow, rules::Loops::size> rule_of_row;
 
   std::array<Load, kDTypes> load;    // by stored type; `from` need not be aligned
   std::array<Store, kDTypes> store;  // by stored type; `to` need not be aligned

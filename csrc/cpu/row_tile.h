@@ -21,6 +21,9 @@ class RowTile {
         row_(number / work.iteration.tiles()),
         tile_(number % work.iteration.tiles()) {}
 
+  RowTile(const Work& work, std::int64_t row, std::int64_t tile)
+      : work_(work), row_(row), tile_(tile) {}
+
   // In the table.
   std::int64_t row() const { return work_.rows->row(row_); }
 
@@ -32,14 +35,14 @@ class RowTile {
   // The elements of the gradient: where they are, or added up in `buffer`.
   template <class T>
   T* gradient(const TileAccess<T>& access, T* buffer) const {
-    const auto sources = work_.rows->sources(row_);
-    T* first = access.read(block(kGradient, sources[0]), buffer);
-    if (sources.size() == 1) return first;
+    const std::int64_t sources = work_.rows->sources(row_);
+    T* first = access.read(block(kGradient, work_.rows->source(row_, 0)), buffer);
+    if (sources == 1) return first;
     const std::int64_t elements = size();
     if (first != buffer) std::copy_n(first, elements, buffer);
     alignas(64) T next_buffer[kTileSize];
-    for (const std::int64_t source : sources.subspan(1)) {
-      const T* next = access.read(block(kGradient, source), next_buffer);
+    for (std::int64_t k = 1; k < sources; ++k) {
+      const T* next = access.read(block(kGradient, work_.rows->source(row_, k)), next_buffer);
       for (std::int64_t i = 0; i < elements; ++i) buffer[i] += next[i];
     }
     return buffer;
@@ -47,8 +50,8 @@ class RowTile {
 
   template <class T>
   void clear(const TileAccess<T>& access) const {
-    for (const std::int64_t source : work_.rows->sources(row_))
-      access.clear(block(kGradient, source));
+    for (std::int64_t k = 0; k < work_.rows->sources(row_); ++k)
+      access.clear(block(kGradient, work_.rows->source(row_, k)));
   }
 
   void prefetch() const {

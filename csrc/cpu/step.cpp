@@ -34,8 +34,11 @@ std::vector<std::int64_t> cut_into_chunks(std::int64_t tiles, int threads) {
 
 // Calls visit(work, first tile, last tile, number of the first tile in the whole list) until every
 // tile of the list has been visited once, from as many threads as the list is worth.
+//
+// `count` says how many tiles there are in a piece of work, or pieces of another kind.
 template <class Visit>
-void for_each_tile_range(WorkList list, Visit visit, const Errand& errand = {}) {
+void for_each_tile_range(WorkList list, Visit visit, const Errand& errand = {},
+                         std::int64_t (Work::*count)() const = &Work::tiles) {
   std::int64_t elements = 0;
   for (const Work* work : list) elements += work->elements();
 
@@ -44,7 +47,7 @@ void for_each_tile_range(WorkList list, Visit visit, const Errand& errand = {}) 
     const IeeeEnvironment ieee;
     std::int64_t before = 0;
     for (const Work* work : list) {
-      const std::int64_t tiles = work->tiles();
+      const std::int64_t tiles = (work->*count)();
       if (tiles > 0) visit(*work, std::int64_t{0}, tiles, before);
       before += tiles;
     }
@@ -54,7 +57,7 @@ void for_each_tile_range(WorkList list, Visit visit, const Errand& errand = {}) 
   std::vector<std::int64_t> ends;  // tiles of the list up to and including each parameter
   ends.reserve(list.size());
   std::int64_t total = 0;
-  for (const Work* work : list) ends.push_back(total += work->tiles());
+  for (const Work* work : list) ends.push_back(total += (work->*count)());
 
   const std::vector<std::int64_t> chunk_ends = cut_into_chunks(total, num_threads());
   auto work_on = [&](std::int64_t chunk) {
@@ -122,7 +125,7 @@ void update(WorkList list, const StepOptions& options, const Errand& errand) {
         in_compute_type(
             work, [&](auto type) { Updater<decltype(type)>(kernels, work, options)(first, last); });
       },
-      errand);
+      errand, &Work::pieces);
 }
 
 void announce(std::int64_t elements) {

@@ -109,10 +109,34 @@ double sum_of_squares(const T* x, std::int64_t size, double prescale) {
   });
 }
 
+template <class T, class Loop>
+double sum_of_row([[maybe_unused]] const void* rule, [[maybe_unused]] const Run<T>& run) {
+  using Rule = typename Loop::template Of<T>;
+  if constexpr (rules::kIsRowwise<Rule>) {
+    const Rule move = *static_cast<const Rule*>(rule);
+    const T* const w = run.parameter;
+    const gradients::Dense<T> gradient = run.gradient;
+    return sum_in_lanes(run.size, [=](std::int64_t i) { return move.square(w[i], gradient(i)); });
+  }
+  return 0;
+}
+
+template <class T, class Loop>
+void rule_of_row([[maybe_unused]] void* rule, [[maybe_unused]] double mean_square,
+                 [[maybe_unused]] T& accumulator) {
+  using Rule = typename Loop::template Of<T>;
+  if constexpr (rules::kIsRowwise<Rule>) {
+    auto* const of_step = static_cast<Rule*>(rule);
+    *of_step = of_step->of_row(mean_square, accumulator);
+  }
+}
+
 template <class T, class... Loop>
 constexpr Kernels<T> table(rules::LoopList<Loop...>) {
   return {{update<T, Loop>...},
           {catch_up<T, Loop>...},
+          {sum_of_row<T, Loop>...},
+          {rule_of_row<T, Loop>...},
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},
           {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
           sum_of_squares<T>};

@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <iterator>
+#include <vector>
 
+#include "core/reduction.h"
 #include "core/work.h"
 #include "cpu/kernels.h"
 #include "cpu/row_tile.h"
@@ -81,6 +84,10 @@ class Updater {
   }
 
   void update_rows(std::int64_t first, std::int64_t last) const {
+    if (work_.is_rowwise) {
+      for (std::int64_t row = first; row < last; ++row) update_whole_row(row);
+      return;
+    }
     for (std::int64_t tile = first; tile < last; ++tile) {
       if (tile + kRowsAhead < last) RowTile(work_, tile + kRowsAhead).prefetch();
       update_row_tile(RowTile(work_, tile));
@@ -101,6 +108,62 @@ class Updater {
     for (int i = 0; i < iteration_.operands; ++i)
       if (i != kGradient && at[i] == buffer[i]) access_.store(buffer[i], tile.block(i));
     if (clear_) tile.clear(access_);
+  }
+
+  // By a row-wise rule.
+  void update_whole_row(std::int64_t row) const {
+    if (iteration_.size == 0) return;  // no mean to take
+    const std::int64_t in_table = work_.rows->row(row);
+    if (work_.history && work_.history->is_behind(in_table) && !is_at_rest(in_table))
+      for (const rules::Coefficients& step : work_.history->each_missed_step(in_table))
+        move_whole_row(row, step, false);
+    if (work_.only_catches_up) return;
+    move_whole_row(row, *work_.rule, true);
+    if (clear_)
+      for (std::int64_t tile = 0; tile < iteration_.tiles(); ++tile)
+        RowTile(work_, row, tile).clear(access_);
+  }
+
+  // True where the steps that a row has missed change nothing.
+  bool is_at_rest(std::int64_t row) const {
+    const rules::IdleBytes idle = work_.history->missed_steps(row);
+    return kernels_.catch_up[loop_number_](idle.bytes, Run<T>{});
+  }
+
+  void move_whole_row(std::int64_t row, rules::Coefficients rule, bool has_gradient) const {
+    alignas(kCacheLine) T buffer[2][kTileSize];
+    const auto for_each_tile = [&](auto visit) {
+      for (std::int64_t tile = 0; tile < iteration_.tiles(); ++tile) {
+        const RowTile at(work_, row, tile);
+        std::array<T*, kMaxOperands> elements{};
+        elements[kParameter] = access_.read(at.block(kParameter), buffer[0]);
+        elements[kGradient] = has_gradient ? at.gradient(access_, buffer[1]) : buffer[1];
+        if (!has_gradient) std::fill_n(buffer[1], at.size(), T{0});
+        visit(at, run_over(elements, at.size(), {elements[kGradient], factor_}));
+      }
+    };
+
+    std::vector<double> sums;
+    for_each_tile([&](const RowTile&, const Run<T>& run) {
+      sums.push_back(kernels_.sum_of_row[loop_number_](rule.bytes, run));
+    });
+    const double sum = sum_in_groups(sums.data(), std::ssize(sums));
+    T accumulator;
+    const Block state = state_of_row(work_.rows->row(row));
+    access_.load(state, &accumulator);
+    kernels_.rule_of_row[loop_number_](rule.bytes, sum / static_cast<double>(iteration_.size),
+                                       accumulator);
+    access_.store(&accumulator, state);
+    for_each_tile([&](const RowTile& at, const Run<T>& run) {
+      loop_(rule.bytes, run);
+      if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
+    });
+  }
+
+  Block state_of_row(std::int64_t row) const {
+    const Operand& state = work_.row_state;
+    return {
+        state.data + row * work_.row_state_stride, state.dtype, 1, 1, 0, item_size(state.dtype)};
   }
 
   // In closed form, or else one missed step after the other.

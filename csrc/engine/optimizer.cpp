@@ -37,7 +37,7 @@ void Optimizer::add(std::string name, PyObject* parameter, const std::vector<PyO
   if (states.size() != state_names.size())
     throw ValueError(name + " came with " + std::to_string(states.size()) +
                      " state arrays; expected " + std::to_string(state_names.size()));
-  Slot& slot = slots_.emplace_back(std::move(name), state_names);
+  Slot& slot = slots_.emplace_back(std::move(name), *group.rule);
   const auto view = [](PyObject* object, const std::string& label) {
     arrays::Array array = arrays::from_object(object, {"", label});
     array.pin();

@@ -25,24 +25,32 @@ void check_updatable(const Array& array, const std::string& name) {
     throw ValueError(name + " overlaps itself: several of its elements share one place in memory");
 }
 
+void check_has_rows(const Array& array, const std::string& name) {
+  if (array.geometry().shape.empty()) throw ValueError(name + " has no dimensions, and so no rows");
+  if (array.device.kind != Device::cpu)
+    throw TypeError(name + " is on " + name_of(array.device) +
+                    ", where this version of fusestep cannot move single rows");
+}
+
 }  // namespace
 
-Slot::Slot(std::string name, const std::vector<std::string_view>& state_names)
-    : name_(std::move(name)) {
-  for (const std::string_view state : state_names)
+Slot::Slot(std::string name, const rules::AnyRule& rule)
+    : name_(std::move(name)), is_rowwise_(rule.is_rowwise()) {
+  for (const std::string_view state : rule.state_names())
     state_labels_.push_back("the " + std::string(state) + " of " + name_);
 }
 
 void Slot::bind(Array parameter, std::vector<Array> states) {
   check_updatable(parameter, name_);
+  if (is_rowwise_) check_has_rows(parameter, name_);
   bool all_in_c_order = parameter.c_contiguous;
   bool in_double = parameter.dtype == DType::float64;
   for (std::size_t i = 0; i < states.size(); ++i) {
     const Array& state = states[i];
     const std::string& label = state_labels_.at(i);
-    if (!same_shape(state, parameter))
+    if (!has_state_shape(state, parameter))
       throw ValueError(label + " has shape " + shape_text(state) + "; expected " +
-                       shape_text(parameter));
+                       (is_rowwise_ ? "one element for each row of " : "") + shape_text(parameter));
     if (state.dtype != DType::float32 && state.dtype != DType::float64)
       throw TypeError(label + " has dtype " + name_of(state.dtype) +
                       "; expected float32 or float64");
@@ -59,6 +67,12 @@ void Slot::bind(Array parameter, std::vector<Array> states) {
   work.compute = in_double ? DType::float64 : DType::float32;
   known_ = {};
   work.iteration.operands = 0;  // to be planned anew
+}
+
+bool Slot::has_state_shape(const Array& state, const Array& parameter) const {
+  if (!is_rowwise_) return same_shape(state, parameter);
+  const auto shape = state.geometry().shape;
+  return shape.size() == 1 && shape[0] == parameter.geometry().shape[0];
 }
 
 void Slot::occupy(OccupiedMemory& memory) const {
@@ -113,9 +127,7 @@ void Slot::check_memory(const Array& gradient, const OccupiedMemory& memory, boo
 
 void Slot::prepare_rows(const Array& values, std::span<const std::int64_t> numbers,
                         const OccupiedMemory& memory, bool clears_gradient) {
-  if (device().kind != Device::cpu)
-    throw TypeError(name_ + " is on " + name_of(device()) +
-                    ", where this version of fusestep does not take Rows: give a dense gradient");
+  check_has_rows(parameter_, name_);
   check_shape_of_rows(values);
   check_memory(values, memory, clears_gradient);
   known_ = {};  // the next dense gradient is to be planned anew
@@ -128,12 +140,18 @@ void Slot::prepare_rows(const Array& values, std::span<const std::int64_t> numbe
   plan_rows(values, work, rows_);
 }
 
+void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
+                            bool clears_gradient) {
+  check_gradient(gradient, memory, clears_gradient);
+  rows_.plan_all(parameter_.geometry().shape[0]);
+  plan_rows(gradient, work, rows_);
+}
+
 void Slot::keep_history() {
-  if (device().kind != Device::cpu)
-    throw TypeError(name_ + " is on " + name_of(device()) +
-                    ", where this version of fusestep does not take rows='exact'");
   const auto shape = parameter_.geometry().shape;
-  if (!shape.empty()) history = std::make_unique<rules::RowHistory>(shape[0]);
+  if (shape.empty()) return;
+  check_has_rows(parameter_, name_);
+  history = std::make_unique<rules::RowHistory>(shape[0]);
 }
 
 Work Slot::catch_up_work(gradients::Rows& rows) const {
@@ -146,7 +164,6 @@ Work Slot::catch_up_work(gradients::Rows& rows) const {
 
 void Slot::check_shape_of_rows(const Array& values) const {
   const auto shape = parameter_.geometry().shape, given = values.geometry().shape;
-  if (shape.empty()) throw ValueError(name_ + " has no rows; expected a dense gradient");
   if (!std::ranges::equal(shape.subspan(1), given.subspan(1)))
     throw ValueError("the rows for " + name_ + " have values of shape " + shape_text(values) +
                      "; expected the shape of its rows after the first axis, as in " +
@@ -187,10 +204,15 @@ void Slot::plan(const Array& gradient) {
 // What is walked is one row; the others are so many strides away.
 void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows) const {
   const auto arrays = operands(values);
-  const std::size_t count = 2 + states_.size();
+  const std::size_t count = 2 + (is_rowwise_ ? 0 : states_.size());
   Iteration& iteration = work.iteration;
   work.rows = &rows;
   work.history = history.get();
+  work.is_rowwise = is_rowwise_;
+  if (is_rowwise_) {
+    work.row_state = states_[0].operand();
+    work.row_state_stride = states_[0].geometry().strides[0];
+  }
   std::array<Geometry, kMaxOperands> geometry;
   for (std::size_t i = 0; i < count; ++i) {
     iteration.operand[i] = arrays[i]->operand();

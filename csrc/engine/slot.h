@@ -15,6 +15,7 @@
 #include "cpu/step.h"
 #include "cuda/arguments.h"
 #include "engine/memory.h"
+#include "rules/any_rule.h"
 #include "rules/row_history.h"
 #include "rules/rule.h"
 
@@ -22,7 +23,7 @@ namespace fusestep::engine {
 
 class Slot {
  public:
-  Slot(std::string name, const std::vector<std::string_view>& state_names);
+  Slot(std::string name, const rules::AnyRule& rule);
 
   // Says where the parameter and its state lie: pinned views. Throws TypeError or ValueError for
   // arrays that a step could not update, and leaves the slot as it was.
@@ -40,6 +41,10 @@ class Slot {
   // Changes nothing that a caller can see.
   void prepare(const arrays::Array& gradient, const OccupiedMemory& memory, bool clears_gradient);
 
+  // The same for a rule that looks at whole rows.
+  void prepare_all_rows(const arrays::Array& gradient, const OccupiedMemory& memory,
+                        bool clears_gradient);
+
   // The same for a gradient of some rows. Throws IndexError for a row that does not exist.
   void prepare_rows(const arrays::Array& values, std::span<const std::int64_t> numbers,
                     const OccupiedMemory& memory, bool clears_gradient);
@@ -54,6 +59,7 @@ class Slot {
   void check_is_current() const;
 
   std::size_t states() const { return states_.size(); }
+  bool is_rowwise() const { return is_rowwise_; }
 
   // Whether prepare() met the same memory as the time before.
   bool gradient_is_known() const { return gradient_is_known_; }
@@ -72,6 +78,7 @@ class Slot {
   Resident resident;
 
  private:
+  bool has_state_shape(const arrays::Array& state, const arrays::Array& parameter) const;
   bool is_known(const arrays::Array& gradient) const;
   void check_gradient(const arrays::Array& gradient, const OccupiedMemory& memory,
                       bool clears_gradient);
@@ -86,6 +93,7 @@ class Slot {
   arrays::Array parameter_;
   std::vector<arrays::Array> states_;
   std::vector<std::string> state_labels_;
+  const bool is_rowwise_;       // its state has one element for each row
   bool all_in_c_order_ = true;  // the parameter and its state
   gradients::Rows rows_;        // of the last gradient that was one of rows
 

@@ -41,6 +41,8 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
     Slot& slot = *update.slot;
     if (update.row_numbers)
       slot.prepare_rows(update.gradient, *update.row_numbers, memory, arguments.zero_grad);
+    else if (slot.is_rowwise())
+      slot.prepare_all_rows(update.gradient, memory, arguments.zero_grad);
     else
       slot.prepare(update.gradient, memory, arguments.zero_grad);
     slot.work.gradient_factor = update.group->maximize ? -1 : 1;

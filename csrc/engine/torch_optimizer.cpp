@@ -96,7 +96,7 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
   FollowedParameter& followed = parameters_.emplace_back(FollowedParameter{
       .tensor = parameter.tensor.ptr(),
       .states = {},
-      .slot = Slot(std::move(parameter.name), group.group.rule->state_names()),
+      .slot = Slot(std::move(parameter.name), *group.group.rule),
       .scalars = {},
       .is_ready = parameter.is_ready,
       .is_sharded = parameter.is_sharded,

@@ -54,23 +54,29 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
   check_range(numbers, table_rows);
   const bool ascend =
       std::ranges::adjacent_find(numbers, std::ranges::greater_equal{}) == numbers.end();
+  source_.clear();
+  first_.clear();
   if (ascend) {
-    source_.resize(numbers.size());
-    std::iota(source_.begin(), source_.end(), 0);
     row_.assign(numbers.begin(), numbers.end());
-    first_ = source_;
   } else {
     source_ = sorted_positions(numbers, table_rows);
     row_.clear();
-    first_.clear();
     for (std::size_t i = 0; i < source_.size(); ++i) {
       const std::int64_t row = numbers[static_cast<std::size_t>(source_[i])];
       if (!row_.empty() && row_.back() == row) continue;
       row_.push_back(row);
       first_.push_back(static_cast<std::int64_t>(i));
     }
+    first_.push_back(std::ssize(source_));
   }
-  first_.push_back(std::ssize(source_));
+  count_ = std::ssize(row_);
+}
+
+void Rows::plan_all(std::int64_t table_rows) {
+  row_.clear();
+  first_.clear();
+  source_.clear();
+  count_ = table_rows;
 }
 
 }  // namespace fusestep::gradients

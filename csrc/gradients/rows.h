@@ -21,25 +21,35 @@ class Rows {
   // Throws IndexError, and leaves what was planned before, for a number that is not a row.
   void plan(std::span<const std::int64_t> numbers, std::int64_t table_rows);
 
-  std::int64_t count() const { return static_cast<std::int64_t>(row_.size()); }
+  // Every row, each with its own values: a dense gradient.
+  void plan_all(std::int64_t table_rows);
+
+  std::int64_t count() const { return count_; }
 
   // The i-th row that moves: they ascend.
-  std::int64_t row(std::int64_t i) const { return row_[static_cast<std::size_t>(i)]; }
+  std::int64_t row(std::int64_t i) const {
+    return row_.empty() ? i : row_[static_cast<std::size_t>(i)];
+  }
 
-  // Which rows of the values are added up for it.
-  std::span<const std::int64_t> sources(std::int64_t i) const {
-    const auto first = static_cast<std::size_t>(first_[static_cast<std::size_t>(i)]);
-    const auto last = static_cast<std::size_t>(first_[static_cast<std::size_t>(i) + 1]);
-    return std::span(source_).subspan(first, last - first);
+  // How many rows of the values are added up for it, and which is the k-th of them.
+  std::int64_t sources(std::int64_t i) const {
+    if (source_.empty()) return 1;
+    const auto at = static_cast<std::size_t>(i);
+    return first_[at + 1] - first_[at];
+  }
+  std::int64_t source(std::int64_t i, std::int64_t k) const {
+    if (source_.empty()) return i;
+    return source_[static_cast<std::size_t>(first_[static_cast<std::size_t>(i)] + k)];
   }
 
   // From one row to the next, in bytes, for each operand; those of the gradient are of the values.
   std::array<std::int64_t, kMaxOperands> stride{};
 
  private:
-  std::vector<std::int64_t> row_;
+  std::int64_t count_ = 0;
+  std::vector<std::int64_t> row_;     // empty: all of them
   std::vector<std::int64_t> first_;   // where the sources of each row begin, and the end
-  std::vector<std::int64_t> source_;  // in the order of the rows
+  std::vector<std::int64_t> source_;  // in the order of the rows; empty: one for each, in order
 };
 
 }  // namespace fusestep::gradients

@@ -67,7 +67,10 @@ class Chosen final : public AnyRule {
 
   std::unique_ptr<AnyRule> clone() const override { return std::make_unique<Chosen>(*this); }
 
+  bool is_rowwise() const override { return kIsRowwise<Rule<float>>; }
+
   std::size_t loop(std::size_t states) const override {
+    if (is_rowwise()) states = 0;  // the loop meets elements only
     static constexpr std::size_t index[] = {
         Loops::index<Loop<Rule, 0>>(), Loops::index<Loop<Rule, 1>>(), Loops::index<Loop<Rule, 2>>(),
         Loops::index<Loop<Rule, 3>>()};

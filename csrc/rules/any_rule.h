@@ -21,6 +21,10 @@ class AnyRule {
   virtual std::vector<std::string_view> state_names() const = 0;
   virtual std::vector<std::string_view> scalar_names() const = 0;
   virtual double initial_state() const = 0;
+
+  // Whether the state has one element for each row (along the first axis) of the parameter.
+  virtual bool is_rowwise() const = 0;
+
   virtual Progress advance(const Progress&) const = 0;
 
   // The coefficients of the update that `at` counts, for the loop over `states` state arrays: as

@@ -9,6 +9,7 @@
 #include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/nadam.h"
+#include "rules/rowwise_adagrad.h"
 #include "rules/sgd.h"
 
 namespace fusestep::rules {
@@ -21,8 +22,13 @@ struct Named {
 };
 
 // What Python may ask for.
-inline constexpr auto kRules = std::tuple{Named<Sgd>{"sgd"}, Named<Adam>{"adam"},
-                                          Named<NAdam>{"nadam"}, Named<Adagrad>{"adagrad"}};
+inline constexpr auto kRules =
+    std::tuple{Named<Sgd>{"sgd"}, Named<Adam>{"adam"}, Named<NAdam>{"nadam"},
+               Named<Adagrad>{"adagrad"}, Named<RowwiseAdagrad>{"rowwise_adagrad"}};
+
+// True for rules whose state belongs to rows rather than to elements.
+template <class Rule>
+inline constexpr bool kIsRowwise = requires { Rule::kRowwise; };
 
 // A loop that is compiled: a rule with a given number of state arrays.
 template <template <class> class Rule, int states>
@@ -55,7 +61,7 @@ struct LoopList {
 };
 
 using Loops = LoopList<Loop<Sgd, 0>, Loop<Sgd, 1>, Loop<Adam, 2>, Loop<Adam, 3>, Loop<NAdam, 2>,
-                       Loop<Adagrad, 1>>;
+                       Loop<Adagrad, 1>, Loop<RowwiseAdagrad, 0>>;
 
 // A rule's coefficients with the type forgotten: what a driver hands to a loop, or to a GPU.
 struct Coefficients {

@@ -17,7 +17,7 @@ from . import functional
 from ._version import __version__
 from .gradients import Rows
 from .optimizer import Optimizer
-from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam
+from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam, RowwiseAdagrad
 from .runtime import get_num_threads, set_num_threads, show_config
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "NAdam",
     "Optimizer",
     "Rows",
+    "RowwiseAdagrad",
     "__version__",
     "functional",
     "get_num_threads",

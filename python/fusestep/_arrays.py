@@ -29,6 +29,10 @@ class ArrayDescription(NamedTuple):
     strides: tuple[int, ...]  # in bytes
     device: str  # "cpu", "cuda:0", ...
 
+    def rows(self) -> ArrayDescription:
+        """Return the description of an array with one element for each row."""
+        return self._replace(shape=self.shape[:1], strides=self.strides[:1])
+
 
 class Backend(Protocol):
     """What is asked of a library of arrays."""

@@ -114,6 +114,8 @@ class Optimizer:
     _rule: ClassVar[str]
     _fixed: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Options of the rule that this class has settled."""
+    _has_state_per_row: ClassVar[bool] = False
+    """Whether state has one element for each row of a parameter, rather than the same shape."""
 
     maximize = Hyperparameter(flag)
     max_norm = Hyperparameter(max_norm)
@@ -466,6 +468,8 @@ class Optimizer:
         parameter = _arrays.ArrayDescription(*_cpu.describe_array(array, label))
         if not self._state_names:
             return {}
+        if self._has_state_per_row:
+            parameter = parameter.rows()
         dtype = _state.state_dtype_for(self._state_dtype, parameter)
         backend = _arrays.backend_for_state(array, parameter)
         return {name: backend.new(parameter, dtype, fill) for name in self._state_names}

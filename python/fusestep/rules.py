@@ -354,3 +354,45 @@ class Adagrad(Optimizer):
             "eps": eps,
         }
         super().__init__(params, own, **common)
+
+
+class RowwiseAdagrad(Optimizer):
+    r"""Adagrad with one accumulator for each row of a table: a D-th of its state.
+
+    .. math::
+
+        s_r ← s_r + \frac{1}{D} \sum_d g_{rd}^2, \qquad w_r ← w_r - lr \frac{g_r}{\sqrt{s_r} + ε}
+
+    A row is what one index along the first axis picks, and D the number of its elements.
+
+    Parameters
+    ----------
+    params, lr, weight_decay, **common
+        As in :class:`SGD`. Parameters must have at least one dimension, and be on the CPU.
+    eps
+        ε, added to the denominator.
+
+    References
+    ----------
+    Duchi, Hazan & Singer (2011), "Adaptive subgradient methods for online learning and stochastic
+    optimization", Figure 1; Mudigere et al. (2022), "Software-hardware co-design for fast and
+    scalable training of deep learning recommendation models", section 4.1.4.
+    """
+
+    __slots__ = ()
+    _rule = "rowwise_adagrad"
+    _has_state_per_row = True
+
+    lr = Hyperparameter(learning_rate)
+    eps = Hyperparameter(non_negative)
+    weight_decay = Hyperparameter(non_negative)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: LearningRate = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, **common)
