@@ -144,6 +144,12 @@ void register_optimizer(py::module_& module) {
       .def("keep_history", &Optimizer::keep_history)
       .def("catch_up", &catch_up, "indices"_a)
       .def("flush", &Optimizer::flush)
+      .def(
+          "move",
+          [](Optimizer& self, std::size_t i, const py::object& parameter, const py::list& states) {
+            self.move(i, parameter.ptr(), pointers(states));
+          },
+          "index"_a, "parameter"_a, "states"_a)
       .def("missed_steps", &missed_steps, "index"_a)
       .def("set_missed_steps", &set_missed_steps, "index"_a, "missed"_a, "steps"_a)
       .def("make_capturable", &Optimizer::make_capturable)

@@ -37,7 +37,10 @@ void Optimizer::add(std::string name, PyObject* parameter, const std::vector<PyO
   if (states.size() != state_names.size())
     throw ValueError(name + " came with " + std::to_string(states.size()) +
                      " state arrays; expected " + std::to_string(state_names.size()));
-  Slot& slot = slots_.emplace_back(std::move(name), *group.rule);
+  bind(slots_.emplace_back(std::move(name), *group.rule), parameter, states);
+}
+
+void Optimizer::bind(Slot& slot, PyObject* parameter, const std::vector<PyObject*>& states) {
   const auto view = [](PyObject* object, const std::string& label) {
     arrays::Array array = arrays::from_object(object, {"", label});
     array.pin();
@@ -48,6 +51,12 @@ void Optimizer::add(std::string name, PyObject* parameter, const std::vector<PyO
     state_arrays.push_back(view(states[i], slot.state_label(i)));
   slot.bind(view(parameter, slot.name()), std::move(state_arrays));
   memory_.reset();
+}
+
+void Optimizer::move(std::size_t i, PyObject* parameter, const std::vector<PyObject*>& states) {
+  Slot& slot = slots_.at(i);
+  bind(slot, parameter, states);
+  if (slot.history) slot.history->resize(slot.parameter().geometry().shape[0]);
 }
 
 OccupiedMemory& Optimizer::occupied_memory() {

@@ -24,6 +24,10 @@ class Optimizer {
   explicit Optimizer(std::unique_ptr<rules::AnyRule> rule) : group{std::move(rule)} {}
 
   void add(std::string name, PyObject* parameter, const std::vector<PyObject*>& states);
+  // Has parameter i, with its state, lie elsewhere from now on, perhaps with more rows. Throws
+  // where it cannot, and changes nothing then.
+  void move(std::size_t i, PyObject* parameter, const std::vector<PyObject*>& states);
+
   void seal() { occupied_memory(); }  // after the last add; throws where parameters overlap
 
   // gradients[i] belongs to parameter i; None leaves it, and its state, as they are.
@@ -61,6 +65,7 @@ class Optimizer {
   Turnstile turnstile;
 
  private:
+  void bind(Slot& slot, PyObject* parameter, const std::vector<PyObject*>& states);
   void collect(PyObject* const* gradients, std::size_t count);
   OccupiedMemory& occupied_memory();
   void wait_for_borrowed_gradients() const;

@@ -69,6 +69,16 @@ class Parameters:
                 "params is a list of parameter groups; create one optimizer for each group instead"
             )
 
+    def replace(self, i: int, array: Array) -> None:
+        """Make another array the i-th parameter."""
+        self.arrays[i] = array
+        if isinstance(self.given, dict):
+            self.given[self.keys[i]] = array
+        elif isinstance(self.given, list):
+            self.given[i] = array
+        else:
+            self.given = array
+
     @staticmethod
     def _from_sequence(gradients: Any) -> Any:
         return gradients  # the kernel checks type and length

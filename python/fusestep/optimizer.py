@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 
-from . import _arrays, _cpu, _state, _state_dict, checkpoint
+from . import _arrays, _cpu, _state, _state_dict, _tables, checkpoint
 from ._hyperparameters import (
     Hyperparameter,
     as_native_options,
@@ -102,6 +102,7 @@ class Optimizer:
         "__weakref__",
         "_arrays",
         "_capturable",
+        "_growing",
         "_hyperparameters",
         "_native",
         "_parameters",
@@ -153,6 +154,7 @@ class Optimizer:
             self._new_state(array, label, fill)
             for array, label in zip(self._parameters.arrays, self._parameters.labels, strict=True)
         ]
+        self._growing: dict[tuple[int, str | None], Any] = {}
         self._native = _cpu.Optimizer(
             self._rule,
             options,
@@ -249,6 +251,49 @@ class Optimizer:
         a dense step.
         """
         self._native.flush()
+
+    def resize(self, name: str | int, n_rows: int, *, init: Any = 0.0) -> Any:
+        """Give a table more rows: there are new users, or new items.
+
+        Old rows and their state keep their bits; new ones start fresh. The table moves to other
+        memory, which has room to spare: resizing again and again, one row at a time, copies each
+        row a few times in all.
+
+        Parameters
+        ----------
+        name
+            Which parameter: its name, or its position (0 where there is but one).
+        n_rows
+            Its new extent along the first axis; not less than the present one.
+        init
+            What new rows are filled with: a number, an array of shape [new rows, *rest], or a
+            callable that returns such an array, given the shape.
+
+        Returns
+        -------
+        array
+            The parameter from now on, also to be found in :attr:`params`: a NumPy array. Use it in
+            place of the one before, which steps do not update, or only sometimes.
+
+        Raises
+        ------
+        KeyError
+            There is no such parameter.
+        TypeError
+            `n_rows` is not an int; the parameter is not a NumPy array.
+        ValueError
+            It has more rows already, or no dimensions; `init` does not have the shape of the new
+            rows. Nothing has been changed then.
+
+        Examples
+        --------
+        >>> import numpy as np, fusestep as fs
+        >>> opt = fs.Adam({"users": np.zeros((10, 4), np.float32)})
+        >>> users = opt.resize("users", 12, init=lambda shape: np.full(shape, 0.1))
+        >>> users.shape
+        (12, 4)
+        """
+        return self._native.exclusively(lambda: _tables.resize(self, name, n_rows, init))
 
     @property
     def rows(self) -> str:

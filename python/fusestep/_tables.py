@@ -1,0 +1,80 @@
+"""Tables that get more rows."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from .optimizer import Optimizer
+
+_GROWTH = 1.5
+"""Room for so many times the rows that are needed now. Pages that nobody touches cost nothing."""
+
+
+def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any:
+    """Give a parameter, and its state, `n_rows` rows; see :meth:`Optimizer.resize`."""
+    i = _index_of(optimizer, name)
+    old, label = optimizer._parameters.arrays[i], optimizer._parameters.labels[i]
+    count = _check_count(old, label, n_rows)
+    new_rows = (count - old.shape[0], *old.shape[1:])
+    values = _check_init(init(new_rows) if callable(init) else init, new_rows, label)
+
+    table = _grown(optimizer, (i, None), old, count)
+    states = {
+        state: _grown(optimizer, (i, state), array, count)
+        for state, array in optimizer._arrays[i].items()
+    }
+    table[old.shape[0] :] = values
+    initial = optimizer._initial_state()
+    for array in states.values():
+        array[old.shape[0] :] = initial
+
+    optimizer._native.move(i, table, list(states.values()))
+    optimizer._arrays[i] = states
+    optimizer._parameters.replace(i, table)
+    return table
+
+
+def _index_of(optimizer: Optimizer, name: str | int) -> int:
+    keys = optimizer._parameters.keys
+    if name not in keys or isinstance(name, bool):
+        raise KeyError(f"{name!r} is not a parameter; parameters: {', '.join(map(repr, keys))}")
+    return [*keys].index(name)
+
+
+def _check_count(old: Any, label: str, n_rows: int) -> int:
+    if not isinstance(old, np.ndarray):
+        raise TypeError(f"{label} is a {type(old).__name__}; only NumPy arrays can be resized")
+    if old.ndim == 0:
+        raise ValueError(f"{label} has no dimensions, and so no rows")
+    count = operator.index(n_rows)
+    if count < old.shape[0]:
+        raise ValueError(f"{label} has {old.shape[0]} rows; it cannot be resized to {count}")
+    return count
+
+
+def _check_init(init: Any, shape: tuple[int, ...], label: str) -> npt.NDArray[Any]:
+    values = np.asarray(init)
+    if values.ndim > 0 and values.shape != shape:
+        raise ValueError(
+            f"the new rows of {label} have shape {shape}; init has shape {values.shape}"
+        )
+    return values
+
+
+def _grown(
+    optimizer: Optimizer, key: tuple[int, str | None], old: npt.NDArray[Any], count: int
+) -> npt.NDArray[Any]:
+    """Return an array of so many rows that begins with the old ones; the rest is to be filled."""
+    room = optimizer._growing.get(key)
+    if room is None or old.base is not room or len(room) < count:
+        rows = max(count, int(old.shape[0] * _GROWTH))
+        room = optimizer._growing[key] = np.empty((rows, *old.shape[1:]), old.dtype)
+        room[: old.shape[0]] = old
+    table: npt.NDArray[Any] = room[:count]
+    return table
