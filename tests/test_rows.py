@@ -39,8 +39,6 @@ f32 = np.float32
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(name) for name in ("f8", "f4", "f2")] + [bfloat16]
 
-ADAM, ADAGRAD = (next(r for r in RULES if r.cls is cls) for cls in (fs.Adam, fs.Adagrad))
-
 
 # ---- what must come out -------------------------------------------------------------------------
 
@@ -103,7 +101,7 @@ def everything(opt: fs.Optimizer) -> dict[str, Any]:
 
 
 def on_cpu(array: Any) -> np.ndarray:
-    """A copy."""
+    """A copy, whichever library it is of."""
     return np.array(array if isinstance(array, np.ndarray) else np.from_dlpack(array))
 
 
@@ -168,13 +166,6 @@ def assert_refused(
 # ---- what may be given --------------------------------------------------------------------------
 
 
-def _field(a: np.ndarray) -> np.ndarray:
-    """Elements off their own alignment."""
-    record = np.zeros(a.shape, np.dtype([("tag", "u1"), ("value", a.dtype)]))
-    record["value"] = a
-    return record["value"]
-
-
 def _read_only(a: np.ndarray) -> np.ndarray:
     a = a.copy()
     a.flags.writeable = False
@@ -210,7 +201,7 @@ INDEX_FORMS: dict[str, Callable[[np.ndarray], Any]] = {
     "every second": _every_second_row,
     "backwards": lambda i: i[::-1].astype(np.int32)[::-1],
     "a column": lambda i: np.stack([i, i + 1], 1)[:, 0],
-    "a packed field": lambda i: _field(i.astype(np.int32)),
+    "a packed field": lambda i: LAYOUTS["packed"](i.astype(np.int32)),
     "read-only": _read_only,
     "DLPack": Foreign,
 }
@@ -1370,6 +1361,16 @@ def test_tables_on_a_gpu_are_refused() -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             assert_same(opt.state[0][name], before["state"][0][name])
             assert_same(lib.get(opt.state[1][name]), lib.get(before["state"][1][name]))
+
+
+def test_lists_on_a_gpu_are_refused() -> None:
+    """For a table on the CPU, as dense gradients there are."""
+    lib = library("simulated")
+    with simulated_cupy.installed():
+        opt = fs.Adam([np.ones((5, 2), f32)])
+        indices, values = lib.put(np.array([0])), lib.put(np.ones((1, 2), f32))
+        assert_refused(opt, [fs.Rows(indices, np.ones((1, 2), f32))], TypeError, "indices")
+        assert_refused(opt, [fs.Rows([0], values)], ValueError, "cuda:0")
 
 
 @pytest.mark.parametrize("common", [{}, {"max_norm": 0.5, "skip_nonfinite": True}], ids=str)

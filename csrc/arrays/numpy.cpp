@@ -53,14 +53,14 @@ bool is_native(PyObject* descriptor) {
   return order == '=' || order == '|' || order == '<';
 }
 
+}  // namespace
+
 bool is_masked(PyObject* object) {
   PyObject* module = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy.ma");
   if (!module) return false;
   const py::object masked = py::getattr(module, "MaskedArray", py::none());
   return !masked.is_none() && PyObject_IsInstance(object, masked.ptr()) == 1;
 }
-
-}  // namespace
 
 bool is_numpy(PyObject* object) {
   return Py_TYPE(object) == api().PyArray_Type_ || PyObject_TypeCheck(object, api().PyArray_Type_);

@@ -21,6 +21,9 @@ struct NumpyFields {
 NumpyFields numpy_fields(PyObject* array);
 
 bool is_numpy(PyObject* object);
+
+// A numpy.ma.MaskedArray, whose mask would be ignored.
+bool is_masked(PyObject* object);
 Array from_numpy(PyObject* object, const Label& label);
 
 // A NumPy scalar, such as a reduction returns: read-only, of no dimensions.

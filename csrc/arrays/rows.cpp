@@ -17,15 +17,15 @@ PyTypeObject* rows_type = nullptr;
 
 // The indices of a library other than NumPy, seen as NumPy's.
 py::array as_numpy(PyObject* object, const Label& label) {
+  if (is_masked(object)) throw TypeError(label.text() + " are a masked array; pass its .data");
   if (is_numpy(object)) return py::reinterpret_borrow<py::array>(object);
   try {
     return py::module_::import("numpy").attr("from_dlpack")(py::handle(object));
   } catch (const py::error_already_set& error) {
-    rethrow_as_type_error(error,
-                          {PyExc_TypeError, PyExc_BufferError, PyExc_AttributeError,
-                           PyExc_ValueError, PyExc_RuntimeError},
-                          label.text() + " are a " + Py_TYPE(object)->tp_name +
-                              "; expected an array of int32 or int64 in the memory of the CPU: ");
+    rethrow_as_type_error(
+        error, {PyExc_TypeError, PyExc_BufferError, PyExc_AttributeError, PyExc_ValueError},
+        label.text() + " are a " + Py_TYPE(object)->tp_name +
+            "; expected an array of int32 or int64 in the memory of the CPU: ");
   }
 }
 
@@ -50,6 +50,7 @@ bool is_rows(PyObject* object) { return rows_type && PyObject_TypeCheck(object, 
 
 std::vector<std::int64_t> read_row_numbers(PyObject* object, const Label& label) {
   const py::array array = as_numpy(object, label);
+  if (array.ndim() == 1 && array.size() == 0) return {};  // np.array([]) has a dtype of floats
   const py::dtype dtype = array.dtype();
   const bool is_native = dtype.byteorder() == '=' || dtype.byteorder() == '<';
   if (dtype.kind() != 'i' || dtype.itemsize() < 4 || !is_native)

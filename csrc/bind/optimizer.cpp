@@ -150,6 +150,14 @@ void register_optimizer(py::module_& module) {
             self.move(i, parameter.ptr(), pointers(states));
           },
           "index"_a, "parameter"_a, "states"_a)
+      .def(
+          "set_anchor",
+          [](Optimizer& self, std::size_t i, double lambda, const py::object& reference,
+             const py::object& importance) {
+            self.set_anchor(i, lambda, reference.ptr(), importance.ptr());
+          },
+          "index"_a, "strength"_a, "reference"_a, "importance"_a)
+      .def("release_anchor", &Optimizer::release_anchor, "index"_a)
       .def("missed_steps", &missed_steps, "index"_a)
       .def("set_missed_steps", &set_missed_steps, "index"_a, "missed"_a, "steps"_a)
       .def("make_capturable", &Optimizer::make_capturable)

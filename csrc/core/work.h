@@ -27,6 +27,14 @@ struct Work {
   const rules::RowHistory* history = nullptr;
   bool only_catches_up = false;
 
+  // Where the parameter is anchored (rules/anchor.h): which operands say where, and how much.
+  struct Anchor {
+    double lambda = 0, lr = 0;
+    int reference = 0;   // 0: there is none
+    int importance = 0;  // 0: that of all elements is 1
+  };
+  Anchor anchor;
+
   // The state of a row-wise rule: one element for each row of the parameter.
   bool is_rowwise = false;
   Operand row_state;

@@ -10,6 +10,7 @@
 #include "core/dtypes.h"
 #include "core/layout.h"
 #include "gradients/dense.h"
+#include "rules/anchor.h"
 #include "rules/registry.h"
 
 namespace fusestep::cpu {
@@ -27,6 +28,9 @@ template <class T>
 struct Kernels {
   using Update = void (*)(const void* rule, const Run<T>& run);
   using CatchUp = bool (*)(const void* idle, const Run<T>& run);
+  // `importance` may be null.
+  using Pull = void (*)(const rules::Anchor<T>& anchor, std::int64_t size, T* parameter,
+                        const T* reference, const T* importance);
   using SumOfRow = double (*)(const void* rule, const Run<T>& run);
   using RuleOfRow = void (*)(void* rule, double mean_square, T& accumulator);
   using Load = void (*)(const void* from, T* to, std::int64_t size);
@@ -37,6 +41,8 @@ struct Kernels {
   // Makes up for idle steps (rules/idle.h); false, with nothing changed, where that would not be
   // precise enough. Reads no gradient.
   std::array<CatchUp, rules::Loops::size> catch_up;
+
+  Pull pull;
 
   // For row-wise rules: the sum of the rule's squares over at most kTileSize elements of a row, in
   // a fixed order; and what makes its coefficients those of that row.

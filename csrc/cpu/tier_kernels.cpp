@@ -109,6 +109,24 @@ double sum_of_squares(const T* x, std::int64_t size, double prescale) {
   });
 }
 
+template <class T>
+void pull(const rules::Anchor<T>& pull, std::int64_t size, T* parameter, const T* reference,
+          const T* importance) {
+  const rules::Anchor<T> anchor = pull;
+  if (importance) {
+#if !defined(__clang__)
+#pragma GCC ivdep
+#endif
+    for (std::int64_t i = 0; i < size; ++i)
+      parameter[i] = anchor(parameter[i], reference[i], importance[i]);
+    return;
+  }
+#if !defined(__clang__)
+#pragma GCC ivdep
+#endif
+  for (std::int64_t i = 0; i < size; ++i) parameter[i] = anchor(parameter[i], reference[i]);
+}
+
 template <class T, class Loop>
 double sum_of_row([[maybe_unused]] const void* rule, [[maybe_unused]] const Run<T>& run) {
   using Rule = typename Loop::template Of<T>;
@@ -135,6 +153,7 @@ template <class T, class... Loop>
 constexpr Kernels<T> table(rules::LoopList<Loop...>) {
   return {{update<T, Loop>...},
           {catch_up<T, Loop>...},
+          pull<T>,
           {sum_of_row<T, Loop>...},
           {rule_of_row<T, Loop>...},
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},

@@ -32,6 +32,7 @@ class Updater {
         loop_number_(work.rule->loop),
         loop_(kernels_.update[loop_number_]),
         rule_(work.rule->bytes),
+        anchor_(anchor_at(work.anchor.lr)),
         factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)),
         clear_(options.clear_gradients) {}
 
@@ -45,6 +46,7 @@ class Updater {
   // True where the rule's loop can go straight through the arrays' own memory.
   bool is_one_run(std::int64_t first, std::int64_t last) const {
     if (iteration_.layout || (clear_ && last - first > 1)) return false;
+    if (is_anchored()) return false;  // so that the pull finds what the rule has moved in L1
     for (int i = 0; i < iteration_.operands; ++i)
       if (!TileAccess<T>::in_place(iteration_.dense(i, 0, 1))) return false;
     return true;
@@ -78,8 +80,9 @@ class Updater {
       at[i] = access_.read(block[i], buffer[i]);
     }
     call_loop(at, block[0].size());
+    pull(at, block[0].size(), anchor_);
     for (int i = 0; i < iteration_.operands; ++i)
-      if (i != kGradient && at[i] == buffer[i]) access_.store(buffer[i], block[i]);
+      if (is_moved(i) && at[i] == buffer[i]) access_.store(buffer[i], block[i]);
     if (clear_) access_.clear(block[kGradient]);
   }
 
@@ -104,9 +107,10 @@ class Updater {
     if (!work_.only_catches_up) {
       at[kGradient] = tile.gradient(access_, buffer[kGradient]);
       call_loop(at, tile.size());
+      pull(at, tile.size(), anchor_);
     }
     for (int i = 0; i < iteration_.operands; ++i)
-      if (i != kGradient && at[i] == buffer[i]) access_.store(buffer[i], tile.block(i));
+      if (is_moved(i) && at[i] == buffer[i]) access_.store(buffer[i], tile.block(i));
     if (clear_) tile.clear(access_);
   }
 
@@ -115,10 +119,10 @@ class Updater {
     if (iteration_.size == 0) return;  // no mean to take
     const std::int64_t in_table = work_.rows->row(row);
     if (work_.history && work_.history->is_behind(in_table) && !is_at_rest(in_table))
-      for (const rules::Coefficients& step : work_.history->each_missed_step(in_table))
-        move_whole_row(row, step, false);
+      for (const auto& step : work_.history->each_missed_step(in_table))
+        move_whole_row(row, step.coefficients, anchor_at(step.lr), false);
     if (work_.only_catches_up) return;
-    move_whole_row(row, *work_.rule, true);
+    move_whole_row(row, *work_.rule, anchor_, true);
     if (clear_)
       for (std::int64_t tile = 0; tile < iteration_.tiles(); ++tile)
         RowTile(work_, row, tile).clear(access_);
@@ -126,25 +130,29 @@ class Updater {
 
   // True where the steps that a row has missed change nothing.
   bool is_at_rest(std::int64_t row) const {
+    if (is_anchored()) return false;
     const rules::IdleBytes idle = work_.history->missed_steps(row);
     return kernels_.catch_up[loop_number_](idle.bytes, Run<T>{});
   }
 
-  void move_whole_row(std::int64_t row, rules::Coefficients rule, bool has_gradient) const {
-    alignas(kCacheLine) T buffer[2][kTileSize];
+  void move_whole_row(std::int64_t row, rules::Coefficients rule, const rules::Anchor<T>& anchor,
+                      bool has_gradient) const {
+    alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     const auto for_each_tile = [&](auto visit) {
       for (std::int64_t tile = 0; tile < iteration_.tiles(); ++tile) {
         const RowTile at(work_, row, tile);
         std::array<T*, kMaxOperands> elements{};
-        elements[kParameter] = access_.read(at.block(kParameter), buffer[0]);
-        elements[kGradient] = has_gradient ? at.gradient(access_, buffer[1]) : buffer[1];
-        if (!has_gradient) std::fill_n(buffer[1], at.size(), T{0});
-        visit(at, run_over(elements, at.size(), {elements[kGradient], factor_}));
+        for (int i = 0; i < iteration_.operands; ++i)
+          if (i != kGradient) elements[i] = access_.read(at.block(i), buffer[i]);
+        elements[kGradient] =
+            has_gradient ? at.gradient(access_, buffer[kGradient]) : buffer[kGradient];
+        if (!has_gradient) std::fill_n(buffer[kGradient], at.size(), T{0});
+        visit(at, elements, run_over(elements, at.size(), {elements[kGradient], factor_}));
       }
     };
 
     std::vector<double> sums;
-    for_each_tile([&](const RowTile&, const Run<T>& run) {
+    for_each_tile([&](const RowTile&, const auto&, const Run<T>& run) {
       sums.push_back(kernels_.sum_of_row[loop_number_](rule.bytes, run));
     });
     const double sum = sum_in_groups(sums.data(), std::ssize(sums));
@@ -154,8 +162,9 @@ class Updater {
     kernels_.rule_of_row[loop_number_](rule.bytes, sum / static_cast<double>(iteration_.size),
                                        accumulator);
     access_.store(&accumulator, state);
-    for_each_tile([&](const RowTile& at, const Run<T>& run) {
+    for_each_tile([&](const RowTile& at, const auto& elements, const Run<T>& run) {
       loop_(rule.bytes, run);
+      pull(elements, run.size, anchor);
       if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
     });
   }
@@ -170,10 +179,29 @@ class Updater {
   void catch_up(const RowTile& tile, const std::array<T*, kMaxOperands>& at, T* zeros) const {
     const rules::IdleBytes idle = work_.history->missed_steps(tile.row());
     const Run<T> run = run_over(at, tile.size(), {zeros, T{0}});
-    if (kernels_.catch_up[loop_number_](idle.bytes, run)) return;
+    if (!is_anchored() && kernels_.catch_up[loop_number_](idle.bytes, run)) return;
     std::fill_n(zeros, tile.size(), T{0});
-    for (const rules::Coefficients& step : work_.history->each_missed_step(tile.row()))
-      loop_(step.bytes, run);
+    for (const auto& step : work_.history->each_missed_step(tile.row())) {
+      loop_(step.coefficients.bytes, run);
+      pull(at, tile.size(), anchor_at(step.lr));
+    }
+  }
+
+  bool is_anchored() const { return work_.anchor.reference != 0; }
+
+  // Of a step with another learning rate.
+  rules::Anchor<T> anchor_at(double lr) const { return {static_cast<T>(lr * work_.anchor.lambda)}; }
+
+  bool is_moved(int operand) const {
+    const bool is_anchor = is_anchored() && operand >= work_.anchor.reference;
+    return operand != kGradient && !is_anchor;
+  }
+
+  void pull(const std::array<T*, kMaxOperands>& at, std::int64_t size,
+            const rules::Anchor<T>& anchor) const {
+    if (!is_anchored()) return;
+    const T* const importance = work_.anchor.importance ? at[work_.anchor.importance] : nullptr;
+    kernels_.pull(anchor, size, at[kParameter], at[work_.anchor.reference], importance);
   }
 
   static Run<T> run_over(const std::array<T*, kMaxOperands>& at, std::int64_t size,
@@ -192,6 +220,7 @@ class Updater {
   std::size_t loop_number_;
   typename Kernels<T>::Update loop_;
   const void* rule_;
+  rules::Anchor<T> anchor_;
   T factor_;
   bool clear_;
 };

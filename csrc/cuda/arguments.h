@@ -25,7 +25,7 @@ static_assert(kThreads * kPerThread == kTileSize, "a block moves one tile");
 
 // One parameter with its gradient and state.
 struct Item {
-  std::byte* data[kMaxOperands];
+  std::byte* data[kRuleOperands];
   std::int64_t size;                                     // elements
   std::uint32_t first_tile;                              // in the list
   std::uint32_t rule;                                    // its place among the rules
@@ -68,7 +68,7 @@ struct List {
 // An array may have 64 axes, of which each may be needed.
 using ShortList = List<32, 0>;
 using LongList = List<440, 0>;
-using StridedList = List<256, 128>;
+using StridedList = List<256, 104>;
 
 // How many different coefficients go along with a launch.
 template <class ItemList>

@@ -180,10 +180,10 @@ class StridedPlace {
   FUSESTEP_HOST_DEVICE StridedPlace(const ItemList& list, const Item& item, std::uint32_t tile)
       : tiling_(list.tiling(item)) {
     FUSESTEP_UNROLL
-    for (int i = 0; i < kMaxOperands; ++i) data_[i] = item.data[i];
+    for (int i = 0; i < kRuleOperands; ++i) data_[i] = item.data[i];
     tiling_.for_each_axis(tile, [&](int k, std::int64_t begin, std::int64_t extent) {
       FUSESTEP_UNROLL
-      for (int i = 0; i < kMaxOperands; ++i) data_[i] += begin * tiling_.axes[k].stride[i];
+      for (int i = 0; i < kRuleOperands; ++i) data_[i] += begin * tiling_.axes[k].stride[i];
       if (k == tiling_.column_axis)
         columns_ = static_cast<unsigned>(extent);
       else if (k == tiling_.row_axis)
@@ -201,7 +201,7 @@ class StridedPlace {
 
  private:
   Tiling tiling_;
-  std::byte* data_[kMaxOperands];
+  std::byte* data_[kRuleOperands];
   unsigned rows_ = 1, columns_ = 1;
 };
 

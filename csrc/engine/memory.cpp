@@ -27,7 +27,7 @@ void OccupiedMemory::seal() {
 
 const std::string* OccupiedMemory::overlapping(const arrays::Array& array, Gap& gap) const {
   const auto [first, last] = array.interval();
-  gap = {first, last, generation_};
+  gap = {first, first, generation_};  // nothing, until it is found to be free
   if (first == last) return nullptr;
   auto entry =
       std::partition_point(entries_.begin(), entries_.end(),

@@ -108,7 +108,7 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count) {
       updates_.emplace_back(&slot, &group,
                             arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));
     Update& update = updates_.back();
-    foreign = foreign || update.gradient.is_foreign();
+    foreign = foreign || update.gradient.is_foreign() || update.row_numbers;
     if (slot.device().kind == Device::cuda)
       update.stream = slot.parameter().is_of_library_of(update.gradient)
                           ? update.gradient.stream
@@ -148,6 +148,28 @@ void Optimizer::flush() {
   for (const Slot& slot : slots_) slot.check_is_current();
   for (Slot& slot : slots_)
     if (slot.history) stepper.catch_up(slot, *group.rule);
+}
+
+// ---- anchors ----
+
+void Optimizer::set_anchor(std::size_t i, double lambda, PyObject* reference,
+                           PyObject* importance) {
+  Slot& slot = slots_.at(i);
+  if (slot.history) stepper.catch_up(slot, *group.rule);
+  const auto view = [&](PyObject* object, const char* role) {
+    arrays::Array array = arrays::from_object(object, {role, slot.name()});
+    array.pin();
+    return array;
+  };
+  std::optional<arrays::Array> weights;
+  if (importance != Py_None) weights = view(importance, "the importance of ");
+  slot.set_anchor(lambda, view(reference, "the anchor of "), std::move(weights));
+}
+
+void Optimizer::release_anchor(std::size_t i) {
+  Slot& slot = slots_.at(i);
+  if (slot.history) stepper.catch_up(slot, *group.rule);
+  slot.release_anchor();
 }
 
 // ---- progress on a GPU ----

@@ -52,6 +52,10 @@ class Optimizer {
   void flush();
   Slot& slot(std::size_t i) { return slots_.at(i); }
 
+  // Steps that rows have missed are made up for first, with the anchor there was.
+  void set_anchor(std::size_t i, double lambda, PyObject* reference, PyObject* importance);
+  void release_anchor(std::size_t i);
+
   // The progress of parameter i. Waits for a GPU.
   rules::Progress progress(std::size_t i);
   void set_progress(std::size_t i, const rules::Progress& progress);

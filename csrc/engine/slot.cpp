@@ -43,7 +43,6 @@ Slot::Slot(std::string name, const rules::AnyRule& rule)
 void Slot::bind(Array parameter, std::vector<Array> states) {
   check_updatable(parameter, name_);
   if (is_rowwise_) check_has_rows(parameter, name_);
-  bool all_in_c_order = parameter.c_contiguous;
   bool in_double = parameter.dtype == DType::float64;
   for (std::size_t i = 0; i < states.size(); ++i) {
     const Array& state = states[i];
@@ -58,15 +57,13 @@ void Slot::bind(Array parameter, std::vector<Array> states) {
       throw ValueError(label + " is on " + name_of(state.device) + "; expected " +
                        name_of(parameter.device));
     check_updatable(state, label);
-    all_in_c_order = all_in_c_order && state.c_contiguous;
     in_double = in_double || state.dtype == DType::float64;
   }
   parameter_ = std::move(parameter);
   states_ = std::move(states);
-  all_in_c_order_ = all_in_c_order;
   work.compute = in_double ? DType::float64 : DType::float32;
   known_ = {};
-  work.iteration.operands = 0;  // to be planned anew
+  find_order();
 }
 
 bool Slot::has_state_shape(const Array& state, const Array& parameter) const {
@@ -129,8 +126,9 @@ void Slot::prepare_rows(const Array& values, std::span<const std::int64_t> numbe
                         const OccupiedMemory& memory, bool clears_gradient) {
   check_has_rows(parameter_, name_);
   check_shape_of_rows(values);
+  known_ = {};  // their shape is not the parameter's: they may reach further than a gradient did
   check_memory(values, memory, clears_gradient);
-  known_ = {};  // the next dense gradient is to be planned anew
+  known_ = {};
   gradient_is_known_ = false;
   try {
     rows_.plan(numbers, parameter_.geometry().shape[0]);
@@ -152,6 +150,36 @@ void Slot::keep_history() {
   if (shape.empty()) return;
   check_has_rows(parameter_, name_);
   history = std::make_unique<rules::RowHistory>(shape[0]);
+}
+
+void Slot::set_anchor(double lambda, Array reference, std::optional<Array> importance) {
+  if (device().kind != Device::cpu)
+    throw TypeError(name_ + " is on " + name_of(device()) +
+                    ", where this version of fusestep has no anchors");
+  const auto check = [&](const Array& array, const char* role) {
+    if (!same_shape(array, parameter_))
+      throw ValueError(role + name_ + " has shape " + shape_text(array) + "; expected " +
+                       shape_text(parameter_));
+  };
+  check(reference, "the anchor of ");
+  if (importance) check(*importance, "the importance of ");
+  anchor_ = {lambda, std::move(reference), std::move(importance)};
+  find_order();
+}
+
+void Slot::release_anchor() {
+  anchor_.reset();
+  find_order();
+}
+
+// What has been planned is to be planned anew.
+void Slot::find_order() {
+  all_in_c_order_ = parameter_.c_contiguous;
+  for (const Array& state : states_) all_in_c_order_ = all_in_c_order_ && state.c_contiguous;
+  if (anchor_) all_in_c_order_ = all_in_c_order_ && anchor_->reference.c_contiguous;
+  if (anchor_ && anchor_->importance)
+    all_in_c_order_ = all_in_c_order_ && anchor_->importance->c_contiguous;
+  work.iteration.operands = 0;
 }
 
 Work Slot::catch_up_work(gradients::Rows& rows) const {
@@ -177,20 +205,31 @@ bool Slot::is_known(const Array& gradient) const {
          (gradient.c_contiguous || std::ranges::equal(gradient.geometry().strides, known_.strides));
 }
 
-std::array<const Array*, kMaxOperands> Slot::operands(const Array& gradient) const {
-  std::array<const Array*, kMaxOperands> arrays{};
-  arrays[kParameter] = &parameter_;
-  arrays[kGradient] = &gradient;
-  for (std::size_t i = 0; i < states_.size(); ++i) arrays[kState + i] = &states_[i];
-  return arrays;
+Slot::Operands Slot::operands(const Array& gradient) const {
+  Operands operands;
+  operands.add(parameter_);
+  operands.add(gradient);
+  if (!is_rowwise_)
+    for (const Array& state : states_) operands.add(state);
+  if (anchor_) operands.add(anchor_->reference);
+  if (anchor_ && anchor_->importance) operands.add(*anchor_->importance);
+  return operands;
+}
+
+void Slot::plan_anchor(Work& work) const {
+  work.anchor = {};
+  if (!anchor_) return;
+  work.anchor.lambda = anchor_->lambda;
+  work.anchor.reference = kState + (is_rowwise_ ? 0 : static_cast<int>(states_.size()));
+  work.anchor.importance = anchor_->importance ? work.anchor.reference + 1 : 0;
 }
 
 void Slot::plan(const Array& gradient) {
-  const auto arrays = operands(gradient);
-  const std::size_t count = 2 + states_.size();
+  const auto [arrays, count] = operands(gradient);
   Iteration& iteration = work.iteration;
   work.rows = nullptr;
   work.history = nullptr;
+  plan_anchor(work);
   for (std::size_t i = 0; i < count; ++i) iteration.operand[i] = arrays[i]->operand();
 
   if (all_in_c_order_ && gradient.c_contiguous)
@@ -203,12 +242,12 @@ void Slot::plan(const Array& gradient) {
 
 // What is walked is one row; the others are so many strides away.
 void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows) const {
-  const auto arrays = operands(values);
-  const std::size_t count = 2 + (is_rowwise_ ? 0 : states_.size());
+  const auto [arrays, count] = operands(values);
   Iteration& iteration = work.iteration;
   work.rows = &rows;
   work.history = history.get();
   work.is_rowwise = is_rowwise_;
+  plan_anchor(work);
   if (is_rowwise_) {
     work.row_state = states_[0].operand();
     work.row_state_stride = states_[0].geometry().strides[0];

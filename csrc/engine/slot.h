@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -55,6 +56,11 @@ class Slot {
   // From now on rows that a step does not touch miss it, and are brought up to date when used.
   void keep_history();
 
+  // Pulls the parameter to `reference` in each step (rules/anchor.h); without `importance`, that of
+  // every element is 1. Throws and changes nothing where the arrays do not fit.
+  void set_anchor(double lambda, arrays::Array reference, std::optional<arrays::Array> importance);
+  void release_anchor();
+
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
 
@@ -87,7 +93,16 @@ class Slot {
                     bool clears_gradient);
   void plan(const arrays::Array& gradient);
   void plan_rows(const arrays::Array& values, Work& work, gradients::Rows& rows) const;
-  std::array<const arrays::Array*, kMaxOperands> operands(const arrays::Array& gradient) const;
+
+  // What is walked together, and how much of it there is.
+  struct Operands {
+    std::array<const arrays::Array*, kMaxOperands> array{};
+    std::size_t count = 0;
+    void add(const arrays::Array& one) { array[count++] = &one; }
+  };
+  Operands operands(const arrays::Array& gradient) const;
+  void plan_anchor(Work& work) const;
+  void find_order();
 
   std::string name_;
   arrays::Array parameter_;
@@ -95,7 +110,13 @@ class Slot {
   std::vector<std::string> state_labels_;
   const bool is_rowwise_;       // its state has one element for each row
   bool all_in_c_order_ = true;  // the parameter and its state
-  gradients::Rows rows_;        // of the last gradient that was one of rows
+  struct Anchor {
+    double lambda;
+    arrays::Array reference;
+    std::optional<arrays::Array> importance;
+  };
+  std::optional<Anchor> anchor_;
+  gradients::Rows rows_;  // of the last gradient that was one of rows
 
   // The last gradient's memory, which was found to be disjoint from all parameters and states.
   struct Known {

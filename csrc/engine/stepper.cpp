@@ -90,6 +90,7 @@ void Stepper::add_coefficients(const std::vector<Update>& updates) {
       coefficients_.push_back(
           group->rule->coefficients(next_[i], work_[i]->compute, group->lr, slot->states()));
     slot->work.rule = &coefficients_.back();
+    slot->work.anchor.lr = group->lr;
   }
 }
 

@@ -21,7 +21,7 @@ void RowHistory::record(const AnyRule& rule, const Step& step, const Coefficient
       !rules_.empty() && rules_.back()->option_values() == rule.option_values();
   rules_.push_back(options_are_known ? rules_.back() : rule.clone());
   steps_.push_back(step);
-  coefficients_.push_back(coefficients);
+  replay_.push_back({step.lr, coefficients});
   ++now_;
 }
 
@@ -39,7 +39,7 @@ std::vector<std::int64_t> RowHistory::rows_behind() const {
 void RowHistory::mark_all() {
   steps_.clear();
   rules_.clear();
-  coefficients_.clear();
+  replay_.clear();
   to_end_of_block_.clear();
   after_block_.clear();
 }
@@ -52,8 +52,8 @@ IdleBytes RowHistory::missed_steps(std::int64_t row) const {
   return idle;
 }
 
-std::span<const Coefficients> RowHistory::each_missed_step(std::int64_t row) const {
-  return std::span(coefficients_).last(static_cast<std::size_t>(missed(row)));
+std::span<const RowHistory::MissedStep> RowHistory::each_missed_step(std::int64_t row) const {
+  return std::span(replay_).last(static_cast<std::size_t>(missed(row)));
 }
 
 std::vector<std::int64_t> RowHistory::all_missed() const {

@@ -41,7 +41,11 @@ class RowHistory {
 
   // What a row that is behind has missed: put together, and one by one.
   IdleBytes missed_steps(std::int64_t row) const;
-  std::span<const Coefficients> each_missed_step(std::int64_t row) const;
+  struct MissedStep {
+    double lr;
+    Coefficients coefficients;
+  };
+  std::span<const MissedStep> each_missed_step(std::int64_t row) const;
 
   // ---- for state dicts ----
 
@@ -70,7 +74,7 @@ class RowHistory {
   // Of each step since all rows were up to date.
   std::vector<Step> steps_;
   std::vector<std::shared_ptr<const AnyRule>> rules_;  // one for all steps with the same options
-  std::vector<Coefficients> coefficients_;
+  std::vector<MissedStep> replay_;
   std::vector<IdleBytes> to_end_of_block_;
 
   std::vector<IdleBytes> after_block_;  // of each block but the last

@@ -71,10 +71,11 @@ def _grown(
     optimizer: Optimizer, key: tuple[int, str | None], old: npt.NDArray[Any], count: int
 ) -> npt.NDArray[Any]:
     """Return an array of so many rows that begins with the old ones; the rest is to be filled."""
-    room = optimizer._growing.get(key)
+    room: npt.NDArray[Any] | None = optimizer._growing.get(key)
     if room is None or old.base is not room or len(room) < count:
         rows = max(count, int(old.shape[0] * _GROWTH))
-        room = optimizer._growing[key] = np.empty((rows, *old.shape[1:]), old.dtype)
+        room = np.empty((rows, *old.shape[1:]), old.dtype)
         room[: old.shape[0]] = old
+        optimizer._growing[key] = room
     table: npt.NDArray[Any] = room[:count]
     return table
