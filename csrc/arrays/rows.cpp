@@ -22,10 +22,11 @@ py::array as_numpy(PyObject* object, const Label& label) {
   try {
     return py::module_::import("numpy").attr("from_dlpack")(py::handle(object));
   } catch (const py::error_already_set& error) {
-    rethrow_as_type_error(
-        error, {PyExc_TypeError, PyExc_BufferError, PyExc_AttributeError, PyExc_ValueError},
-        label.text() + " are a " + Py_TYPE(object)->tp_name +
-            "; expected an array of int32 or int64 in the memory of the CPU: ");
+    rethrow_as_type_error(error,
+                          {PyExc_TypeError, PyExc_BufferError, PyExc_AttributeError,
+                           PyExc_ValueError, PyExc_RuntimeError},
+                          label.text() + " are a " + Py_TYPE(object)->tp_name +
+                              "; expected an array of int32 or int64 in the memory of the CPU: ");
   }
 }
 

@@ -22,27 +22,28 @@ struct Run {
   T* parameter;
   gradients::Dense<T> gradient;
   T* state[kMaxStates];
+
+  // Where the parameter is anchored.
+  rules::Anchor<T> anchor{};
+  const T* reference = nullptr;
+  const T* importance = nullptr;
 };
 
 template <class T>
 struct Kernels {
   using Update = void (*)(const void* rule, const Run<T>& run);
   using CatchUp = bool (*)(const void* idle, const Run<T>& run);
-  // `importance` may be null.
-  using Pull = void (*)(const rules::Anchor<T>& anchor, std::int64_t size, T* parameter,
-                        const T* reference, const T* importance);
   using SumOfRow = double (*)(const void* rule, const Run<T>& run);
   using RuleOfRow = void (*)(void* rule, double mean_square, T& accumulator);
   using Load = void (*)(const void* from, T* to, std::int64_t size);
   using Store = void (*)(const T* from, void* to, std::int64_t size);
 
-  std::array<Update, rules::Loops::size> update;
+  // Of parameters that are free, and of those that are anchored.
+  std::array<std::array<Update, rules::Loops::size>, 2> update;
 
   // Makes up for idle steps (rules/idle.h); false, with nothing changed, where that would not be
   // precise enough. Reads no gradient.
   std::array<CatchUp, rules::Loops::size> catch_up;
-
-  Pull pull;
 
   // For row-wise rules: the sum of the rule's squares over at most kTileSize elements of a row, in
   // a fixed order; and what makes its coefficients those of that row.

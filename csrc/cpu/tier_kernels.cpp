@@ -15,12 +15,31 @@
 namespace fusestep::cpu {
 namespace {
 
-// Moves `size` elements: one loop for every rule, every kind of gradient and every number of state
-// arrays. The rule works on copies, so that its branches become selects rather than conditional
-// stores, which are not vectorised. ivdep: the arrays do not overlap; the caller has checked it.
-template <class T, class Rule, class Gradient, class... State>
+// Where a weight goes after the rule has moved it.
+template <class T>
+struct Free {
+  explicit Free(const Run<T>&) {}
+  [[gnu::always_inline]] T operator()(std::int64_t, T w) const { return w; }
+};
+
+template <class T>
+struct Tied {
+  rules::Anchor<T> anchor;
+  const T *reference, *importance;
+  explicit Tied(const Run<T>& run)
+      : anchor(run.anchor), reference(run.reference), importance(run.importance) {}
+  [[gnu::always_inline]] T operator()(std::int64_t i, T w) const {
+    return anchor(w, reference[i], importance[i]);
+  }
+};
+
+// Moves `size` elements: one loop for every rule, every kind of gradient and anchor, and every
+// number of state arrays. The rule works on copies, so that its branches become selects rather than
+// conditional stores, which are not vectorised. ivdep: the arrays do not overlap; the caller has
+// checked it.
+template <class T, class Rule, class Gradient, class Pull, class... State>
 void move(const Rule rule, std::int64_t size, T* parameter, const Gradient gradient,
-          State*... state) {
+          const Pull pull, State*... state) {
 #if defined(__clang__)
 #pragma clang loop vectorize(assume_safety)
 #else
@@ -29,21 +48,23 @@ void move(const Rule rule, std::int64_t size, T* parameter, const Gradient gradi
   for (std::int64_t i = 0; i < size; ++i) {
     const auto move_one = [&](T w, State... s) {
       rule(w, gradient(i), s...);
-      parameter[i] = w;
+      parameter[i] = pull(i, w);
       ((state[i] = s), ...);
     };
     move_one(parameter[i], state[i]...);
   }
 }
 
-template <class T, class Rule, std::size_t... S>
+template <class T, class Rule, class Pull, std::size_t... S>
 void update(const void* rule, const Run<T>& run, std::index_sequence<S...>) {
-  move(*static_cast<const Rule*>(rule), run.size, run.parameter, run.gradient, run.state[S]...);
+  move(*static_cast<const Rule*>(rule), run.size, run.parameter, run.gradient, Pull(run),
+       run.state[S]...);
 }
 
-template <class T, class Loop>
+template <class T, class Loop, class Pull>
 void update(const void* rule, const Run<T>& run) {
-  update<T, typename Loop::template Of<T>>(rule, run, std::make_index_sequence<Loop::kStates>{});
+  update<T, typename Loop::template Of<T>, Pull>(rule, run,
+                                                 std::make_index_sequence<Loop::kStates>{});
 }
 
 template <class T, class Move, class... State>
@@ -109,24 +130,6 @@ double sum_of_squares(const T* x, std::int64_t size, double prescale) {
   });
 }
 
-template <class T>
-void pull(const rules::Anchor<T>& pull, std::int64_t size, T* parameter, const T* reference,
-          const T* importance) {
-  const rules::Anchor<T> anchor = pull;
-  if (importance) {
-#if !defined(__clang__)
-#pragma GCC ivdep
-#endif
-    for (std::int64_t i = 0; i < size; ++i)
-      parameter[i] = anchor(parameter[i], reference[i], importance[i]);
-    return;
-  }
-#if !defined(__clang__)
-#pragma GCC ivdep
-#endif
-  for (std::int64_t i = 0; i < size; ++i) parameter[i] = anchor(parameter[i], reference[i]);
-}
-
 template <class T, class Loop>
 double sum_of_row([[maybe_unused]] const void* rule, [[maybe_unused]] const Run<T>& run) {
   using Rule = typename Loop::template Of<T>;
@@ -151,9 +154,11 @@ void rule_of_row([[maybe_unused]] void* rule, [[maybe_unused]] double mean_squar
 
 template <class T, class... Loop>
 constexpr Kernels<T> table(rules::LoopList<Loop...>) {
-  return {{update<T, Loop>...},
+  return {{{
+              {update<T, Loop, Free<T>>...},
+              {update<T, Loop, Tied<T>>...},
+          }},
           {catch_up<T, Loop>...},
-          pull<T>,
           {sum_of_row<T, Loop>...},
           {rule_of_row<T, Loop>...},
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},

@@ -21,6 +21,15 @@ namespace fusestep::cpu {
 inline constexpr std::int64_t kAlignedRun = 4096;
 inline constexpr std::uintptr_t kCacheLine = 64;
 
+// The importance of all elements of a tile where none is given. A loop for that case would know
+// beforehand how strong the pull is; g++ 12 then makes two loops of it and vectorises neither.
+template <class T>
+inline constexpr auto kOnes = [] {
+  std::array<T, kTileSize> ones;
+  ones.fill(1);
+  return ones;
+}();
+
 template <class T>
 class Updater {
  public:
@@ -30,7 +39,7 @@ class Updater {
         work_(work),
         iteration_(work.iteration),
         loop_number_(work.rule->loop),
-        loop_(kernels_.update[loop_number_]),
+        loop_(kernels_.update[is_anchored()][loop_number_]),
         rule_(work.rule->bytes),
         anchor_(anchor_at(work.anchor.lr)),
         factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)),
@@ -46,7 +55,6 @@ class Updater {
   // True where the rule's loop can go straight through the arrays' own memory.
   bool is_one_run(std::int64_t first, std::int64_t last) const {
     if (iteration_.layout || (clear_ && last - first > 1)) return false;
-    if (is_anchored()) return false;  // so that the pull finds what the rule has moved in L1
     for (int i = 0; i < iteration_.operands; ++i)
       if (!TileAccess<T>::in_place(iteration_.dense(i, 0, 1))) return false;
     return true;
@@ -59,6 +67,7 @@ class Updater {
     for (int i = 0; i < iteration_.operands; ++i)
       at[i] = reinterpret_cast<T*>(iteration_.operand[i].data) + begin;
 
+    if (is_anchored() && work_.anchor.importance == 0) return update_in_tiles(at, size);
     const auto past_line = reinterpret_cast<std::uintptr_t>(at[kParameter]) % kCacheLine;
     if (size >= kAlignedRun && past_line != 0) {
       const auto head = static_cast<std::int64_t>((kCacheLine - past_line) / sizeof(T));
@@ -71,6 +80,13 @@ class Updater {
     if (clear_) access_.clear(iteration_.dense(kGradient, begin, size));
   }
 
+  void update_in_tiles(std::array<T*, kMaxOperands> at, std::int64_t size) const {
+    for (std::int64_t rest = size; rest > 0; rest -= kTileSize) {
+      call_loop(at, std::min(rest, kTileSize));
+      for (int i = 0; i < iteration_.operands; ++i) at[i] += kTileSize;
+    }
+  }
+
   void update_tile(std::int64_t tile) const {
     alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     std::array<Block, kMaxOperands> block;
@@ -80,7 +96,6 @@ class Updater {
       at[i] = access_.read(block[i], buffer[i]);
     }
     call_loop(at, block[0].size());
-    pull(at, block[0].size(), anchor_);
     for (int i = 0; i < iteration_.operands; ++i)
       if (is_moved(i) && at[i] == buffer[i]) access_.store(buffer[i], block[i]);
     if (clear_) access_.clear(block[kGradient]);
@@ -107,7 +122,6 @@ class Updater {
     if (!work_.only_catches_up) {
       at[kGradient] = tile.gradient(access_, buffer[kGradient]);
       call_loop(at, tile.size());
-      pull(at, tile.size(), anchor_);
     }
     for (int i = 0; i < iteration_.operands; ++i)
       if (is_moved(i) && at[i] == buffer[i]) access_.store(buffer[i], tile.block(i));
@@ -120,9 +134,9 @@ class Updater {
     const std::int64_t in_table = work_.rows->row(row);
     if (work_.history && work_.history->is_behind(in_table) && !is_at_rest(in_table))
       for (const auto& step : work_.history->each_missed_step(in_table))
-        move_whole_row(row, step.coefficients, anchor_at(step.lr), false);
+        move_whole_row(row, step.coefficients, step.lr, false);
     if (work_.only_catches_up) return;
-    move_whole_row(row, *work_.rule, anchor_, true);
+    move_whole_row(row, *work_.rule, work_.anchor.lr, true);
     if (clear_)
       for (std::int64_t tile = 0; tile < iteration_.tiles(); ++tile)
         RowTile(work_, row, tile).clear(access_);
@@ -135,7 +149,7 @@ class Updater {
     return kernels_.catch_up[loop_number_](idle.bytes, Run<T>{});
   }
 
-  void move_whole_row(std::int64_t row, rules::Coefficients rule, const rules::Anchor<T>& anchor,
+  void move_whole_row(std::int64_t row, rules::Coefficients rule, double lr,
                       bool has_gradient) const {
     alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     const auto for_each_tile = [&](auto visit) {
@@ -147,12 +161,12 @@ class Updater {
         elements[kGradient] =
             has_gradient ? at.gradient(access_, buffer[kGradient]) : buffer[kGradient];
         if (!has_gradient) std::fill_n(buffer[kGradient], at.size(), T{0});
-        visit(at, elements, run_over(elements, at.size(), {elements[kGradient], factor_}));
+        visit(at, run_over(elements, at.size(), {elements[kGradient], factor_}, anchor_at(lr)));
       }
     };
 
     std::vector<double> sums;
-    for_each_tile([&](const RowTile&, const auto&, const Run<T>& run) {
+    for_each_tile([&](const RowTile&, const Run<T>& run) {
       sums.push_back(kernels_.sum_of_row[loop_number_](rule.bytes, run));
     });
     const double sum = sum_in_groups(sums.data(), std::ssize(sums));
@@ -162,9 +176,8 @@ class Updater {
     kernels_.rule_of_row[loop_number_](rule.bytes, sum / static_cast<double>(iteration_.size),
                                        accumulator);
     access_.store(&accumulator, state);
-    for_each_tile([&](const RowTile& at, const auto& elements, const Run<T>& run) {
+    for_each_tile([&](const RowTile& at, const Run<T>& run) {
       loop_(rule.bytes, run);
-      pull(elements, run.size, anchor);
       if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
     });
   }
@@ -178,39 +191,37 @@ class Updater {
   // In closed form, or else one missed step after the other.
   void catch_up(const RowTile& tile, const std::array<T*, kMaxOperands>& at, T* zeros) const {
     const rules::IdleBytes idle = work_.history->missed_steps(tile.row());
-    const Run<T> run = run_over(at, tile.size(), {zeros, T{0}});
+    Run<T> run = run_over(at, tile.size(), {zeros, T{0}}, anchor_);
     if (!is_anchored() && kernels_.catch_up[loop_number_](idle.bytes, run)) return;
     std::fill_n(zeros, tile.size(), T{0});
     for (const auto& step : work_.history->each_missed_step(tile.row())) {
+      run.anchor = anchor_at(step.lr);
       loop_(step.coefficients.bytes, run);
-      pull(at, tile.size(), anchor_at(step.lr));
     }
   }
 
   bool is_anchored() const { return work_.anchor.reference != 0; }
 
-  // Of a step with another learning rate.
-  rules::Anchor<T> anchor_at(double lr) const { return {static_cast<T>(lr * work_.anchor.lambda)}; }
+  rules::Anchor<T> anchor_at(double lr) const { return rules::Anchor<T>::of(lr * work_.anchor.lambda); }
 
   bool is_moved(int operand) const {
     const bool is_anchor = is_anchored() && operand >= work_.anchor.reference;
     return operand != kGradient && !is_anchor;
   }
 
-  void pull(const std::array<T*, kMaxOperands>& at, std::int64_t size,
-            const rules::Anchor<T>& anchor) const {
-    if (!is_anchored()) return;
-    const T* const importance = work_.anchor.importance ? at[work_.anchor.importance] : nullptr;
-    kernels_.pull(anchor, size, at[kParameter], at[work_.anchor.reference], importance);
-  }
-
-  static Run<T> run_over(const std::array<T*, kMaxOperands>& at, std::int64_t size,
-                         const gradients::Dense<T>& gradient) {
-    return {size, at[kParameter], gradient, {at[kState], at[kState + 1], at[kState + 2]}};
+  Run<T> run_over(const std::array<T*, kMaxOperands>& at, std::int64_t size,
+                  const gradients::Dense<T>& gradient, const rules::Anchor<T>& anchor) const {
+    return {size,
+            at[kParameter],
+            gradient,
+            {at[kState], at[kState + 1], at[kState + 2]},
+            anchor,
+            at[work_.anchor.reference],
+            work_.anchor.importance ? at[work_.anchor.importance] : kOnes<T>.data()};
   }
 
   void call_loop(const std::array<T*, kMaxOperands>& at, std::int64_t size) const {
-    loop_(rule_, run_over(at, size, {at[kGradient], factor_}));
+    loop_(rule_, run_over(at, size, {at[kGradient], factor_}, anchor_));
   }
 
   const Kernels<T>& kernels_;

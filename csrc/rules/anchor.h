@@ -17,22 +17,21 @@ namespace fusestep::rules {
 
 template <class T>
 struct Anchor {
-  T strength;  // lr lambda
+  T strength;  // lr lambda; finite, so that an importance of 0 stays 0
 
+  FUSESTEP_HOST_DEVICE static Anchor of(double strength) {
+    const bool fits = strength < static_cast<double>(largest(T{}));
+    return {fits ? static_cast<T>(strength) : largest(T{})};
+  }
+
+  // Written from the end that is nearer: no pull leaves w, and the strongest, for which kappa may
+  // overflow, gives w*, to the bit.
   FUSESTEP_HOST_DEVICE T operator()(T w, T reference, T importance) const {
-    return pulled(w, reference, strength * importance);
-  }
-  FUSESTEP_HOST_DEVICE T operator()(T w, T reference) const {
-    return pulled(w, reference, strength);
-  }
-
- private:
-  // Written from the end that is nearer: no pull leaves w, and the strongest gives w*, to the bit.
-  FUSESTEP_HOST_DEVICE static T pulled(T w, T reference, T pull) {
-    const T kappa = pull <= largest(pull) ? pull : largest(pull);  // the product may overflow
-    const T away = w - reference;
-    const T share = away / (T{1} + kappa);
-    return kappa < T{1} ? w - kappa * share : reference + share;
+    const T kappa = strength * importance;
+    const T share = (w - reference) * (T{1} / (T{1} + kappa));
+    const T near = kappa < T{1} ? w : reference;
+    const T of_share = kappa < T{1} ? -kappa : T{1};
+    return near + of_share * share;
   }
 };
 

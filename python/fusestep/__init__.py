@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import functional
 from ._version import __version__
+from .fisher import Fisher
 from .gradients import Rows
 from .optimizer import Optimizer
 from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam, RowwiseAdagrad
@@ -29,6 +30,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Fisher",
     "NAdam",
     "Optimizer",
     "Rows",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _anchors
 from ._arrays import backend_of
 from ._hyperparameters import number
 from ._state import as_state
@@ -32,6 +33,7 @@ def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
         entry.update({x: backend_of(entry[x]).copy(entry[x]) for x in optimizer._state_names})
     for i, entry in enumerate(state.values()):
         entry.update(_missed_steps(optimizer, i))
+        entry.update(_anchor(optimizer, i, copy=copy))
     lr = optimizer._hyperparameters["lr"]
     group = {
         **optimizer._hyperparameters,
@@ -57,6 +59,18 @@ def _missed_steps(optimizer: Optimizer, i: int) -> dict[str, Any]:
     return {"missed_steps": missed[0], "recent_steps": np.array(missed[1])}
 
 
+def _anchor(optimizer: Optimizer, i: int, *, copy: bool) -> dict[str, Any]:
+    """Return a parameter's anchor; nothing where it has none."""
+    anchor = optimizer._anchors.get(i)
+    if anchor is None:
+        return {}
+    arrays = {"anchor": anchor.reference, "anchor_importance": anchor.importance}
+    return {
+        "anchor_strength": anchor.strength,
+        **{x: a.copy(order="K") if copy else a for x, a in arrays.items() if a is not None},
+    }
+
+
 @dataclass
 class _Entry:
     """What one parameter is to be given: arrays in the order of the rule's state."""
@@ -66,6 +80,7 @@ class _Entry:
     arrays: list[Any]  # None: the rule's initial value
     missed: npt.NDArray[np.int64]  # by each row, of the steps in `recent`
     recent: npt.NDArray[np.float64]
+    anchor: _anchors.Anchor | None = None
 
 
 @dataclass
@@ -123,6 +138,11 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
         for target, source in zip(optimizer._arrays[i].values(), entry.arrays, strict=True):
             backend_of(target).assign(target, initial if source is None else source)
         optimizer._native.set_progress(i, entry.step, entry.momentum_product)
+        if optimizer.rows == "exact":  # what is still to be made up for is no longer to be
+            optimizer._native.set_missed_steps(i, np.zeros_like(entry.missed), [])
+        _anchors.release(optimizer, i)
+        if entry.anchor is not None:
+            _anchors.put(optimizer, i, entry.anchor)
         if optimizer.rows == "exact":
             optimizer._native.set_missed_steps(i, entry.missed, entry.recent)
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)
@@ -205,6 +225,7 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
 
     entry = {name: value for name, value in entry.items() if value is not None}
     missed, recent = _check_missed_steps(optimizer, i, entry)
+    anchor = _check_anchor(optimizer, i, entry)
     scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry
     # Where torch keeps no step (SGD), state says that there was one, and no more is needed.
@@ -224,7 +245,19 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     product = number("mu_product", entry.get("mu_product", 1.0))
     if not 0 <= product <= 1:
         raise ValueError(f"mu_product is {product!r}; expected a number in [0, 1]")
-    return _Entry(step, product, arrays, missed, recent)
+    return _Entry(step, product, arrays, missed, recent, anchor)
+
+
+def _check_anchor(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _anchors.Anchor | None:
+    """Take a parameter's anchor from an entry, and return it."""
+    names = ("anchor_strength", "anchor", "anchor_importance")
+    strength, reference, importance = (entry.pop(name, None) for name in names)
+    if strength is None and reference is None and importance is None:
+        return None
+    label = optimizer._parameters.labels[i]
+    if strength is None or reference is None:
+        raise ValueError(f"the state of {label} has an anchor without its strength or reference")
+    return _anchors.checked(optimizer, i, label, strength, reference, importance)
 
 
 def _check_missed_steps(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _anchors
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -34,9 +36,13 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
     for array in states.values():
         array[old.shape[0] :] = initial
 
+    anchor = optimizer._anchors.get(i)
+    _anchors.release(optimizer, i)  # it has the old shape
     optimizer._native.move(i, table, list(states.values()))
     optimizer._arrays[i] = states
     optimizer._parameters.replace(i, table)
+    if anchor is not None:
+        _anchors.put(optimizer, i, _anchors.grown(anchor, table[old.shape[0] :]))
     return table
 
 

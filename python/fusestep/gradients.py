@@ -65,9 +65,10 @@ def as_indices(indices: Any) -> Any:
     """Return an array of row numbers: the one that was given, or one of the ints in a list."""
     if not isinstance(indices, (list, tuple)):
         return indices
-    if not all(isinstance(index, (int, np.integer)) for index in indices):
+    array = np.asarray(indices)
+    if array.size and array.dtype.kind != "i":
         raise TypeError(f"indices are {indices!r}; expected a list of int")
-    return np.array(indices, np.int64)
+    return array.astype(np.int64)
 
 
 _cpu.set_rows_type(Rows)

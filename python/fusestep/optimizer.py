@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 
-from . import _arrays, _cpu, _state, _state_dict, _tables, checkpoint
+from . import _anchors, _arrays, _cpu, _state, _state_dict, _tables, checkpoint
 from ._hyperparameters import (
     Hyperparameter,
     as_native_options,
@@ -100,6 +100,7 @@ class Optimizer:
 
     __slots__ = (
         "__weakref__",
+        "_anchors",
         "_arrays",
         "_capturable",
         "_growing",
@@ -154,6 +155,7 @@ class Optimizer:
             self._new_state(array, label, fill)
             for array, label in zip(self._parameters.arrays, self._parameters.labels, strict=True)
         ]
+        self._anchors: dict[int, _anchors.Anchor] = {}
         self._growing: dict[tuple[int, str | None], Any] = {}
         self._native = _cpu.Optimizer(
             self._rule,
@@ -251,6 +253,57 @@ class Optimizer:
         a dense step.
         """
         self._native.flush()
+
+    def anchor(self, strength: Any, reference: Any = None, importance: Any = None) -> None:
+        r"""Keep parameters near where they have been: L2-SP, or with `importance` EWC.
+
+        From now on each step that moves a parameter pulls it, after the rule and in the same pass,
+
+        .. math:: w ← \frac{w + κ w^*}{1 + κ}, \qquad κ = lr · λ · F
+
+        the proximal step of the penalty :math:`\frac{λ}{2} \sum F (w - w^*)^2`, stable for every
+        strength. Anchors add up: after another task, call it again, and both pull, in the memory
+        and time of one.
+
+        Parameters
+        ----------
+        strength
+            λ >= 0: one number, or one for each parameter in the form that `params` had (None:
+            that parameter is left as it is).
+        reference
+            :math:`w^*`, in the form that `params` had: arrays of the parameters' shapes; a
+            parameter that is None, or not in the dict, is left as it is: a new head, say. Without
+            it, the parameters' present values. Copied.
+        importance
+            F >= 0, likewise: the diagonal of the Fisher information (:class:`fusestep.Fisher`).
+            Without it, 1. Copied.
+
+        Raises
+        ------
+        TypeError
+            Something is not an array of floats, or not in the form that `params` had; a parameter
+            is on a GPU.
+        ValueError
+            A shape differs; a number is negative or not finite. Nothing has been changed then.
+
+        References
+        ----------
+        Li, Grandvalet & Davoine (2018), "Explicit inductive bias for transfer learning with
+        convolutional networks", equation 2 (L2-SP); Kirkpatrick et al. (2017), "Overcoming
+        catastrophic forgetting in neural networks", equation 3 (EWC); Huszár (2018), "Note on the
+        quadratic penalties in elastic weight consolidation" (one anchor for all tasks).
+        """
+        self._native.exclusively(lambda: _anchors.add(self, strength, reference, importance))
+
+    def release_anchor(self) -> None:
+        """Let all parameters go where their gradients lead."""
+        self._native.exclusively(lambda: _anchors.release_all(self))
+
+    @property
+    def anchors(self) -> dict[Any, dict[str, Any]]:
+        """The anchors, by name or position: ``strength``, ``reference`` and ``importance``."""
+        keys = self._parameters.keys
+        return {keys[i]: anchor._asdict() for i, anchor in self._anchors.items()}
 
     def resize(self, name: str | int, n_rows: int, *, init: Any = 0.0) -> Any:
         """Give a table more rows: there are new users, or new items.

@@ -1,0 +1,150 @@
+"""The diagonal of the Fisher information: which weights a task depends on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._arrays import backend_of
+from ._hyperparameters import number
+from ._parameters import Parameters
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from ._parameters import Gradients, Params
+
+
+class Fisher:
+    r"""The diagonal of the Fisher information, estimated from per-sample gradients.
+
+    .. math:: F = \frac{1}{N} \sum_i (\nabla_w \log p(y_i | x_i))^2
+
+    of each parameter, for :meth:`fusestep.Optimizer.anchor`. Gradients of labels that are drawn
+    from the model's own predictions give the Fisher information; those of the labels in the data
+    the "empirical" one, which is cheaper to get and often used in its place.
+
+    Parameters
+    ----------
+    params
+        Arrays, of which the shapes count: as they were given to the optimizer.
+    decay
+        In [0, 1]: how much :meth:`next_task` keeps of the tasks before (online EWC).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for the optimizer; `decay` is not a number from 0 to 1.
+
+    References
+    ----------
+    Kirkpatrick et al. (2017), "Overcoming catastrophic forgetting in neural networks", equation 3;
+    Schwarz et al. (2018), "Progress & compress: a scalable framework for continual learning",
+    section 4 (online EWC); Kunstner, Balles & Hennig (2019), "Limitations of the empirical Fisher
+    approximation for natural gradient descent".
+
+    Examples
+    --------
+    >>> import numpy as np, fusestep as fs
+    >>> w = np.zeros(2)
+    >>> fisher = fs.Fisher(w)
+    >>> fisher.add(np.array([[1.0, 0.0], [3.0, 0.0]]))
+    >>> fisher.importance
+    array([5., 0.])
+    """
+
+    def __init__(self, params: Params, *, decay: float = 1.0) -> None:
+        self._parameters = Parameters(params)
+        self._decay = number("decay", decay)
+        if not 0 <= self._decay <= 1:
+            raise ValueError(f"decay is {decay!r}; expected a number from 0 to 1")
+        self._past = [np.zeros(tuple(p.shape)) for p in self._parameters.arrays]
+        self._start_task()
+
+    def _start_task(self) -> None:
+        self._samples = 0
+        self._sums = [np.zeros_like(past) for past in self._past]
+
+    @property
+    def samples(self) -> int:
+        """Samples of the present task."""
+        return self._samples
+
+    def add(self, grads: Gradients) -> None:
+        """Take a batch of per-sample gradients into account.
+
+        Parameters
+        ----------
+        grads
+            In the form that `params` had: for each parameter a float array [N, *shape], one
+            gradient of the log likelihood (or of its negative) for each sample.
+
+        Raises
+        ------
+        TypeError
+            They are not arrays, or in another form.
+        ValueError
+            A shape is not [N, *shape], with the same N for all parameters; or a gradient is missing
+            or not finite. Nothing has been added then.
+        """
+        in_order = list(self._parameters.in_order(grads))
+        if len(in_order) != len(self._sums):
+            raise ValueError(f"got {len(in_order)} gradients for {len(self._sums)} parameters")
+        arrays = [
+            self._checked(gradient, i, label)
+            for i, (gradient, label) in enumerate(
+                zip(in_order, self._parameters.labels, strict=True)
+            )
+        ]
+        counts = {len(array) for array in arrays}
+        if len(counts) != 1:
+            raise ValueError(f"gradients of {sorted(counts)} samples; expected as many for all")
+        squares = [np.einsum("i...,i...->...", array, array) for array in arrays]
+        if not all(np.isfinite(square).all() for square in squares):
+            raise ValueError("a gradient is not finite, or too large to be squared")
+        for total, square in zip(self._sums, squares, strict=True):
+            total += square
+        self._samples += counts.pop()
+
+    def _checked(self, gradient: Any, i: int, label: str) -> npt.NDArray[np.float64]:
+        if gradient is None:
+            raise ValueError(f"the gradients of {label} are missing")
+        if not hasattr(gradient, "shape"):
+            raise TypeError(f"the gradients of {label} are a {type(gradient).__name__}")
+        array = np.asarray(backend_of(gradient).to_numpy(gradient), np.float64)
+        shape = self._past[i].shape
+        if array.shape[1:] != shape or array.ndim != len(shape) + 1:
+            raise ValueError(
+                f"the gradients of {label} have shape {array.shape}; expected (N, "
+                f"{', '.join(map(str, shape))})"
+            )
+        return array
+
+    def next_task(self) -> None:
+        """Put the present task among those of the past, and start another.
+
+        What there was of the past is multiplied by `decay` first.
+        """
+        self._past = self._in_all()
+        self._start_task()
+
+    @property
+    def importance(self) -> Any:
+        """F of the present task plus the decayed sum of those of the past, as float64 arrays.
+
+        In the form that `params` had.
+        """
+        arrays = self._in_all()
+        given = self._parameters.given
+        if isinstance(given, dict):
+            return dict(zip(self._parameters.keys, arrays, strict=True))
+        return arrays if isinstance(given, list) else arrays[0]
+
+    def _in_all(self) -> list[npt.NDArray[np.float64]]:
+        if self._samples == 0:
+            return [past.copy() for past in self._past]
+        return [
+            self._decay * past + total / self._samples
+            for past, total in zip(self._past, self._sums, strict=True)
+        ]
