@@ -43,6 +43,16 @@ def tier(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=["table", "data_ptr"])
+def pointers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of finding out where a torch tensor lies: the second is torch 2.4 to 2.9's."""
+    tensors = pytest.importorskip("fusestep.torch._tensors")
+    if request.param == "table" and not hasattr(tensors.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has no exchange table")
+    monkeypatch.setattr(tensors, "USE_EXCHANGE_TABLE", request.param == "table")
+    return request.param
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

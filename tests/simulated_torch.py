@@ -66,6 +66,8 @@ class Simulation:
         tensor = local(tensor)
         if tensor.device.type != "cpu":
             return tensor.device
+        if tensor.layout is torch.sparse_coo:
+            tensor = tensor._values()
         if tensor.layout is not torch.strided:
             return self._default
         return getattr(tensor.untyped_storage(), "simulated_device", self._default)

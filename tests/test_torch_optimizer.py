@@ -21,7 +21,7 @@ from rules import PLAIN, RULES, Rule
 torch = pytest.importorskip("torch")
 fst = pytest.importorskip("fusestep.torch")
 
-from torch_copies import through_a_file, through_pickle  # noqa: E402
+from torch_copies import assert_same, snapshot, through_a_file, through_pickle  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,15 +32,6 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 
 
 ADAM_DECOUPLES = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters
-
-
-@pytest.fixture(params=["table", "data_ptr"])
-def pointers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of finding out where a tensor lies: the second is torch 2.4 to 2.9's."""
-    if request.param == "table" and not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        pytest.skip("this torch has no exchange table")
-    monkeypatch.setattr(fst._tensors, "USE_EXCHANGE_TABLE", request.param == "table")
-    return request.param
 
 
 def make(rule: Rule, params: Any, **options: Any) -> Any:
@@ -73,28 +64,6 @@ def train(opt: Any, params: list[Tensor], steps: int, start: int = 0) -> None:
     for step in range(start, start + steps):
         set_gradients(params, step)
         opt.step()
-
-
-def snapshot(opt: Any, params: list[Tensor]) -> Any:
-    return copy.deepcopy(([p.detach() for p in params], opt.state_dict()))
-
-
-def assert_same(a: Any, b: Any) -> None:
-    """Bit for bit, types and keys and all."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 # ---- the same steps ------------------------------------------------------------------------------
@@ -527,13 +496,18 @@ def test_a_frozen_parameter_that_has_moved_is_in_nobodys_way() -> None:
 # ---- all or nothing ------------------------------------------------------------------------------
 
 
-def sparse(p: Tensor) -> Any:
-    return torch.ones(p.shape).to_sparse()
-
-
 BAD_GRADIENTS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
-    "sparse": (sparse, TypeError, "gradient of parameter 1 .*sparse.*Rows"),
     "itself": (lambda p: p.detach(), ValueError, "gradient of parameter 1 .*shares memory"),
+    "rows of itself": (
+        lambda p: torch.sparse_coo_tensor([[0, 2]], p.detach()[:2], p.shape, check_invariants=True),
+        ValueError,
+        "gradient of parameter 1 .*shares memory",
+    ),
+    "a row that is not there": (
+        lambda p: torch.sparse_coo_tensor([[1, 4]], torch.ones(2), p.shape, check_invariants=False),
+        IndexError,
+        "gradient of parameter 1 has row 4 .*expected 0 to 3",
+    ),
 }
 
 

@@ -3,6 +3,8 @@
 #include <utility>
 
 #include "arrays/exchange.h"
+#include "arrays/foreign_errors.h"
+#include "arrays/rows.h"
 #include "core/errors.h"
 
 namespace py = pybind11;
@@ -22,9 +24,11 @@ TorchTensors::TorchTensors(const py::object& module, bool use_exchange_table)
       local_(module.attr("local")),
       local_gradient_(module.attr("local_gradient")),
       resolved_(module.attr("resolved")),
+      rows_of_(module.attr("rows_of")),
       refusal_(module.attr("refusal")),
       describe_(module.attr("describe")),
       increment_versions_(module.attr("increment_versions")),
+      clear_gradient_(module.attr("clear_gradient")),
       current_stream_(module.attr("current_stream")),
       grad_descriptor_(py::getattr(reinterpret_cast<PyObject*>(tensor_type_), "grad")),
       api_(use_exchange_table ? exchange_api(tensor_type_) : nullptr) {}
@@ -109,23 +113,25 @@ PyObject* TorchTensors::gradient_of(PyObject* parameter) const {
   return gradient;
 }
 
-bool TorchTensors::view_gradient(PyObject* parameter, const Array& parameter_view,
-                                 PyObject* gradient, const Label& label, Array& view) const {
+bool TorchTensors::view_usual_gradient(PyObject* parameter, const Array& parameter_view,
+                                       PyObject* gradient, Array& view) const {
+  if (!is_plain(gradient) || !is_plain(parameter)) return false;
   dlpack::Tensor fields;
-  if (is_plain(gradient) && is_plain(parameter)) {
-    if (!read(gradient, fields)) refuse(gradient, label);
-    const bool may_be_lazy = fields.dtype.code == dlpack::kComplex || parameter_view.size <= 1 ||
-                             !parameter_view.c_contiguous;
-    if (!may_be_lazy && view_like(parameter_view, fields, gradient, view)) {
-      Py_INCREF(gradient);
-      return false;
-    }
+  if (!read(gradient, fields)) {
+    PyErr_Clear();
+    return false;
   }
-  return view_unusual_gradient(parameter, gradient, label, view);
+  const bool may_be_lazy = fields.dtype.code == dlpack::kComplex || parameter_view.size <= 1 ||
+                           !parameter_view.c_contiguous;
+  if (may_be_lazy || !view_like(parameter_view, fields, gradient, view)) return false;
+  Py_INCREF(gradient);
+  return true;
 }
 
-bool TorchTensors::view_unusual_gradient(PyObject* parameter, PyObject* gradient,
-                                         const Label& label, Array& view) const {
+TorchTensors::Gradient TorchTensors::unusual_gradient(PyObject* parameter,
+                                                      const Array& parameter_view,
+                                                      PyObject* gradient,
+                                                      const Label& label) const {
   auto object = py::reinterpret_borrow<py::object>(gradient);
   has_run_code = true;
   bool is_copy = false;
@@ -134,17 +140,49 @@ bool TorchTensors::view_unusual_gradient(PyObject* parameter, PyObject* gradient
     object = local[0];
     is_copy = local[1].cast<bool>();
   }
+  const bool is_sparse = object.attr("is_sparse").cast<bool>();
+  Gradient result =
+      is_sparse ? sparse_gradient(parameter_view, object, label) : dense_gradient(object, label);
+  result.is_copy = result.is_copy || is_copy;
+  return result;
+}
+
+TorchTensors::Gradient TorchTensors::dense_gradient(const py::object& tensor,
+                                                    const Label& label) const {
   dlpack::Tensor fields;
-  if (!read(object.ptr(), fields)) refuse(object.ptr(), label);
+  if (!read(tensor.ptr(), fields)) refuse(tensor.ptr(), label);
+  Gradient result{{}, {}, false};
   try {
-    view = from_tensor(fields, Py_NewRef(object.ptr()), Complex::viewed_as_real, label);
+    result.view = from_tensor(fields, Py_NewRef(tensor.ptr()), Complex::viewed_as_real, label);
   } catch (const TypeError&) {
-    refuse(object.ptr(), label);
+    refuse(tensor.ptr(), label);
   }
-  if (!is_lazily_conjugated(object.ptr(), fields, view)) return is_copy;
-  const py::object resolved = resolved_(object);
-  view_unusual_gradient(parameter, resolved.ptr(), label, view);
-  return true;
+  if (!is_lazily_conjugated(tensor.ptr(), fields, result.view)) return result;
+  result = dense_gradient(resolved_(tensor), label);
+  result.is_copy = true;
+  return result;
+}
+
+TorchTensors::Gradient TorchTensors::sparse_gradient(const Array& parameter_view,
+                                                     const py::object& tensor,
+                                                     const Label& label) const {
+  py::tuple parts;
+  try {
+    parts = rows_of_(tensor);
+  } catch (const py::error_already_set& error) {
+    rethrow_as_type_error(error, {PyExc_TypeError}, label.text() + " ");
+  }
+  const auto table_rows = static_cast<std::int64_t>(py::len(tensor));
+  const auto shape = parameter_view.geometry().shape;
+  if (!shape.empty() && shape[0] != table_rows)
+    throw ValueError(label.text() + " is of " + std::to_string(table_rows) + " rows; expected " +
+                     std::to_string(shape[0]));
+  const py::object numbers = parts[0], values = parts[1];
+  Gradient gradient = dense_gradient(values, label);
+  Rows rows{read_row_numbers(numbers.ptr(), {"the row indices for ", label.name}),
+            std::move(gradient.view)};
+  check_row_count(rows, label.name);
+  return {std::move(rows.values), std::move(rows.numbers), gradient.is_copy};
 }
 
 bool TorchTensors::is_lazily_conjugated(PyObject* tensor, const dlpack::Tensor& fields,
@@ -180,6 +218,12 @@ std::uintptr_t TorchTensors::current_stream(const Device& device) const {
 void TorchTensors::increment_versions(PyObject* tensors) const noexcept {
   PyObject* result = PyObject_CallOneArg(increment_versions_.ptr(), tensors);
   if (!result) PyErr_WriteUnraisable(increment_versions_.ptr());  // the step is under way
+  Py_XDECREF(result);
+}
+
+void TorchTensors::clear_gradient(PyObject* gradient) const noexcept {
+  PyObject* result = PyObject_CallOneArg(clear_gradient_.ptr(), gradient);
+  if (!result) PyErr_WriteUnraisable(gradient);  // the step has happened
   Py_XDECREF(result);
 }
 

@@ -35,10 +35,19 @@ class TorchTensors {
   PyObject* gradient_of(PyObject* parameter) const;
 
   // Makes `view`, an empty array, one of a parameter's gradient that keeps the memory alive, and
-  // may borrow the geometry of the parameter's own view. Returns whether it is of a copy, made
-  // because the gradient was not yet conjugated, or lay otherwise.
-  bool view_gradient(PyObject* parameter, const Array& parameter_view, PyObject* gradient,
-                     const Label& label, Array& view) const;
+  // borrows the geometry of the parameter's own view. False where the gradient is not as usual.
+  bool view_usual_gradient(PyObject* parameter, const Array& parameter_view, PyObject* gradient,
+                           Array& view) const;
+
+  struct Gradient {
+    Array view;                                            // keeps the memory alive
+    std::optional<std::vector<std::int64_t>> row_numbers;  // where it is sparse
+    bool is_copy;  // made because the gradient was not yet conjugated, or lay otherwise
+  };
+  // A gradient of any kind. Throws TypeError for one that a step cannot read.
+  // Throws ValueError for a sparse one of a table with another number of rows.
+  Gradient unusual_gradient(PyObject* parameter, const Array& parameter_view, PyObject* gradient,
+                            const Label& label) const;
 
   // Set where looking at tensors has run Python code, which may have changed anything.
   mutable bool has_run_code = false;
@@ -57,6 +66,9 @@ class TorchTensors {
   // Tells autograd that these tensors have changed.
   void increment_versions(PyObject* tensors) const noexcept;
 
+  // What torch's own zero_grad does to a gradient that it is to keep.
+  void clear_gradient(PyObject* gradient) const noexcept;
+
  private:
   // True for a tensor that is read without running Python code, where there is a table.
   bool is_plain(PyObject* tensor) const {
@@ -67,13 +79,14 @@ class TorchTensors {
   [[noreturn]] void refuse(PyObject* tensor, const Label& label) const;
   bool is_lazily_conjugated(PyObject* tensor, const dlpack::Tensor& fields,
                             const Array& array) const;
-  bool view_unusual_gradient(PyObject* parameter, PyObject* gradient, const Label& label,
-                             Array& view) const;
+  Gradient dense_gradient(const pybind11::object& tensor, const Label& label) const;
+  Gradient sparse_gradient(const Array& parameter_view, const pybind11::object& tensor,
+                           const Label& label) const;
 
   PyTypeObject* tensor_type_;
   PyTypeObject* parameter_type_;
-  pybind11::object local_, local_gradient_, resolved_, refusal_, describe_, increment_versions_,
-      current_stream_;
+  pybind11::object local_, local_gradient_, resolved_, rows_of_, refusal_, describe_,
+      increment_versions_, clear_gradient_, current_stream_;
   pybind11::object grad_descriptor_;
   const dlpack::ExchangeApi* api_;
   mutable std::vector<std::int64_t> numbers_;  // shape and strides of the last tensor without table

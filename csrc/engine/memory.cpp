@@ -27,8 +27,12 @@ void OccupiedMemory::seal() {
 
 const std::string* OccupiedMemory::overlapping(const arrays::Array& array, Gap& gap) const {
   const auto [first, last] = array.interval();
-  gap = {first, first, generation_};  // nothing, until it is found to be free
-  if (first == last) return nullptr;
+  gap = {};
+  const Gap none{first, first, generation_};
+  if (first == last) {
+    gap = none;
+    return nullptr;
+  }
   auto entry =
       std::partition_point(entries_.begin(), entries_.end(),
                            [last = last](const Entry& e) { return e.interval.first < last; });
@@ -43,6 +47,7 @@ const std::string* OccupiedMemory::overlapping(const arrays::Array& array, Gap& 
     if (entry->reach <= first) break;  // neither this one nor any before it gets this far
     if (arrays::share_memory(*entry->array, array)) return entry->name;
   }
+  gap = none;  // it lies between the elements of others
   return nullptr;
 }
 

@@ -23,7 +23,8 @@ class OccupiedMemory {
     std::uint64_t generation = 0;
   };
 
-  // The name of an array that shares memory with `array`, or null; then `gap` is where it lies.
+  // The name of an array that shares memory with `array`, or null; then `gap` is where it lies, and
+  // empty if that is not all its own.
   const std::string* overlapping(const arrays::Array& array, Gap& gap) const;
 
   // True where `array` lies in a gap of this very memory: freshly allocated gradients usually lie

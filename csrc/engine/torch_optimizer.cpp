@@ -204,7 +204,7 @@ struct TorchOptimizer::StepUnderWay {
   ~StepUnderWay() {
     optimizer.updates_.clear();
     optimizer.moving_.clear();
-    optimizer.copied_gradients_.clear();
+    optimizer.unusual_gradients_.clear();
     optimizer.alive_.clear();
   }
   TorchOptimizer& optimizer;
@@ -268,7 +268,7 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
   const bool moved =
       stepper.take(updates_, arguments, [&] { increment_versions(arguments.zero_grad); });
   if (moved) write_progress();
-  if (arguments.zero_grad) clear_copied_gradients();
+  if (arguments.zero_grad) clear_unusual_gradients();
   return moved ? Outcome::done : Outcome::skipped;
 }
 
@@ -321,13 +321,26 @@ bool TorchOptimizer::collect() {
       if (is_outdated_) return false;
       Slot& slot = parameter.slot;
       Update& update = updates_.emplace_back(&slot, &group.group);
-      if (tensors_.view_gradient(parameter.tensor, slot.parameter(), gradient.ptr(),
-                                 {"the gradient of ", slot.name()}, update.gradient))
-        copied_gradients_.push_back(gradient);
+      // The next is likely to be sparse, too, and torch takes long to say that it cannot be read.
+      if (parameter.had_sparse_gradient ||
+          !tensors_.view_usual_gradient(parameter.tensor, slot.parameter(), gradient.ptr(),
+                                        update.gradient))
+        view_unusual_gradient(parameter, gradient, update);
       moving_.push_back(&parameter);
     }
   }
   return true;
+}
+
+void TorchOptimizer::view_unusual_gradient(FollowedParameter& parameter, const py::object& gradient,
+                                           Update& update) {
+  auto [view, row_numbers, is_copy] =
+      tensors_.unusual_gradient(parameter.tensor, parameter.slot.parameter(), gradient.ptr(),
+                                {"the gradient of ", parameter.slot.name()});
+  parameter.had_sparse_gradient = row_numbers.has_value();
+  if (is_copy || row_numbers) unusual_gradients_.push_back(gradient);
+  update.gradient = std::move(view);
+  update.row_numbers = std::move(row_numbers);
 }
 
 bool TorchOptimizer::is_where_it_was(const FollowedParameter& parameter) const {
@@ -583,12 +596,8 @@ void TorchOptimizer::increment_versions(bool gradients_too) noexcept {
   }
 }
 
-void TorchOptimizer::clear_copied_gradients() noexcept {
-  for (const py::object& gradient : copied_gradients_) {
-    PyObject* result = PyObject_CallMethod(gradient.ptr(), "zero_", nullptr);
-    if (!result) PyErr_WriteUnraisable(gradient.ptr());  // the step has happened
-    Py_XDECREF(result);
-  }
+void TorchOptimizer::clear_unusual_gradients() noexcept {
+  for (const py::object& gradient : unusual_gradients_) tensors_.clear_gradient(gradient.ptr());
 }
 
 // From here on, code of others may run: of a tensor subclass, or of another thread. It may replace

@@ -157,6 +157,7 @@ class TorchOptimizer {
     std::vector<ScalarPlace> scalars;
     bool is_ready, is_sharded;
     bool is_bound = false;  // the slot has been told where they lie
+    bool had_sparse_gradient = false;
     std::size_t index;
     std::vector<pybind11::object> told;  // until seal(): states and scalars
   };
@@ -188,6 +189,8 @@ class TorchOptimizer {
   bool is_resident(const FollowedParameter& parameter) const;
   void find_resident_scalars(FollowedParameter& parameter) const;
   bool collect();
+  void view_unusual_gradient(FollowedParameter& parameter, const pybind11::object& gradient,
+                             Update& update);
   bool is_where_it_was(const FollowedParameter& parameter) const;
   void follow_memory(FollowedParameter& parameter);
   void follow_all_memory();
@@ -199,7 +202,7 @@ class TorchOptimizer {
   void read_progress(FollowedParameter& parameter);
   void write_progress() noexcept;
   void increment_versions(bool gradients_too) noexcept;
-  void clear_copied_gradients() noexcept;
+  void clear_unusual_gradients() noexcept;
   void keep_alive();
   const OccupiedMemory& occupied_memory();
 
@@ -217,7 +220,7 @@ class TorchOptimizer {
   // Of the step under way.
   std::vector<Update> updates_;
   std::vector<FollowedParameter*> moving_;
-  std::vector<pybind11::object> copied_gradients_;  // that are not what the step reads
+  std::vector<pybind11::object> unusual_gradients_;  // not cleared by clearing what the step reads
   std::vector<pybind11::object> alive_;
   std::vector<Teller::Norm> local_norms_;
 };

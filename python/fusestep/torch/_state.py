@@ -56,7 +56,7 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fitted(value: Any, label: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `value` on the parameter's device, widened to `dtype` if it is narrower.
+    """Return `value` on the parameter's device, dense, widened to `dtype` if it is narrower.
 
     Raises
     ------
@@ -75,7 +75,9 @@ def fitted(value: Any, label: str, parameter: Tensor, dtype: torch.dtype) -> Ten
         value.is_floating_point() or value.is_complex()
     ):
         raise TypeError(f"{label} has dtype {value.dtype}; expected {dtype}")
-    return value.to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype))
+    # Sparse: the momentum of torch.optim.SGD, where the gradients have been.
+    dense: Tensor = value.to_dense() if value.is_sparse else value
+    return dense.to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype))
 
 
 def copied(tensor: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+
 __all__ = ["Parameter", "Tensor"]
 
 USE_EXCHANGE_TABLE = True
@@ -76,13 +78,42 @@ def resolved(tensor: Tensor) -> Tensor:
         return tensor.resolve_conj().resolve_neg()
 
 
+def rows_of(gradient: Tensor) -> tuple[np.ndarray[Any, Any], Tensor]:
+    """Return the row numbers and the values of a gradient in COO form, which share its memory.
+
+    It need not be coalesced.
+
+    Raises
+    ------
+    TypeError
+        It is not on the CPU, or does not consist of whole rows.
+    """
+    device = device_of(gradient)
+    if device.type != "cpu":
+        raise TypeError(
+            f"is sparse and on device '{device}', where this version of fusestep takes dense "
+            "gradients only: use nn.Embedding(sparse=False)"
+        )
+    if gradient.sparse_dim() != 1:
+        raise TypeError(
+            f"is sparse in {gradient.sparse_dim()} dimensions; expected one of rows, which is "
+            "sparse in one (sparse_dim() == 1), or a dense one"
+        )
+    return gradient._indices().numpy()[0], gradient._values()
+
+
+def clear_gradient(gradient: Tensor) -> None:
+    """Set a gradient to zero in place. A sparse one has no rows then."""
+    with torch.no_grad():
+        gradient.zero_()
+
+
 def refusal(tensor: Tensor) -> str:
     """Say what is wrong with a tensor whose memory cannot be used."""
     if tensor.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
         return (
-            f"is sparse ({tensor.layout}). Sparse gradients will be taken as fusestep.Rows, which "
-            "this version does not have: use nn.Embedding(sparse=False), or torch.optim.SparseAdam "
-            "or SGD for this parameter"
+            f"is sparse ({tensor.layout}); expected a dense tensor or, as the gradient of one, "
+            "torch.sparse_coo"
         )
     if tensor.layout is not torch.strided:
         return f"has layout {tensor.layout}; expected torch.strided"

@@ -79,6 +79,10 @@ class Optimizer(torch.optim.Optimizer):
     Parameters may be on the CPU and on NVIDIA GPUs. There, steps go to torch's current stream and
     are not waited for. Step counts are on the CPU or, with ``capturable`` or ``fused`` (as in
     torch), ``skip_nonfinite`` or a learning rate on the GPU, on the parameter's device.
+
+    Parameters on the CPU may have sparse gradients, coalesced or not, of the form that
+    ``torch.nn.Embedding(sparse=True)`` makes. Rows without a gradient do not move and their state
+    stays, as with ``torch.optim.SparseAdam``; the parameter's step is counted.
     """
 
     _array_class: ClassVar[type[ArrayOptimizer]]
@@ -111,6 +115,7 @@ class Optimizer(torch.optim.Optimizer):
             Multiplies all gradients before anything else: 1 / loss scale to unscale.
         zero_grad
             Set the gradients to zero in the same pass, as ``zero_grad(set_to_none=False)`` does.
+            Sparse ones have no rows then.
 
         Returns
         -------
@@ -120,8 +125,11 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         TypeError
-            A gradient or parameter is sparse, on a device that is neither the CPU nor an NVIDIA
-            GPU, or not of a supported dtype.
+            A gradient or parameter is on a device that is neither the CPU nor an NVIDIA GPU, or not
+            of a supported dtype. A parameter is sparse; or a gradient is, and the parameter on a
+            GPU, or ``gradient.sparse_dim() != 1``.
+        IndexError
+            A sparse gradient has a row that its parameter has not.
         ValueError
             Shapes differ, two parameters share memory, a gradient shares memory with a parameter or
             state, or an option of a group has a value that is out of range.
