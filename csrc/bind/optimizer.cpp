@@ -92,6 +92,7 @@ void set_missed_steps(Optimizer& optimizer, std::size_t i,
                       const py::array_t<std::int64_t, py::array::c_style>& missed,
                       const std::vector<std::vector<double>>& steps) {
   engine::Slot& slot = optimizer.slot(i);
+  if (!slot.history) return;  // no rows
   slot.history->restore(*optimizer.group.rule, slot.work.compute, slot.states(), steps,
                         {missed.data(), static_cast<std::size_t>(missed.size())});
 }
@@ -198,6 +199,13 @@ void register_optimizer(py::module_& module) {
       .def_property_readonly("skipped_steps", &Optimizer::skipped_steps)
       .def("set_counts", &Optimizer::set_counts, "steps"_a, "skipped_steps"_a);
 
+  module.def(
+      "option_names",
+      [](const std::string& rule) {
+        const std::vector<std::string_view> names = make_rule(rule, {})->option_names();
+        return std::vector<std::string>(names.begin(), names.end());
+      },
+      "rule"_a);
   module.def("describe_rule", &describe_rule, "rule"_a, "options"_a);
   module.def("apply", &apply, "rule"_a, "options"_a, "parameter"_a, "gradient"_a, "states"_a,
              "step"_a, "momentum_product"_a, "lr"_a, "grad_scale"_a, "maximize"_a);

@@ -44,8 +44,10 @@ struct Work {
 
   std::int64_t elements() const { return iteration.size * (rows ? rows->count() : 1); }
 
-  // What a thread may be given: a row-wise rule has to see all of a row.
-  std::int64_t pieces() const { return is_rowwise ? rows->count() : tiles(); }
+  // What a thread may be given: a row-wise rule has to see all of a row, and so has who decides how
+  // the row makes up for missed steps.
+  bool moves_whole_rows() const { return is_rowwise || (history && iteration.tiles() > 1); }
+  std::int64_t pieces() const { return moves_whole_rows() ? rows->count() : tiles(); }
 
   // Of a table: those of its first row that moves, then those of the next, ...
   std::int64_t tiles() const { return iteration.tiles() * (rows ? rows->count() : 1); }

@@ -32,7 +32,8 @@ struct Run {
 template <class T>
 struct Kernels {
   using Update = void (*)(const void* rule, const Run<T>& run);
-  using CatchUp = bool (*)(const void* idle, const Run<T>& run);
+  using Suits = bool (*)(const void* idle, const Run<T>& run);
+  using CatchUp = void (*)(const void* idle, const Run<T>& run);
   using SumOfRow = double (*)(const void* rule, const Run<T>& run);
   using RuleOfRow = void (*)(void* rule, double mean_square, T& accumulator);
   using Load = void (*)(const void* from, T* to, std::int64_t size);
@@ -41,8 +42,8 @@ struct Kernels {
   // Of parameters that are free, and of those that are anchored.
   std::array<std::array<Update, rules::Loops::size>, 2> update;
 
-  // Makes up for idle steps (rules/idle.h); false, with nothing changed, where that would not be
-  // precise enough. Reads no gradient.
+  // Makes up for idle steps (rules/idle.h) where it suits all elements. Reads no gradient.
+  std::array<Suits, rules::Loops::size> suits;
   std::array<CatchUp, rules::Loops::size> catch_up;
 
   // For row-wise rules: the sum of the rule's squares over at most kTileSize elements of a row, in

@@ -68,10 +68,14 @@ void update(const void* rule, const Run<T>& run) {
 }
 
 template <class T, class Move, class... State>
-bool catch_up(const Move move, std::int64_t size, T* parameter, State*... state) {
+bool suits(const Move move, std::int64_t size, const T* parameter, const State*... state) {
   int unsuited = 0;
   for (std::int64_t i = 0; i < size; ++i) unsuited |= !move.suits(parameter[i], state[i]...);
-  if (unsuited != 0) return false;
+  return unsuited == 0;
+}
+
+template <class T, class Move, class... State>
+void catch_up(const Move move, std::int64_t size, T* parameter, State*... state) {
 #if defined(__clang__)
 #pragma clang loop vectorize(assume_safety)
 #else
@@ -85,19 +89,31 @@ bool catch_up(const Move move, std::int64_t size, T* parameter, State*... state)
     };
     move_one(parameter[i], state[i]...);
   }
-  return true;
 }
 
-template <class T, class Idle, std::size_t... S>
-bool catch_up(const Idle& idle, const Run<T>& run, std::index_sequence<S...>) {
-  return idle.is_closed &&
-         catch_up(typename Idle::template Move<T>(idle), run.size, run.parameter, run.state[S]...);
+template <class T, class Loop, std::size_t... S>
+bool suits(const void* idle, const Run<T>& run, std::index_sequence<S...>) {
+  using Idle = typename Loop::template Of<T>::Idle;
+  const Idle& steps = *static_cast<const Idle*>(idle);
+  if (!steps.is_closed) return false;
+  return suits(typename Idle::template Move<T>(steps), run.size, run.parameter, run.state[S]...);
 }
 
 template <class T, class Loop>
-bool catch_up(const void* idle, const Run<T>& run) {
+bool suits(const void* idle, const Run<T>& run) {
+  return suits<T, Loop>(idle, run, std::make_index_sequence<Loop::kStates>{});
+}
+
+template <class T, class Loop, std::size_t... S>
+void catch_up(const void* idle, const Run<T>& run, std::index_sequence<S...>) {
   using Idle = typename Loop::template Of<T>::Idle;
-  return catch_up(*static_cast<const Idle*>(idle), run, std::make_index_sequence<Loop::kStates>{});
+  const Idle& steps = *static_cast<const Idle*>(idle);
+  catch_up(typename Idle::template Move<T>(steps), run.size, run.parameter, run.state[S]...);
+}
+
+template <class T, class Loop>
+void catch_up(const void* idle, const Run<T>& run) {
+  catch_up<T, Loop>(idle, run, std::make_index_sequence<Loop::kStates>{});
 }
 
 // memcpy, because an array of a packed record may start anywhere; it costs nothing.
@@ -158,6 +174,7 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
               {update<T, Loop, Free<T>>...},
               {update<T, Loop, Tied<T>>...},
           }},
+          {suits<T, Loop>...},
           {catch_up<T, Loop>...},
           {sum_of_row<T, Loop>...},
           {rule_of_row<T, Loop>...},

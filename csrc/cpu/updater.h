@@ -106,19 +106,46 @@ class Updater {
       for (std::int64_t row = first; row < last; ++row) update_whole_row(row);
       return;
     }
+    if (work_.moves_whole_rows()) {
+      for (std::int64_t row = first; row < last; ++row) update_long_row(row);
+      return;
+    }
     for (std::int64_t tile = first; tile < last; ++tile) {
       if (tile + kRowsAhead < last) RowTile(work_, tile + kRowsAhead).prefetch();
-      update_row_tile(RowTile(work_, tile));
+      update_row_tile(RowTile(work_, tile), true);
     }
   }
 
-  void update_row_tile(const RowTile& tile) const {
+  // All of the row makes up for missed steps in the same way, whatever its tiles are.
+  void update_long_row(std::int64_t row) const {
+    bool in_closed_form = true;
+    for (std::int64_t tile = 0; tile < iteration_.tiles() && in_closed_form; ++tile) {
+      const RowTile at(work_, row, tile);
+      if (work_.history->is_behind(at.row())) in_closed_form = suits(at);
+    }
+    for (std::int64_t tile = 0; tile < iteration_.tiles(); ++tile)
+      update_row_tile(RowTile(work_, row, tile), in_closed_form);
+  }
+
+  bool suits(const RowTile& tile) const {
+    alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
+    std::array<T*, kMaxOperands> at{};
+    for (int i = 0; i < iteration_.operands; ++i)
+      if (i != kGradient) at[i] = access_.read(tile.block(i), buffer[i]);
+    return suits(work_.history->missed_steps(tile.row()), run_over(at, tile.size(), {}, anchor_));
+  }
+
+  bool suits(const rules::IdleBytes& idle, const Run<T>& run) const {
+    return !is_anchored() && kernels_.suits[loop_number_](idle.bytes, run);
+  }
+
+  void update_row_tile(const RowTile& tile, bool may_be_in_closed_form) const {
     alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     std::array<T*, kMaxOperands> at{};
     for (int i = 0; i < iteration_.operands; ++i)
       if (i != kGradient) at[i] = access_.read(tile.block(i), buffer[i]);
     if (work_.history && work_.history->is_behind(tile.row()))
-      catch_up(tile, at, buffer[kGradient]);
+      catch_up(tile, at, buffer[kGradient], may_be_in_closed_form);
     if (!work_.only_catches_up) {
       at[kGradient] = tile.gradient(access_, buffer[kGradient]);
       call_loop(at, tile.size());
@@ -144,9 +171,7 @@ class Updater {
 
   // True where the steps that a row has missed change nothing.
   bool is_at_rest(std::int64_t row) const {
-    if (is_anchored()) return false;
-    const rules::IdleBytes idle = work_.history->missed_steps(row);
-    return kernels_.catch_up[loop_number_](idle.bytes, Run<T>{});
+    return suits(work_.history->missed_steps(row), Run<T>{});
   }
 
   void move_whole_row(std::int64_t row, rules::Coefficients rule, double lr,
@@ -189,10 +214,12 @@ class Updater {
   }
 
   // In closed form, or else one missed step after the other.
-  void catch_up(const RowTile& tile, const std::array<T*, kMaxOperands>& at, T* zeros) const {
+  void catch_up(const RowTile& tile, const std::array<T*, kMaxOperands>& at, T* zeros,
+                bool may_be_in_closed_form) const {
     const rules::IdleBytes idle = work_.history->missed_steps(tile.row());
     Run<T> run = run_over(at, tile.size(), {zeros, T{0}}, anchor_);
-    if (!is_anchored() && kernels_.catch_up[loop_number_](idle.bytes, run)) return;
+    if (may_be_in_closed_form && suits(idle, run))
+      return kernels_.catch_up[loop_number_](idle.bytes, run);
     std::fill_n(zeros, tile.size(), T{0});
     for (const auto& step : work_.history->each_missed_step(tile.row())) {
       run.anchor = anchor_at(step.lr);
@@ -202,7 +229,9 @@ class Updater {
 
   bool is_anchored() const { return work_.anchor.reference != 0; }
 
-  rules::Anchor<T> anchor_at(double lr) const { return rules::Anchor<T>::of(lr * work_.anchor.lambda); }
+  rules::Anchor<T> anchor_at(double lr) const {
+    return rules::Anchor<T>::of(lr * work_.anchor.lambda);
+  }
 
   bool is_moved(int operand) const {
     const bool is_anchor = is_anchored() && operand >= work_.anchor.reference;

@@ -129,6 +129,9 @@ void Optimizer::keep_history() {
 void Optimizer::catch_up(const RowNumbers& numbers) {
   const Turnstile::Turn turn(turnstile);
   const cpu::IeeeEnvironment ieee;
+  if (numbers.size() != slots_.size())
+    throw ValueError("got " + std::to_string(numbers.size()) + " arrays of indices for " +
+                     std::to_string(slots_.size()) + " parameters");
   const auto for_each = [&](auto visit) {
     for (std::size_t i = 0; i < slots_.size(); ++i)
       if (numbers.at(i)) visit(slots_[i], *numbers[i]);

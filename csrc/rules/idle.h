@@ -10,15 +10,21 @@
 //     move one element            IdleMove<T>(idle)(w, state...)
 //
 // and whether they do so precisely enough (`suits`); if not, the steps are taken one by one, by the
-// rule itself.
+// rule itself. So it is with numbers that are not finite, which each rule meets in its own way.
 #pragma once
 
 #include "core/annotations.h"
+#include "core/floating.h"
 
 namespace fusestep::rules {
 
 // 1 - (1 - a)(1 - b), which keeps the digits of shares that are far below 1.
 FUSESTEP_HOST_DEVICE double joined_shares(double a, double b) { return a + b - a * b; }
+
+template <class T>
+FUSESTEP_HOST_DEVICE bool is_ordinary(T x) {
+  return (x >= -largest(x)) & (x <= largest(x));
+}
 
 // Of rules that are at rest without a gradient, unless there is weight decay, which passes through
 // their state: for that there is no closed form.

@@ -79,7 +79,7 @@ struct Coefficients {
 
 // A rule's Idle with the type forgotten.
 struct IdleBytes {
-  alignas(8) unsigned char bytes[72];
+  alignas(8) unsigned char bytes[88];
 
   template <class Idle>
   FUSESTEP_HOST_DEVICE static IdleBytes of(const Idle& idle) {

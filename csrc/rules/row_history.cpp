@@ -23,6 +23,7 @@ void RowHistory::record(const AnyRule& rule, const Step& step, const Coefficient
   steps_.push_back(step);
   replay_.push_back({step.lr, coefficients});
   ++now_;
+  behind_ = rows();
 }
 
 void RowHistory::resize(std::int64_t rows) {
@@ -37,6 +38,7 @@ std::vector<std::int64_t> RowHistory::rows_behind() const {
 }
 
 void RowHistory::mark_all() {
+  behind_ = 0;
   steps_.clear();
   rules_.clear();
   replay_.clear();
@@ -86,6 +88,8 @@ void RowHistory::restore(const AnyRule& rule, DType compute, std::size_t states,
     record(*then, step, then->coefficients(step.progress, compute, step.lr, states));
   }
   for (std::size_t row = 0; row < current_at_.size(); ++row) current_at_[row] = now_ - missed[row];
+  behind_ = std::ranges::count_if(missed, [](std::int64_t steps) { return steps > 0; });
+  if (behind_ == 0) mark_all();
 }
 
 }  // namespace fusestep::rules

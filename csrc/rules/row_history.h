@@ -36,7 +36,11 @@ class RowHistory {
   bool is_behind(std::int64_t row) const { return missed(row) > 0; }
   std::vector<std::int64_t> rows_behind() const;
 
-  void mark(std::int64_t row) { current_at_[static_cast<std::size_t>(row)] = now_; }
+  void mark(std::int64_t row) {
+    if (!is_behind(row)) return;
+    current_at_[static_cast<std::size_t>(row)] = now_;
+    if (--behind_ == 0) mark_all();
+  }
   void mark_all();
 
   // What a row that is behind has missed: put together, and one by one.
@@ -67,7 +71,8 @@ class RowHistory {
     return behind < size() ? behind : size();
   }
 
-  std::int64_t now_ = 0;  // steps ever recorded
+  std::int64_t behind_ = 0;  // rows that have missed any
+  std::int64_t now_ = 0;     // steps ever recorded
   std::vector<std::int64_t>
       current_at_;  // for each row: the steps that it has had, or was marked at
 

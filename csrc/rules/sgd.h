@@ -52,10 +52,9 @@ struct IdleVelocity {
           b_from_w(static_cast<T>(idle.b_from_w)),
           b_from_b(static_cast<T>(idle.b_from_b)) {}
 
-    template <class... State>
-    FUSESTEP_HOST_DEVICE bool suits(T, State...) const {
-      return true;
-    }
+    FUSESTEP_HOST_DEVICE bool suits(T w) const { return is_ordinary(w); }
+    FUSESTEP_HOST_DEVICE bool suits(T w, T b) const { return is_ordinary(w) & is_ordinary(b); }
+
     FUSESTEP_HOST_DEVICE void operator()(T& w) const { w -= shrink * w; }
     FUSESTEP_HOST_DEVICE void operator()(T& w, T& b) const {
       const T before = w;

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _anchors
+from . import _anchors, _cpu
 from ._arrays import backend_of
 from ._hyperparameters import number
 from ._state import as_state
@@ -266,7 +267,7 @@ def _check_missed_steps(
     """Take from an entry what rows have missed, and return it; zeros where it has none."""
     label = f"the missed steps of {optimizer._parameters.labels[i]}"
     shape = tuple(optimizer._parameters.arrays[i].shape)
-    columns = 3 + len({"lr", *optimizer._native_options(optimizer._hyperparameters)})
+    columns = 3 + len(_cpu.option_names(optimizer._rule))
     if "missed_steps" not in entry and "recent_steps" not in entry:
         return np.zeros(shape[:1], np.int64), np.zeros((0, columns))
     if optimizer.rows != "exact":
@@ -284,6 +285,22 @@ def _check_missed_steps(
             f"{label} have shapes {missed.shape} and {recent.shape}; expected {shape[:1]} and "
             f"(steps, {columns})"
         )
-    if not (np.isfinite(recent).all() and (missed >= 0).all() and (missed <= len(recent)).all()):
+    names = _cpu.option_names(optimizer._rule)
+    possible = all(map(partial(_can_have_been, names), recent))
+    if not (possible and (missed >= 0).all() and (missed <= len(recent)).all()):
         raise ValueError(f"{label} are not steps that can have been missed")
     return missed, recent
+
+
+def _can_have_been(names: list[str], step: npt.NDArray[np.float64]) -> bool:
+    """Return whether these are a rate, a step count, a momentum product and options."""
+    rate, count_, product = step[:3]
+    options = dict(zip(names, step[3:], strict=True))
+    return bool(
+        np.isfinite(step).all()
+        and rate >= 0
+        and 1 <= count_ <= _MOST
+        and count_ == int(count_)
+        and 0 <= product <= 1
+        and all(0 <= options[name] < 1 for name in ("beta1", "beta2") if name in options)
+    )
