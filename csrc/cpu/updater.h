@@ -103,7 +103,10 @@ class Updater {
 
   void update_rows(std::int64_t first, std::int64_t last) const {
     if (work_.is_rowwise) {
-      for (std::int64_t row = first; row < last; ++row) update_whole_row(row);
+      for (std::int64_t row = first; row < last; ++row) {
+        if (row + kRowsAhead < last) RowTile(work_, row + kRowsAhead, 0).prefetch();
+        update_whole_row(row);
+      }
       return;
     }
     if (work_.moves_whole_rows()) {
@@ -190,21 +193,33 @@ class Updater {
       }
     };
 
+    if (iteration_.tiles() == 1) {  // nearly always, and then once is enough
+      for_each_tile([&](const RowTile& at, const Run<T>& run) {
+        const double sum = kernels_.sum_of_row[loop_number_](rule.bytes, run);
+        find_rule_of_row(row, rule, sum);
+        loop_(rule.bytes, run);
+        if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
+      });
+      return;
+    }
     std::vector<double> sums;
     for_each_tile([&](const RowTile&, const Run<T>& run) {
       sums.push_back(kernels_.sum_of_row[loop_number_](rule.bytes, run));
     });
-    const double sum = sum_in_groups(sums.data(), std::ssize(sums));
+    find_rule_of_row(row, rule, sum_in_groups(sums.data(), std::ssize(sums)));
+    for_each_tile([&](const RowTile& at, const Run<T>& run) {
+      loop_(rule.bytes, run);
+      if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
+    });
+  }
+
+  void find_rule_of_row(std::int64_t row, rules::Coefficients& rule, double sum) const {
     T accumulator;
     const Block state = state_of_row(work_.rows->row(row));
     access_.load(state, &accumulator);
     kernels_.rule_of_row[loop_number_](rule.bytes, sum / static_cast<double>(iteration_.size),
                                        accumulator);
     access_.store(&accumulator, state);
-    for_each_tile([&](const RowTile& at, const Run<T>& run) {
-      loop_(rule.bytes, run);
-      if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
-    });
   }
 
   Block state_of_row(std::int64_t row) const {

@@ -87,15 +87,15 @@ class Parameters:
     def _from_one(gradient: Any) -> Any:
         return gradient if isinstance(gradient, (list, tuple)) else (gradient,)
 
-    def _from_mapping(self, gradients: Any) -> Any:
-        if not isinstance(gradients, Mapping):
+    def _from_mapping(self, given: Any, what: str = "gradients") -> Any:
+        if not isinstance(given, Mapping):
             raise TypeError(
-                f"gradients are a {type(gradients).__name__}; expected a dict with the names of "
+                f"{what} are a {type(given).__name__}; expected a dict with the names of "
                 f"the parameters, since params was one"
             )
-        if unknown := gradients.keys() - self._names:
+        if unknown := given.keys() - self._names:
             raise ValueError(
-                f"gradients has {', '.join(sorted(map(repr, unknown)))}, which is not a parameter; "
+                f"{what} has {', '.join(sorted(map(repr, unknown)))}, which is not a parameter; "
                 f"parameters: {', '.join(map(repr, self.keys))}"
             )
-        return [gradients.get(key) for key in self._names]
+        return [given.get(key) for key in self._names]

@@ -242,8 +242,11 @@ class Optimizer:
         IndexError
             There is no such row. Nothing has been changed then.
         """
-        one = not isinstance(self._parameters.given, (list, dict))
-        given = (indices,) if one else self._parameters.in_order(indices)
+        given: Any = (indices,)
+        if isinstance(self._parameters.given, dict):
+            given = self._parameters._from_mapping(indices, "indices")
+        elif isinstance(self._parameters.given, list):
+            given = indices
         self._native.catch_up([None if rows is None else as_indices(rows) for rows in given])
 
     def flush(self) -> None:

@@ -23,7 +23,7 @@ VERDICT = re.compile(
 # Loops that may stay scalar. base: storing doubles in 16 bits, and asking whether a closed form
 # suits doubles; SSE2 cannot narrow the outcome of
 # comparing doubles to a choice between floats.
-SCALAR = {"base": 4}
+SCALAR = {"base": 6}
 
 
 def commands(build: Path) -> list[dict[str, str]]:
