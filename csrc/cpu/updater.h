@@ -67,9 +67,10 @@ class Updater {
     for (int i = 0; i < iteration_.operands; ++i)
       at[i] = reinterpret_cast<T*>(iteration_.operand[i].data) + begin;
 
-    if (is_anchored() && work_.anchor.importance == 0) return update_in_tiles(at, size);
     const auto past_line = reinterpret_cast<std::uintptr_t>(at[kParameter]) % kCacheLine;
-    if (size >= kAlignedRun && past_line != 0) {
+    if (is_anchored() && work_.anchor.importance == 0) {
+      update_in_tiles(at, size);
+    } else if (size >= kAlignedRun && past_line != 0) {
       const auto head = static_cast<std::int64_t>((kCacheLine - past_line) / sizeof(T));
       call_loop(at, head);
       for (int i = 0; i < iteration_.operands; ++i) at[i] += head;

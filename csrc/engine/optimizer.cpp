@@ -146,7 +146,7 @@ void Optimizer::catch_up(const RowNumbers& numbers) {
 }
 
 void Optimizer::flush() {
-  const Turnstile::Turn turn(turnstile);
+  const Turnstile::Turn turn = turnstile.turn_or_own();
   const cpu::IeeeEnvironment ieee;
   for (const Slot& slot : slots_) slot.check_is_current();
   for (Slot& slot : slots_)

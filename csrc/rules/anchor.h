@@ -25,13 +25,18 @@ struct Anchor {
   }
 
   // Written from the end that is nearer: no pull leaves w, and the strongest, for which kappa may
-  // overflow, gives w*, to the bit.
+  // overflow, gives w*, to the bit. Where both are so large that their difference overflows, in the
+  // form in which it does not.
   FUSESTEP_HOST_DEVICE T operator()(T w, T reference, T importance) const {
     const T kappa = strength * importance;
-    const T share = (w - reference) * (T{1} / (T{1} + kappa));
+    const T kept = T{1} / (T{1} + kappa);
+    const T away = w - reference;
     const T near = kappa < T{1} ? w : reference;
-    const T of_share = kappa < T{1} ? -kappa : T{1};
-    return near + of_share * share;
+    const T of_kept = kappa < T{1} ? -kappa : T{1};
+    const T mixed = w * kept + reference * (T{1} - kept);
+    const bool overflows = (away < -largest(away)) | (away > largest(away));
+    const T pulled = overflows ? mixed : near + of_kept * (away * kept);
+    return kappa == T{0} ? w : pulled;
   }
 };
 

@@ -33,20 +33,23 @@ def add(optimizer: Optimizer, strength: Any, reference: Any, importance: Any) ->
     strengths = _spread(optimizer, strength, "strength")
     references = _spread(optimizer, reference, "reference")
     importances = _spread(optimizer, importance, "importance")
-    new: dict[int, Anchor] = {}
-    for i, label in enumerate(optimizer._parameters.labels):
+    tasks: dict[int, tuple[float, Any, Any]] = {}
+    for i in range(len(strengths)):
         left_out = (
             strengths[i] is None
             or (reference is not None and references[i] is None)
             or (importance is not None and importances[i] is None)
         )
-        if left_out:
-            continue
-        task = checked(optimizer, i, label, strengths[i], references[i], importances[i])
+        if not left_out:
+            tasks[i] = checked(optimizer, i, strengths[i], references[i], importances[i])
+    optimizer._native.flush()  # the present values are those of rows that are up to date
+    new = {
+        i: Anchor(lambda_, _present(optimizer, i) if given is None else given, weights)
+        for i, (lambda_, given, weights) in tasks.items()
+    }
+    for i, task in new.items():
         present = optimizer._anchors.get(i)
-        new[i] = task if present is None else _merged(present, task)
-    for i, anchor in new.items():
-        put(optimizer, i, anchor)
+        put(optimizer, i, task if present is None else _merged(present, task))
 
 
 def put(optimizer: Optimizer, i: int, anchor: Anchor) -> None:
@@ -100,64 +103,84 @@ def _spread(optimizer: Optimizer, value: Any, what: str) -> list[Any]:
 
 
 def checked(
-    optimizer: Optimizer, i: int, label: str, strength: Any, reference: Any, importance: Any
-) -> Anchor:
-    """Return the anchor of one parameter that is described so."""
-    array = optimizer._parameters.arrays[i]
-    device = _cpu.describe_array(array, label)[-1]
-    if device != "cpu":
-        raise TypeError(f"{label} is on {device}, where this version of fusestep has no anchors")
-    return Anchor(
-        non_negative(f"the strength for {label}", strength),
-        _as_array(array if reference is None else reference, array, f"the anchor of {label}"),
-        None
-        if importance is None
-        else _check_importance(_as_array(importance, array, f"the importance of {label}"), label),
-    )
+    optimizer: Optimizer, i: int, strength: Any, reference: Any, importance: Any
+) -> tuple[float, npt.NDArray[Any] | None, npt.NDArray[Any] | None]:
+    """Return the strength, reference and importance for a parameter, if they are possible."""
+    label = optimizer._parameters.labels[i]
+    parameter = _described(optimizer, i)
+    if parameter.device != "cpu":
+        raise TypeError(
+            f"{label} is on {parameter.device}, where this version of fusestep has no anchors"
+        )
+    if reference is not None:
+        reference = _check(reference, parameter, f"the anchor of {label}")
+        if (np.abs(reference) > np.finfo(_dtype(optimizer, parameter)).max).any():
+            raise ValueError(f"the anchor of {label} has numbers that float32 cannot hold")
+    if importance is not None:
+        importance = _check(importance, parameter, f"the importance of {label}")
+        if (importance < 0).any():
+            raise ValueError(f"the importance of {label} is negative somewhere")
+    return non_negative(f"the strength for {label}", strength), reference, importance
 
 
-def _as_array(value: Any, parameter: Any, label: str) -> npt.NDArray[Any]:
+def _check(value: Any, parameter: _arrays.ArrayDescription, label: str) -> npt.NDArray[np.float64]:
     """Return finite numbers of the parameter's shape."""
-    array = _arrays.backend_of(value).to_numpy(value)
-    if array.dtype.kind not in "fiuV":
+    array = _as_array(value)
+    if array.dtype.kind not in "fiuV" or array.dtype.names is not None:
         raise TypeError(f"{label} has dtype {array.dtype}; expected floats")
-    if array.shape != tuple(parameter.shape):
-        raise ValueError(f"{label} has shape {array.shape}; expected {tuple(parameter.shape)}")
+    if array.shape != parameter.shape:
+        raise ValueError(f"{label} has shape {array.shape}; expected {parameter.shape}")
+    array = array.astype(np.float64)
     if not np.isfinite(array).all():
         raise ValueError(f"{label} is not finite everywhere")
     return array
 
 
-def _check_importance(importance: npt.NDArray[Any], label: str) -> npt.NDArray[Any]:
-    if (importance < 0).any():
-        raise ValueError(f"the importance of {label} is negative somewhere")
-    return importance
+def _present(optimizer: Optimizer, i: int) -> npt.NDArray[np.float64]:
+    label = f"the present value of {optimizer._parameters.labels[i]}"
+    return _check(optimizer._parameters.arrays[i], _described(optimizer, i), label)
+
+
+def _as_array(value: Any) -> npt.NDArray[Any]:
+    return _arrays.backend_of(value).to_numpy(value)
 
 
 def _merged(present: Anchor, task: Anchor) -> Anchor:
     """Return the one anchor that pulls as both do."""
-    strength = max(present.strength, task.strength)
-    if strength == 0:
-        return task
     weights = [
-        (anchor.strength / strength)
-        * (1.0 if anchor.importance is None else anchor.importance.astype(np.float64))
+        anchor.strength
+        * (np.float64(1) if anchor.importance is None else anchor.importance.astype(np.float64))
         for anchor in (present, task)
     ]
-    total = np.asarray(weights[0] + weights[1])
+    with np.errstate(over="ignore"):  # as strong as can be
+        total = np.minimum(weights[0] + weights[1], np.finfo(np.float64).max)
     old, new = present.reference.astype(np.float64), task.reference.astype(np.float64)
-    share = np.divide(weights[1], total, out=np.ones_like(total), where=total > 0)
-    reference = old + share * (new - old)
+    ratio = np.divide(weights[1], total, out=np.ones_like(total), where=total > 0)
+    share = np.minimum(ratio, 1)
+    reference = (1 - share) * old + share * new
     if present.importance is None and task.importance is None:
-        return Anchor(float(strength * total), reference, None)
-    return Anchor(strength, reference, np.broadcast_to(total, reference.shape))
+        return Anchor(float(total), reference, None)
+    return Anchor(1.0, reference, np.broadcast_to(total, reference.shape))
+
+
+def _described(optimizer: Optimizer, i: int) -> _arrays.ArrayDescription:
+    array, label = optimizer._parameters.arrays[i], optimizer._parameters.labels[i]
+    return _arrays.ArrayDescription(*_cpu.describe_array(array, label))
+
+
+def _dtype(optimizer: Optimizer, parameter: _arrays.ArrayDescription) -> str:
+    return _state.state_dtype_for(optimizer._state_dtype, parameter)
 
 
 def _stored(optimizer: Optimizer, i: int, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return a copy that a kernel can walk in step with the parameter, in the state's dtype."""
-    array, label = optimizer._parameters.arrays[i], optimizer._parameters.labels[i]
-    parameter = _arrays.ArrayDescription(*_cpu.describe_array(array, label))
-    dtype = _state.state_dtype_for(optimizer._state_dtype, parameter)
-    stored: npt.NDArray[Any] = _arrays.backend_for_state(array, parameter).new(parameter, dtype, 0)
-    stored[...] = values
+    """Return a copy that a kernel can walk in step with the parameter, in the state's dtype.
+
+    An importance that the dtype cannot hold becomes the largest that it can, which pulls as hard.
+    """
+    parameter = _described(optimizer, i)
+    dtype = _dtype(optimizer, parameter)
+    backend = _arrays.backend_for_state(optimizer._parameters.arrays[i], parameter)
+    stored: npt.NDArray[Any] = backend.new(parameter, dtype, 0)
+    most = np.finfo(dtype).max
+    stored[...] = np.clip(values.astype(np.float64), -most, most)
     return stored

@@ -80,6 +80,8 @@ class _NumPy:
         target[...] = value
 
     def to_numpy(self, array: Any) -> npt.NDArray[Any]:
+        if hasattr(array, "__dlpack__") and not hasattr(array, "__array__"):
+            return np.from_dlpack(array)
         return np.asarray(array)
 
     def from_numpy(self, array: npt.NDArray[Any], like: Any) -> npt.NDArray[Any]:

@@ -258,7 +258,8 @@ def _check_anchor(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _ancho
     label = optimizer._parameters.labels[i]
     if strength is None or reference is None:
         raise ValueError(f"the state of {label} has an anchor without its strength or reference")
-    return _anchors.checked(optimizer, i, label, strength, reference, importance)
+    checked = _anchors.checked(optimizer, i, strength, reference, importance)
+    return _anchors.Anchor(*checked)  # type: ignore[arg-type]
 
 
 def _check_missed_steps(

@@ -100,11 +100,14 @@ class Fisher:
         counts = {len(array) for array in arrays}
         if len(counts) != 1:
             raise ValueError(f"gradients of {sorted(counts)} samples; expected as many for all")
-        squares = [np.einsum("i...,i...->...", array, array) for array in arrays]
-        if not all(np.isfinite(square).all() for square in squares):
-            raise ValueError("a gradient is not finite, or too large to be squared")
-        for total, square in zip(self._sums, squares, strict=True):
-            total += square
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = [
+                total + np.einsum("i...,i...->...", array, array)
+                for total, array in zip(self._sums, arrays, strict=True)
+            ]
+        if not all(np.isfinite(total).all() for total in sums):
+            raise ValueError("a gradient is not finite, or too large to be squared and added up")
+        self._sums = [np.asarray(total) for total in sums]
         self._samples += counts.pop()
 
     def _checked(self, gradient: Any, i: int, label: str) -> npt.NDArray[np.float64]:
@@ -112,7 +115,10 @@ class Fisher:
             raise ValueError(f"the gradients of {label} are missing")
         if not hasattr(gradient, "shape"):
             raise TypeError(f"the gradients of {label} are a {type(gradient).__name__}")
-        array = np.asarray(backend_of(gradient).to_numpy(gradient), np.float64)
+        array = np.asarray(backend_of(gradient).to_numpy(gradient))
+        if array.dtype.kind not in "fiuV":
+            raise TypeError(f"the gradients of {label} have dtype {array.dtype}; expected floats")
+        array = array.astype(np.float64)
         shape = self._past[i].shape
         if array.shape[1:] != shape or array.ndim != len(shape) + 1:
             raise ValueError(
@@ -145,6 +151,6 @@ class Fisher:
         if self._samples == 0:
             return [past.copy() for past in self._past]
         return [
-            self._decay * past + total / self._samples
+            np.asarray(self._decay * past + total / self._samples)
             for past, total in zip(self._past, self._sums, strict=True)
         ]
