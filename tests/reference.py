@@ -98,3 +98,12 @@ def adagrad(
     t = state["step"] = state.get("step", 0) + 1
     s = state["sum"] = state.get("sum", initial_accumulator_value) + g**2
     return w - lr / (1 + (t - 1) * lr_decay) * g / (np.sqrt(s) + eps)
+
+
+def rowwise_adagrad(w, g, state, *, lr, eps=1e-10, weight_decay=0.0):
+    """Mudigere et al. (2022), section 4.1.4: Adagrad with the mean square of a row's gradients."""
+    g = g + weight_decay * w
+    rest = tuple(range(1, np.ndim(g)))
+    s = state["sum"] = state.get("sum", 0.0) + np.mean(g**2, axis=rest, keepdims=True)
+    state["step"] = state.get("step", 0) + 1
+    return w - lr * g / (np.sqrt(s) + eps)

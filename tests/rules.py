@@ -115,3 +115,14 @@ RULES = [
 
 # One row for each class and number of state arrays, for tests that are not about options.
 PLAIN = [rule for i, rule in enumerate(RULES) if i in (0, 2, 5, 7, 9, 11, 13, 16)]
+
+# State of one element for each row, and no class of torch's: for the tests that are about these.
+ROWWISE = [
+    Rule(fs.RowwiseAdagrad, reference.rowwise_adagrad, {"lr": 0.1}, ("sum",)),
+    Rule(
+        fs.RowwiseAdagrad,
+        reference.rowwise_adagrad,
+        {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.1},
+        ("sum",),
+    ),
+]

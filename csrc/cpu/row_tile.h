@@ -10,7 +10,8 @@
 namespace fusestep::cpu {
 
 // Rows lie anywhere in a table that is larger than any cache: memory is asked for them so many
-// tiles before they are used. 4,096 rows of 64 floats with Adam: 0.16 ms without, 0.10 ms so.
+// tiles before they are used. 4,096 rows of 64 floats of a million, Adam, one thread: 1.16 ms
+// without, 0.87 ms with 4 to 16 ahead.
 inline constexpr std::int64_t kRowsAhead = 8;
 
 class RowTile {
