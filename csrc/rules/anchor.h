@@ -33,7 +33,8 @@ struct Anchor {
     const T away = w - reference;
     const T near = kappa < T{1} ? w : reference;
     const T of_kept = kappa < T{1} ? -kappa : T{1};
-    const T mixed = w * kept + reference * (T{1} - kept);
+    const T rest = kept == T{0} ? T{0} : w * kept;  // of a weight that may be infinite
+    const T mixed = rest + reference * (T{1} - kept);
     const bool overflows = (away < -largest(away)) | (away > largest(away));
     const T pulled = overflows ? mixed : near + of_kept * (away * kept);
     return kappa == T{0} ? w : pulled;

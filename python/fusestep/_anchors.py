@@ -47,17 +47,33 @@ def add(optimizer: Optimizer, strength: Any, reference: Any, importance: Any) ->
         i: Anchor(lambda_, _present(optimizer, i) if given is None else given, weights)
         for i, (lambda_, given, weights) in tasks.items()
     }
-    for i, task in new.items():
-        present = optimizer._anchors.get(i)
-        put(optimizer, i, task if present is None else _merged(present, task))
+    merged = {
+        i: _merged(optimizer._anchors[i], task) if i in optimizer._anchors else task
+        for i, task in new.items()
+    }
+    ready = {i: stored(optimizer, i, anchor) for i, anchor in merged.items()}
+    for i, anchor in ready.items():
+        attach(optimizer, i, anchor)
 
 
-def put(optimizer: Optimizer, i: int, anchor: Anchor) -> None:
-    """Make this the anchor of a parameter, whatever there was."""
-    reference = _stored(optimizer, i, anchor.reference)
-    importance = None if anchor.importance is None else _stored(optimizer, i, anchor.importance)
-    optimizer._native.set_anchor(i, anchor.strength, reference, importance)
-    optimizer._anchors[i] = Anchor(anchor.strength, reference, importance)
+def stored(optimizer: Optimizer, i: int, anchor: Anchor, parameter: Any = None) -> Anchor:
+    """Return a copy whose arrays a kernel can walk in step with a parameter.
+
+    It is the i-th one, or what is to take its place.
+    """
+    array = optimizer._parameters.arrays[i] if parameter is None else parameter
+    importance = anchor.importance
+    return Anchor(
+        anchor.strength,
+        _stored(optimizer, i, array, anchor.reference),
+        None if importance is None else _stored(optimizer, i, array, importance),
+    )
+
+
+def attach(optimizer: Optimizer, i: int, anchor: Anchor) -> None:
+    """Make a stored anchor that of a parameter, whatever there was."""
+    optimizer._native.set_anchor(i, *anchor)
+    optimizer._anchors[i] = anchor
 
 
 def release(optimizer: Optimizer, i: int) -> None:
@@ -72,14 +88,14 @@ def release_all(optimizer: Optimizer) -> None:
         release(optimizer, i)
 
 
-def grown(anchor: Anchor, new_rows: npt.NDArray[Any]) -> Anchor:
+def grown(anchor: Anchor, new_rows: tuple[int, ...]) -> Anchor:
     """Return the anchor of a table with more rows, to which the new ones are not tied."""
     old = anchor.importance
     importance = np.ones_like(anchor.reference) if old is None else old
-    nothing = np.zeros(new_rows.shape, importance.dtype)
+    nothing = np.zeros(new_rows, importance.dtype)
     return Anchor(
         anchor.strength,
-        np.concatenate([anchor.reference, new_rows.astype(anchor.reference.dtype)]),
+        np.concatenate([anchor.reference, nothing]),
         np.concatenate([importance, nothing]),
     )
 
@@ -145,15 +161,22 @@ def _as_array(value: Any) -> npt.NDArray[Any]:
     return _arrays.backend_of(value).to_numpy(value)
 
 
+def _finite(weights: Any) -> Any:
+    """Return weights of which those that are infinite are as large as can be."""
+    return np.minimum(weights, np.finfo(np.float64).max)
+
+
+def _weight(anchor: Anchor) -> Any:
+    if anchor.importance is None:
+        return np.float64(anchor.strength)
+    return _finite(anchor.strength * anchor.importance.astype(np.float64))
+
+
+@np.errstate(over="ignore")
 def _merged(present: Anchor, task: Anchor) -> Anchor:
     """Return the one anchor that pulls as both do."""
-    weights = [
-        anchor.strength
-        * (np.float64(1) if anchor.importance is None else anchor.importance.astype(np.float64))
-        for anchor in (present, task)
-    ]
-    with np.errstate(over="ignore"):  # as strong as can be
-        total = np.minimum(weights[0] + weights[1], np.finfo(np.float64).max)
+    weights = [_weight(anchor) for anchor in (present, task)]
+    total = _finite(weights[0] + weights[1])
     old, new = present.reference.astype(np.float64), task.reference.astype(np.float64)
     ratio = np.divide(weights[1], total, out=np.ones_like(total), where=total > 0)
     share = np.minimum(ratio, 1)
@@ -163,8 +186,10 @@ def _merged(present: Anchor, task: Anchor) -> Anchor:
     return Anchor(1.0, reference, np.broadcast_to(total, reference.shape))
 
 
-def _described(optimizer: Optimizer, i: int) -> _arrays.ArrayDescription:
-    array, label = optimizer._parameters.arrays[i], optimizer._parameters.labels[i]
+def _described(optimizer: Optimizer, i: int, array: Any = None) -> _arrays.ArrayDescription:
+    label = optimizer._parameters.labels[i]
+    if array is None:
+        array = optimizer._parameters.arrays[i]
     return _arrays.ArrayDescription(*_cpu.describe_array(array, label))
 
 
@@ -172,15 +197,14 @@ def _dtype(optimizer: Optimizer, parameter: _arrays.ArrayDescription) -> str:
     return _state.state_dtype_for(optimizer._state_dtype, parameter)
 
 
-def _stored(optimizer: Optimizer, i: int, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _stored(optimizer: Optimizer, i: int, array: Any, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a copy that a kernel can walk in step with the parameter, in the state's dtype.
 
     An importance that the dtype cannot hold becomes the largest that it can, which pulls as hard.
     """
-    parameter = _described(optimizer, i)
+    parameter = _described(optimizer, i, array)
     dtype = _dtype(optimizer, parameter)
-    backend = _arrays.backend_for_state(optimizer._parameters.arrays[i], parameter)
-    stored: npt.NDArray[Any] = backend.new(parameter, dtype, 0)
+    copy: npt.NDArray[Any] = _arrays.backend_for_state(array, parameter).new(parameter, dtype, 0)
     most = np.finfo(dtype).max
-    stored[...] = np.clip(values.astype(np.float64), -most, most)
-    return stored
+    copy[...] = np.clip(values.astype(np.float64), -most, most)
+    return copy

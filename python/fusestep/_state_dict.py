@@ -143,7 +143,7 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
             optimizer._native.set_missed_steps(i, np.zeros_like(entry.missed), [])
         _anchors.release(optimizer, i)
         if entry.anchor is not None:
-            _anchors.put(optimizer, i, entry.anchor)
+            _anchors.attach(optimizer, i, _anchors.stored(optimizer, i, entry.anchor))
         if optimizer.rows == "exact":
             optimizer._native.set_missed_steps(i, entry.missed, entry.recent)
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)

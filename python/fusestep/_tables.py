@@ -26,6 +26,8 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
     new_rows = (count - old.shape[0], *old.shape[1:])
     values = _check_init(init(new_rows) if callable(init) else init, new_rows, label)
 
+    if i in optimizer._anchors:  # which is about to change: rows that are behind need the old one
+        optimizer._native.flush()
     table = _grown(optimizer, (i, None), old, count)
     states = {
         state: _grown(optimizer, (i, state), array, count)
@@ -37,12 +39,14 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
         array[old.shape[0] :] = initial
 
     anchor = optimizer._anchors.get(i)
-    _anchors.release(optimizer, i)  # it has the old shape
+    if anchor is not None:
+        anchor = _anchors.stored(optimizer, i, _anchors.grown(anchor, new_rows), table)
+        _anchors.release(optimizer, i)  # it has the old shape
     optimizer._native.move(i, table, list(states.values()))
     optimizer._arrays[i] = states
     optimizer._parameters.replace(i, table)
     if anchor is not None:
-        _anchors.put(optimizer, i, _anchors.grown(anchor, table[old.shape[0] :]))
+        _anchors.attach(optimizer, i, anchor)
     return table
 
 
@@ -66,6 +70,8 @@ def _check_count(old: Any, label: str, n_rows: int) -> int:
 
 def _check_init(init: Any, shape: tuple[int, ...], label: str) -> npt.NDArray[Any]:
     values = np.asarray(init)
+    if values.dtype.kind not in "fiubV":
+        raise TypeError(f"init is {init!r}; expected a number, an array or a callable")
     if values.ndim > 0 and values.shape != shape:
         raise ValueError(
             f"the new rows of {label} have shape {shape}; init has shape {values.shape}"

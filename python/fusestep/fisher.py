@@ -130,7 +130,9 @@ class Fisher:
     def next_task(self) -> None:
         """Put the present task among those of the past, and start another.
 
-        What there was of the past is multiplied by `decay` first.
+        What there was of the past is multiplied by `decay` first. Nothing happens where the present
+        task has no samples. :attr:`importance` has all tasks in it from then on: where an anchor
+        has those of the past already, release it first, or leave this out.
         """
         self._past = self._in_all()
         self._start_task()
