@@ -1,7 +1,7 @@
 """How long partial updates take: rows of a table, and anchored steps.
 
-``python bench/partial.py [--json FILE]`` prints one table. Peers of a group take turns, one step
-each, so that whatever disturbs the machine disturbs all of them; ratios are medians of the ratios
+``python bench/partial.py [--json FILE]`` prints one table. Peers of a group take turns of a few
+steps, so that whatever disturbs the machine disturbs all of them; ratios are medians of the ratios
 within the rounds. Every step with rows has other rows, drawn at random: they are not in the caches.
 """
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import fusestep as fs
+from interleave import time_calls
 from machine import describe
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 WIDTH, LISTED = 64, 4096
 THREADS = 2
 LISTS = 64  # of row numbers, in turn
+SETTLE = 0.01  # seconds, in which the last peer's threads stop spinning
+UNTIMED, TIMED = 3, 8  # steps of a turn
 
 Steps = dict[str, "Callable[[], object]"]
 
@@ -100,14 +103,14 @@ def anchored_steps(elements: int) -> Steps:
 
 
 def measure(steps: Steps, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each step, one number a round; two rounds before do not count."""
+    """Return the mean seconds of each step in each round, in which every peer has a turn."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 2):
+    for _ in range(rounds):
         for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: samples[2:] for name, samples in seconds.items()}
+            time.sleep(SETTLE)
+            time_calls(step, UNTIMED)
+            seconds[name].append(time_calls(step, TIMED) / TIMED)
+    return seconds
 
 
 def table(title: str, seconds: dict[str, list[float]]) -> str:
@@ -124,7 +127,7 @@ def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write all samples there")
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     fs.set_num_threads(THREADS)
 
@@ -140,7 +143,7 @@ def main() -> None:
         print(table(title, results[title]), flush=True)
     for elements in (1_000_000, 30_000_000):
         title = f"Adam, {elements:,} elements"
-        results[title] = measure(anchored_steps(elements), max(10, options.rounds // 2))
+        results[title] = measure(anchored_steps(elements), options.rounds)
         print(table(title, results[title]), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "seconds": results}, indent=1))

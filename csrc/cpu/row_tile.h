@@ -6,6 +6,7 @@
 
 #include "core/work.h"
 #include "cpu/tile_access.h"
+#include "rules/row_history.h"
 
 namespace fusestep::cpu {
 
@@ -56,6 +57,7 @@ class RowTile {
   }
 
   void prefetch() const {
+    if (work_.history) work_.history->prefetch(row());
     constexpr std::int64_t kLine = 64, kMostLines = 16;
     for (int i = 0; i < work_.iteration.operands; ++i) {
       if (i == kGradient) continue;  // read from one end to the other: the hardware sees to that

@@ -25,19 +25,16 @@ struct Anchor {
   }
 
   // Written from the end that is nearer: no pull leaves w, and the strongest, for which kappa may
-  // overflow, gives w*, to the bit. Where both are so large that their difference overflows, in the
-  // form in which it does not.
+  // overflow, gives w*, to the bit. Where w - w* overflows, the result still lies between them.
   FUSESTEP_HOST_DEVICE T operator()(T w, T reference, T importance) const {
     const T kappa = strength * importance;
-    const T kept = T{1} / (T{1} + kappa);
-    const T away = w - reference;
+    const T difference = w - reference;
+    const T above = difference > largest(w) ? largest(w) : difference;  // NaN stays
+    const T away = above < -largest(w) ? -largest(w) : above;
+    const T kept = away * (T{1} / (T{1} + kappa));
     const T near = kappa < T{1} ? w : reference;
     const T of_kept = kappa < T{1} ? -kappa : T{1};
-    const T rest = kept == T{0} ? T{0} : w * kept;  // of a weight that may be infinite
-    const T mixed = rest + reference * (T{1} - kept);
-    const bool overflows = (away < -largest(away)) | (away > largest(away));
-    const T pulled = overflows ? mixed : near + of_kept * (away * kept);
-    return kappa == T{0} ? w : pulled;
+    return kappa == T{0} ? w : near + of_kept * kept;
   }
 };
 

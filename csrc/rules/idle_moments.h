@@ -73,8 +73,9 @@ struct IdleMoments {
   };
   FUSESTEP_HOST_DEVICE Spread spread() const {
     if (sum[0] == 0) return {};
-    const double mean = sum[1] / sum[0];
-    const double second = sum[2] / sum[0], third = sum[3] / sum[0], fourth = sum[4] / sum[0];
+    const double share = 1 / sum[0];
+    const double mean = sum[1] * share;
+    const double second = sum[2] * share, third = sum[3] * share, fourth = sum[4] * share;
     const double variance = second - mean * mean;
     const double central = fourth - mean * (4 * third - mean * (6 * second - 3 * mean * mean));
     // Rounding may leave less than nothing of them; NaN stays, and nothing suits it.

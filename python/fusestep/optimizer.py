@@ -413,8 +413,8 @@ class Optimizer:
 
         Hyper-parameters are taken over, too; an ``lr`` of None leaves the present one (a callable)
         in place. Parameters are matched by name if both have names, by position otherwise. State
-        is converted to a wider dtype where the optimizer's is wider, never to a narrower one. Anchors
-        are those of the dictionary afterwards: none, where it has none.
+        is converted to a wider dtype where the optimizer's is wider, never to a narrower one.
+        Anchors are those of the dictionary afterwards: none, where it has none.
 
         Parameters
         ----------
