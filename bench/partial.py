@@ -2,12 +2,14 @@
 
 ``python bench/partial.py [--json FILE]`` prints one table. Peers of a group take turns of a few
 steps, so that whatever disturbs the machine disturbs all of them; ratios are medians of the ratios
-within the rounds. Every step with rows has other rows, drawn at random: they are not in the caches.
+within the rounds. Rows are drawn at random: others for every step, which are not in the caches, or
+the same ones again and again, which are as far as they fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -39,9 +41,8 @@ def lists_of_rows(rows: int) -> list[np.ndarray[Any, Any]]:
     return [rng.integers(0, rows, LISTED) for _ in range(LISTS)]
 
 
-def steps_of_rows(rows: int, *, peers: bool) -> Steps:
+def steps_of_rows(rows: int, lists: list[np.ndarray[Any, Any]], *, peers: bool) -> Steps:
     """Return one step of each way to move 4,096 rows of a table, by name."""
-    lists = lists_of_rows(rows)
     values = np.random.default_rng(1).standard_normal((LISTED, WIDTH), dtype=np.float32)
 
     def own(**options: Any) -> Callable[[], object]:
@@ -132,14 +133,19 @@ def main() -> None:
     fs.set_num_threads(THREADS)
 
     groups = {
-        f"Adam, {LISTED:,} rows of {WIDTH} of {rows:,}": (rows, rows == 1_000_000)
+        f"Adam, {LISTED:,} {which} rows of {WIDTH} of {rows:,}": (rows, lists)
         for rows in (100_000, 1_000_000, 10_000_000)
+        for which, lists in (("other", LISTS), ("same", 1))
     }
     results: dict[str, dict[str, list[float]]] = {}
     machine = describe()
     print(f"{machine['processor']['model']}, {THREADS} threads, float32")
-    for title, (rows, peers) in groups.items():
-        results[title] = measure(steps_of_rows(rows, peers=peers), options.rounds)
+    for title, (rows, lists) in groups.items():
+        results[title] = measure(
+            steps_of_rows(rows, lists_of_rows(rows)[:lists], peers=rows == 1_000_000),
+            options.rounds,
+        )
+        gc.collect()  # the tables of the largest take 15 GB
         print(table(title, results[title]), flush=True)
     for elements in (1_000_000, 30_000_000):
         title = f"Adam, {elements:,} elements"

@@ -114,10 +114,15 @@ class Updater {
       for (std::int64_t row = first; row < last; ++row) update_long_row(row);
       return;
     }
-    for (std::int64_t tile = first; tile < last; ++tile) {
-      if (tile + kRowsAhead < last) RowTile(work_, tile + kRowsAhead).prefetch();
-      update_row_tile(RowTile(work_, tile), true);
+    if (iteration_.tiles() == 1) {  // nearly always: no need to divide
+      for (std::int64_t row = first; row < last; ++row) {
+        if (row + kRowsAhead < last) RowTile(work_, row + kRowsAhead, 0).prefetch();
+        update_row_tile(RowTile(work_, row, 0), true);
+      }
+      return;
     }
+    for (std::int64_t tile = first; tile < last; ++tile)
+      update_row_tile(RowTile(work_, tile), true);
   }
 
   // All of the row makes up for missed steps in the same way, whatever its tiles are.
