@@ -1039,3 +1039,17 @@ def remade(opt: fs.Optimizer, i: int, more: np.ndarray) -> fs.Optimizer:
     twin = type(opt).__new__(type(opt))
     twin.__setstate__({**saved, "params": params})
     return twin
+
+
+def test_the_bare_kernel(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((6, 4))
+    opt = fs.RowwiseAdagrad(w.copy(), lr=0.1, weight_decay=0.01)
+    total = np.zeros(6)
+    for step in range(1, 6):
+        g = fs.Rows([1, 4, 1], rng.standard_normal((3, 4)))
+        opt.step(g)
+        fs.functional.rowwise_adagrad_(w, g, total, step=step, lr=0.1, weight_decay=0.01)
+    np.testing.assert_array_equal(w, opt.params)
+    np.testing.assert_array_equal(total, opt.state[0]["sum"])
+    with pytest.raises(ValueError, match="one element for each row"):
+        fs.functional.rowwise_adagrad_(w, g, np.zeros((6, 4)), step=6)

@@ -2,7 +2,8 @@
 
 Each function makes one update in place and returns None. The arguments are those of the class of
 that name; `step` is the number of this update, counted from 1, and the state arrays are float32 or
-float64 arrays of the parameter's shape that the caller allocates and keeps:
+float64 arrays of the parameter's shape that the caller allocates and keeps. `grad` may be
+:class:`fusestep.Rows` (the rows that it does not list stay as they are).
 
 >>> import numpy as np
 >>> from fusestep import functional as F
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from .optimizer import Optimizer
 
-__all__ = ["adagrad_", "adam_", "adamw_", "nadam_", "nag_", "sgd_"]
+__all__ = ["adagrad_", "adam_", "adamw_", "nadam_", "nag_", "rowwise_adagrad_", "sgd_"]
 
 Array = Any
 
@@ -197,6 +198,23 @@ def adagrad_(
     """One update of :class:`fusestep.Adagrad`; `sum` starts at the initial accumulator value."""
     own = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps}
     _apply(rules.Adagrad, own, param, grad, {"sum": sum}, step, maximize, grad_scale)
+
+
+def rowwise_adagrad_(
+    param: Array,
+    grad: Array,
+    sum: Array,  # noqa: A002 - torch's name of the state
+    *,
+    step: int,
+    lr: float = 1e-2,
+    eps: float = 1e-10,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+) -> None:
+    """One update of :class:`fusestep.RowwiseAdagrad`; `sum` has one element for each row."""
+    own = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    _apply(rules.RowwiseAdagrad, own, param, grad, {"sum": sum}, step, maximize, grad_scale)
 
 
 def _apply(

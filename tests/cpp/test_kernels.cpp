@@ -42,7 +42,8 @@ bool same_bytes(const void* a, const void* b, std::size_t size) {
 }
 
 template <class T>
-void check_update(const RuleCase& rule_case, std::int64_t size, std::int64_t offset) {
+void check_update(const RuleCase& rule_case, std::int64_t size, std::int64_t offset,
+                  bool is_anchored) {
   const auto rule = rule_case.make();
   const std::size_t states = rule->state_names().size();
   const Progress at = rule->advance(rule->advance(Progress{}));
@@ -53,6 +54,11 @@ void check_update(const RuleCase& rule_case, std::int64_t size, std::int64_t off
   std::vector<std::vector<T>> state;
   for (std::size_t i = 0; i < states; ++i) state.push_back(numbers<T>(random, size, i > 0));
   if (states == 1) state[0] = numbers<T>(random, size, true);
+  const auto reference = numbers<T>(random, size), importance = numbers<T>(random, size, true);
+  const auto run = [](std::int64_t count, T* w, const T* g, const std::array<T*, kMaxStates>& s,
+                      const T* to, const T* by) {
+    return cpu::Run<T>{count, w, {g, T(0.5)}, {s[0], s[1], s[2]}, {T(0.7)}, to, by};
+  };
 
   // The expected bits: one element at a time, so that only scalar code runs.
   std::vector<std::vector<T>> expected(1 + states);
@@ -61,8 +67,9 @@ void check_update(const RuleCase& rule_case, std::int64_t size, std::int64_t off
     std::array<T, 4> x{parameter[i]};
     for (std::size_t s = 0; s < states; ++s) x[1 + s] = state[s][i];
     const T g = gradient[i];
-    base.update[coefficients.loop](coefficients.bytes,
-                                   {1, &x[0], {&g, T(0.5)}, {&x[1], &x[2], &x[3]}});
+    base.update[is_anchored][coefficients.loop](
+        coefficients.bytes,
+        run(1, &x[0], &g, {&x[1], &x[2], &x[3]}, &reference[i], &importance[i]));
     for (std::size_t k = 0; k <= states; ++k) expected[k].push_back(x[k]);
   }
 
@@ -73,9 +80,9 @@ void check_update(const RuleCase& rule_case, std::int64_t size, std::int64_t off
     std::array<T*, kMaxStates> at_state{};
     for (std::size_t i = 0; i < states; ++i) at_state[i] = s[i].data();
     const auto& kernels = cpu::active_tier().kernels->of<T>();
-    kernels.update[coefficients.loop](
-        coefficients.bytes,
-        {size, w.data(), {g.data(), T(0.5)}, {at_state[0], at_state[1], at_state[2]}});
+    Buffer<T> to((offset + 5) % 17, reference), by((offset + 7) % 17, importance);
+    kernels.update[is_anchored][coefficients.loop](
+        coefficients.bytes, run(size, w.data(), g.data(), at_state, to.data(), by.data()));
     const auto bytes = static_cast<std::size_t>(size) * sizeof(T);
     CHECK(same_bytes(w.data(), expected[0].data(), bytes));
     CHECK(same_bytes(g.data(), gradient.data(), bytes));
@@ -166,8 +173,10 @@ void run() {
   for (const std::int64_t size : sizes) {
     for (const std::int64_t offset : {0, 1, 7, 16}) {
       for (const RuleCase& rule : rule_cases()) {
-        check_update<float>(rule, size, offset);
-        check_update<double>(rule, size, offset);
+        for (const bool is_anchored : {false, true}) {
+          check_update<float>(rule, size, offset, is_anchored);
+          check_update<double>(rule, size, offset, is_anchored);
+        }
       }
       for (const DType dtype : kAllDTypes) {
         check_conversions<float>(dtype, size, offset);
