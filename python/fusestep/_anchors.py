@@ -123,7 +123,7 @@ def checked(
 ) -> tuple[float, npt.NDArray[Any] | None, npt.NDArray[Any] | None]:
     """Return the strength, reference and importance for a parameter, if they are possible."""
     label = optimizer._parameters.labels[i]
-    parameter = _described(optimizer, i)
+    parameter = described(optimizer, i)
     if parameter.device != "cpu":
         raise TypeError(
             f"{label} is on {parameter.device}, where this version of fusestep has no anchors"
@@ -154,7 +154,7 @@ def _check(value: Any, parameter: _arrays.ArrayDescription, label: str) -> npt.N
 
 def _present(optimizer: Optimizer, i: int) -> npt.NDArray[np.float64]:
     label = f"the present value of {optimizer._parameters.labels[i]}"
-    return _check(optimizer._parameters.arrays[i], _described(optimizer, i), label)
+    return _check(optimizer._parameters.arrays[i], described(optimizer, i), label)
 
 
 def _as_array(value: Any) -> npt.NDArray[Any]:
@@ -186,7 +186,8 @@ def _merged(present: Anchor, task: Anchor) -> Anchor:
     return Anchor(1.0, reference, np.broadcast_to(total, reference.shape))
 
 
-def _described(optimizer: Optimizer, i: int, array: Any = None) -> _arrays.ArrayDescription:
+def described(optimizer: Optimizer, i: int, array: Any = None) -> _arrays.ArrayDescription:
+    """Return where a parameter lies and how, or what is to take its place."""
     label = optimizer._parameters.labels[i]
     if array is None:
         array = optimizer._parameters.arrays[i]
@@ -202,7 +203,7 @@ def _stored(optimizer: Optimizer, i: int, array: Any, values: npt.NDArray[Any]) 
 
     An importance that the dtype cannot hold becomes the largest that it can, which pulls as hard.
     """
-    parameter = _described(optimizer, i, array)
+    parameter = described(optimizer, i, array)
     dtype = _dtype(optimizer, parameter)
     copy: npt.NDArray[Any] = _arrays.backend_for_state(array, parameter).new(parameter, dtype, 0)
     most = np.finfo(dtype).max

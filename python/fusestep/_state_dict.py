@@ -267,7 +267,7 @@ def _check_missed_steps(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Take from an entry what rows have missed, and return it; zeros where it has none."""
     label = f"the missed steps of {optimizer._parameters.labels[i]}"
-    shape = tuple(optimizer._parameters.arrays[i].shape)
+    shape = _anchors.described(optimizer, i).shape
     columns = 3 + len(_cpu.option_names(optimizer._rule))
     if "missed_steps" not in entry and "recent_steps" not in entry:
         return np.zeros(shape[:1], np.int64), np.zeros((0, columns))
