@@ -1,4 +1,4 @@
-"""How long partial updates take: rows of a table, and anchored steps.
+"""How long partial updates take: rows of a table, anchored steps, selected blocks.
 
 ``python bench/partial.py [--json FILE]`` prints one table. Peers of a group take turns of a few
 steps, so that whatever disturbs the machine disturbs all of them; ratios are medians of the ratios
@@ -103,6 +103,27 @@ def anchored_steps(elements: int) -> Steps:
     }
 
 
+def selected_steps(elements: int) -> Steps:
+    """Return an Adam step of everything, and of a tenth of it, selected in several ways."""
+    rng = np.random.default_rng(0)
+    gradient = rng.standard_normal(elements, dtype=np.float32)
+
+    def own(where: Any = None) -> Callable[[], object]:
+        opt = fs.Adam(np.ones(elements, np.float32))
+        return lambda: opt.step(gradient, where=where)
+
+    return {
+        "everything": own(),
+        "RandomBlocks(0.1)": own(fs.RandomBlocks(0.1)),
+        "RandomBlocks(0.1, 16384)": own(fs.RandomBlocks(0.1, block=16384)),
+        "RandomBlocks(0.1), track": own(fs.RandomBlocks(0.1, frozen="track")),
+        "CyclicBlocks(10)": own(fs.CyclicBlocks(10)),
+        "mask: the first tenth": own(np.arange(elements) < elements // 10),
+        "mask: a random tenth": own(rng.random(elements) < 0.1),
+        "TopK(0.1)": own(fs.TopK(0.1)),
+    }
+
+
 def measure(steps: Steps, rounds: int) -> dict[str, list[float]]:
     """Return the mean seconds of each step in each round, in which every peer has a turn."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -148,9 +169,10 @@ def main() -> None:
         gc.collect()  # the tables of the largest take 15 GB
         print(table(title, results[title]), flush=True)
     for elements in (1_000_000, 30_000_000):
-        title = f"Adam, {elements:,} elements"
-        results[title] = measure(anchored_steps(elements), options.rounds)
-        print(table(title, results[title]), flush=True)
+        for kind, steps in (("anchors", anchored_steps), ("selections", selected_steps)):
+            title = f"Adam, {elements:,} elements: {kind}"
+            results[title] = measure(steps(elements), options.rounds)
+            print(table(title, results[title]), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "seconds": results}, indent=1))
 

@@ -164,8 +164,9 @@ bool share_memory(const Array& a, const Array& b) {
   return py::module_::import("numpy").attr("shares_memory")(view(a), view(b)).cast<bool>();
 }
 
-std::string shape_text(const Array& array) {
-  const auto shape = array.geometry().shape;
+std::string shape_text(const Array& array) { return shape_text(array.geometry().shape); }
+
+std::string shape_text(std::span<const std::int64_t> shape) {
   std::string text = "(";
   for (std::size_t axis = 0; axis < shape.size(); ++axis)
     text += (axis ? ", " : "") + std::to_string(shape[axis]);

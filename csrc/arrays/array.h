@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -127,6 +128,7 @@ Array from_object(PyObject* object, const Label& label);
 // True where two arrays share at least one byte. Exact: interleaved slices of one array do not.
 bool share_memory(const Array& a, const Array& b);
 
+std::string shape_text(std::span<const std::int64_t> shape);
 std::string shape_text(const Array& array);
 
 // The library's opinion of whether an object is an array at all (and not, say, a list of arrays).

@@ -6,6 +6,7 @@
 #include "arrays/rows.h"
 #include "bind/register.h"
 #include "core/errors.h"
+#include "selections/blocks.h"
 
 namespace py = pybind11;
 
@@ -48,8 +49,34 @@ bool flag(const char* name, PyObject* object) {
                   "; expected True or False");
 }
 
+// A selection, and the memory of its mask.
+struct Where {
+  selections::Choice choice;
+  py::object mask;
+};
+
+// `mask` is an array of booleans.
+Where select_mask(const py::array& mask, bool tracks) {
+  Where where{{.kind = selections::Choice::Kind::mask, .tracks = tracks}, mask};
+  auto& seen = where.choice.mask;
+  seen.data = static_cast<std::byte*>(const_cast<void*>(mask.data()));
+  seen.shape.assign(mask.shape(), mask.shape() + mask.ndim());
+  seen.strides.assign(mask.strides(), mask.strides() + mask.ndim());
+  return where;
+}
+
+// One selection for each parameter (None: all of it), or None for all of all. `keep` owns them.
+Optimizer::Choices choices(const py::object& where, py::tuple& keep) {
+  Optimizer::Choices result;
+  if (where.is_none()) return result;
+  keep = py::tuple(where);
+  for (const py::handle one : keep)
+    result.push_back(one.is_none() ? nullptr : &one.cast<const Where&>().choice);
+  return result;
+}
+
 void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& lr,
-          const py::handle& grad_scale, const py::handle& zero_grad) {
+          const py::handle& grad_scale, const py::handle& zero_grad, const py::object& where) {
   PyObject* sequence = gradients.ptr();
   if (!PyList_Check(sequence) && !PyTuple_Check(sequence))
     throw TypeError(std::string("gradients are a ") + Py_TYPE(sequence)->tp_name +
@@ -61,8 +88,10 @@ void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& l
   // itself.
   const auto fixed = py::reinterpret_steal<py::object>(PySequence_Tuple(sequence));
   if (!fixed) throw py::error_already_set();
+  py::tuple keep;
   optimizer.step(PySequence_Fast_ITEMS(fixed.ptr()),
-                 static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())), rate, arguments);
+                 static_cast<std::size_t>(PyTuple_GET_SIZE(fixed.ptr())), rate, arguments,
+                 choices(where, keep));
 }
 
 // One array of row numbers for each parameter, or None.
@@ -95,6 +124,26 @@ void set_missed_steps(Optimizer& optimizer, std::size_t i,
   if (!slot.history) return;  // no rows
   slot.history->restore(*optimizer.group.rule, slot.work.compute, slot.states(), steps,
                         {missed.data(), static_cast<std::size_t>(missed.size())});
+}
+
+// How many updates each block of parameter i has had: (elements of a block, updates, products of
+// momenta or an empty array), or None where they do not differ.
+py::object block_progress(Optimizer& optimizer, std::size_t i) {
+  const std::optional<rules::BlockProgress>& progress = optimizer.slot(i).block_progress;
+  if (!progress) return py::none();
+  const auto array = [](const auto& values) {
+    using Value = typename std::decay_t<decltype(values)>::value_type;
+    return py::array_t<Value>(static_cast<py::ssize_t>(values.size()), values.data());
+  };
+  return py::make_tuple(progress->block(), array(progress->steps()), array(progress->products()));
+}
+
+void set_block_progress(Optimizer& optimizer, std::size_t i, std::int64_t block,
+                        const std::vector<std::uint32_t>& steps,
+                        const std::vector<double>& products) {
+  engine::Slot& slot = optimizer.slot(i);
+  slot.block_progress.reset();
+  if (block > 0) slot.block_progress.emplace(slot.parameter().size, block, steps, products);
 }
 
 // (names of state arrays, names of scalars, initial value of the state) with these options.
@@ -133,9 +182,43 @@ std::unique_ptr<rules::AnyRule> make_rule(const std::string& name, const Options
 
 void register_optimizer(py::module_& module) {
   using namespace py::literals;
+  py::class_<Where>(module, "Where")
+      .def_static("mask", &select_mask, "mask"_a, "tracks"_a)
+      .def_static(
+          "random_blocks",
+          [](double fraction, std::int64_t block, bool tracks) {
+            return Where{{.kind = selections::Choice::Kind::random_blocks,
+                          .tracks = tracks,
+                          .fraction = fraction,
+                          .block = block},
+                         {}};
+          },
+          "fraction"_a, "block"_a, "tracks"_a)
+      .def_static(
+          "cyclic_blocks",
+          [](std::int64_t blocks, bool tracks) {
+            return Where{{.kind = selections::Choice::Kind::cyclic_blocks,
+                          .tracks = tracks,
+                          .blocks = blocks},
+                         {}};
+          },
+          "blocks"_a, "tracks"_a)
+      .def_static(
+          "top",
+          [](double fraction, bool by_update, bool tracks) {
+            using Size = selections::Choice::Size;
+            return Where{{.kind = selections::Choice::Kind::top,
+                          .tracks = tracks,
+                          .fraction = fraction,
+                          .by = by_update ? Size::of_update : Size::of_gradient},
+                         {}};
+          },
+          "fraction"_a, "by_update"_a, "tracks"_a);
+
   py::class_<Optimizer>(module, "Optimizer")
       .def(py::init(&make_optimizer), "rule"_a, "options"_a, "names"_a, "parameters"_a, "states"_a)
-      .def("step", &step, "gradients"_a, "lr"_a, "grad_scale"_a, "zero_grad"_a)
+      .def("step", &step, "gradients"_a, "lr"_a, "grad_scale"_a, "zero_grad"_a,
+           "where"_a = py::none())
       .def(
           "set_option",
           [](Optimizer& self, const std::string& name, double value) {
@@ -160,6 +243,9 @@ void register_optimizer(py::module_& module) {
           "index"_a, "strength"_a, "reference"_a, "importance"_a)
       .def("release_anchor", &Optimizer::release_anchor, "index"_a)
       .def("missed_steps", &missed_steps, "index"_a)
+      .def("block_progress", &block_progress, "index"_a)
+      .def("set_block_progress", &set_block_progress, "index"_a, "block"_a, "steps"_a, "products"_a)
+      .def_readwrite("seed", &Optimizer::seed)
       .def("set_missed_steps", &set_missed_steps, "index"_a, "missed"_a, "steps"_a)
       .def("make_capturable", &Optimizer::make_capturable)
       .def("set_rate", &Optimizer::set_rate, "lr"_a)
@@ -206,6 +292,13 @@ void register_optimizer(py::module_& module) {
         return std::vector<std::string>(names.begin(), names.end());
       },
       "rule"_a);
+  module.def(
+      "draw_blocks",
+      [](std::int64_t blocks, double fraction, std::uint64_t seed, std::int64_t step,
+         std::size_t parameter) {
+        return selections::draw_blocks(blocks, fraction, {seed, step, parameter});
+      },
+      "blocks"_a, "fraction"_a, "seed"_a, "step"_a, "parameter"_a);
   module.def("describe_rule", &describe_rule, "rule"_a, "options"_a);
   module.def("apply", &apply, "rule"_a, "options"_a, "parameter"_a, "gradient"_a, "states"_a,
              "step"_a, "momentum_product"_a, "lr"_a, "grad_scale"_a, "maximize"_a);

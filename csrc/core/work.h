@@ -5,6 +5,7 @@
 #include <span>
 
 #include "core/dtypes.h"
+#include "core/flat_array.h"
 #include "core/layout.h"
 #include "gradients/rows.h"
 
@@ -14,6 +15,11 @@ namespace rules {
 struct Coefficients;
 class RowHistory;
 }  // namespace rules
+
+namespace selections {
+struct Part;
+class Selection;
+}  // namespace selections
 
 // One parameter's share of a step.
 struct Work {
@@ -40,9 +46,25 @@ struct Work {
   Operand row_state;
   std::int64_t row_state_stride = 0;  // in bytes
 
+  // Of a row-wise rule: the rows whose value may change, where the others' does not.
+  const selections::Selection* selected_rows = nullptr;
+
+  // Where not all elements move, or not all have come as far: then neither `iteration` nor `rows`
+  // says which, but this does.
+  const selections::Part* part = nullptr;
+
+  // Where less moves than the gradient has: all of it.
+  struct WholeGradient {
+    const FlatArray* array = nullptr;
+    std::int64_t size = 0;
+  };
+  WholeGradient whole_gradient;
+
   double gradient_factor = 1;  // multiplies the gradient, besides the step's own factor
 
-  std::int64_t elements() const { return iteration.size * (rows ? rows->count() : 1); }
+  std::int64_t elements() const {
+    return part ? elements_of_part() : iteration.size * (rows ? rows->count() : 1);
+  }
 
   // What a thread may be given: a row-wise rule has to see all of a row, and so has who decides how
   // the row makes up for missed steps.
@@ -50,7 +72,13 @@ struct Work {
   std::int64_t pieces() const { return moves_whole_rows() ? rows->count() : tiles(); }
 
   // Of a table: those of its first row that moves, then those of the next, ...
-  std::int64_t tiles() const { return iteration.tiles() * (rows ? rows->count() : 1); }
+  std::int64_t tiles() const {
+    return part ? tiles_of_part() : iteration.tiles() * (rows ? rows->count() : 1);
+  }
+
+ private:
+  std::int64_t tiles_of_part() const;
+  std::int64_t elements_of_part() const;  // at most
 };
 
 struct StepOptions {

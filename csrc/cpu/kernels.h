@@ -54,6 +54,9 @@ struct Kernels {
   std::array<Load, kDTypes> load;    // by stored type; `from` need not be aligned
   std::array<Store, kDTypes> store;  // by stored type; `to` need not be aligned
 
+  // to[i] = from[i] where meant[i] is not 0.
+  void (*select)(const unsigned char* meant, const T* from, T* to, std::int64_t size);
+
   // The sum of (prescale * x)^2 over at most kTileSize elements, in a fixed order.
   double (*sum_of_squares)(const T* x, std::int64_t size, double prescale);
 };

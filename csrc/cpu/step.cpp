@@ -7,6 +7,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/fp_environment.h"
+#include "cpu/part_updater.h"
 #include "cpu/row_tile.h"
 #include "cpu/thread_pool.h"
 #include "cpu/tile_access.h"
@@ -21,6 +22,9 @@ constexpr std::int64_t kParallelElements = 1 << 17;
 
 // The least that a thread claims at a time, in tiles.
 constexpr std::int64_t kLeastChunk = 32;
+
+// Elements of a gradient that a thread clears before it takes others.
+constexpr std::int64_t kClearedAtOnce = 1 << 16;
 
 // Where each chunk ends. Each is half of a fair share of what is left: long runs for the
 // prefetchers while there is much to do, short ones towards the end so that threads finish together
@@ -91,6 +95,11 @@ double sum_of_squares(const KernelTable& table, const Work& work, std::int64_t t
   const Kernels<T>& kernels = table.of<T>();
   alignas(kCacheLine) T buffer[kTileSize];
   const TileAccess<T> access(kernels);
+  if (work.part) {
+    const PartReader<T> reader(kernels, *work.part);
+    const std::int64_t size = reader.moved_gradient(work.part->tile(tile), buffer);
+    return kernels.sum_of_squares(buffer, size, prescale);
+  }
   if (work.rows) {
     const RowTile at(work, tile);
     return kernels.sum_of_squares(at.gradient(access, buffer), at.size(), prescale);
@@ -122,10 +131,23 @@ void update(WorkList list, const StepOptions& options, const Errand& errand) {
   for_each_tile_range(
       list,
       [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
-        in_compute_type(
-            work, [&](auto type) { Updater<decltype(type)>(kernels, work, options)(first, last); });
+        in_compute_type(work, [&](auto type) {
+          if (work.part)
+            PartUpdater<decltype(type)>(kernels, work, options)(first, last);
+          else
+            Updater<decltype(type)>(kernels, work, options)(first, last);
+        });
       },
       errand, &Work::pieces);
+}
+
+void count_updates(WorkList list) {
+  for_each_tile_range(
+      list, [](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
+        const selections::Part& part = *work.part;
+        for (std::int64_t i = first; i < last; ++i)
+          part.progress->advance(*part.rule, part.tile(i) * kTileSize, part.moved(part.tile(i)));
+      });
 }
 
 void announce(std::int64_t elements) {
@@ -143,9 +165,30 @@ GradientNorm gradient_norm(WorkList list) {
   return norm.finite ? norm : norm_of_prescaled(sum(kPrescale));
 }
 
+namespace {
+
+void clear_whole_gradient(const Work& work) {
+  const auto [gradient, size] = work.whole_gradient;
+  const TileAccess<float> access(active_tier().kernels->float32);
+  parallel_for(ceil_div(size, kClearedAtOnce), num_threads(), [&](std::int64_t chunk) {
+    const std::int64_t begin = chunk * kClearedAtOnce;
+    gradient->for_each_stretch(begin, std::min(kClearedAtOnce, size - begin),
+                               [&](const Block& block, std::int64_t) { access.clear(block); });
+  });
+}
+
+}  // namespace
+
+void clear_whole_gradients(WorkList list) {
+  for (const Work* work : list)
+    if (work->whole_gradient.array) clear_whole_gradient(*work);
+}
+
 void clear_gradients(WorkList list) {
+  clear_whole_gradients(list);
   for_each_tile_range(
       list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
+        if (work.whole_gradient.array) return;
         in_compute_type(work, [&](auto type) {
           const TileAccess<decltype(type)> access(active_tier().kernels->of<decltype(type)>());
           for (std::int64_t tile = first; tile < last; ++tile) {

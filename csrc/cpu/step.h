@@ -23,6 +23,12 @@ GradientNorm gradient_norm(WorkList list);
 // The sums of the squares of the prescaled gradients, one for each tile of the list.
 std::vector<double> tile_sums(WorkList list, double prescale);
 
+// Counts an update of what the list has moved: parts whose blocks are not counted by tile.
+void count_updates(WorkList list);
+
 void clear_gradients(WorkList list);
+
+// Those of which a step moves less than they have; update() clears the others as it goes.
+void clear_whole_gradients(WorkList list);
 
 }  // namespace fusestep::cpu

@@ -136,6 +136,19 @@ void store(const T* __restrict from, void* to, std::int64_t size) {
   }
 }
 
+template <class T>
+void select(const unsigned char* meant, const T* from, T* to, std::int64_t size) {
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+  for (std::int64_t i = 0; i < size; ++i) {
+    const T moved = from[i], kept = to[i];
+    to[i] = meant[i] != 0 ? moved : kept;
+  }
+}
+
 // Squares of floats are exact in double: the norm of a float gradient can neither overflow nor lose
 // its small values.
 template <class T>
@@ -180,6 +193,7 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           {rule_of_row<T, Loop>...},
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},
           {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
+          select<T>,
           sum_of_squares<T>};
 }
 

@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <iterator>
 #include <vector>
 
 #include "core/reduction.h"
 #include "core/work.h"
 #include "cpu/kernels.h"
+#include "cpu/mover.h"
 #include "cpu/row_tile.h"
 #include "cpu/tile_access.h"
 #include "rules/registry.h"
@@ -17,33 +17,16 @@
 
 namespace fusestep::cpu {
 
-// From this size on a run is worth starting at a cache line, so that no vector crosses one.
+// From this size on a run is worth starting at a cache line.
 inline constexpr std::int64_t kAlignedRun = 4096;
-inline constexpr std::uintptr_t kCacheLine = 64;
-
-// The importance of all elements of a tile where none is given. A loop for that case would know
-// beforehand how strong the pull is; g++ 12 then makes two loops of it and vectorises neither.
-template <class T>
-inline constexpr auto kOnes = [] {
-  std::array<T, kTileSize> ones;
-  ones.fill(1);
-  return ones;
-}();
 
 template <class T>
-class Updater {
+class Updater : Mover<T> {
  public:
   Updater(const KernelTable& kernels, const Work& work, const StepOptions& options)
-      : kernels_(kernels.of<T>()),
-        access_(kernels_),
-        work_(work),
+      : Mover<T>(kernels, work, options),
         iteration_(work.iteration),
-        loop_number_(work.rule->loop),
-        loop_(kernels_.update[is_anchored()][loop_number_]),
-        rule_(work.rule->bytes),
-        anchor_(anchor_at(work.anchor.lr)),
-        factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)),
-        clear_(options.clear_gradients) {}
+        clear_(options.clear_gradients && !work.whole_gradient.array) {}
 
   void operator()(std::int64_t first, std::int64_t last) const {
     if (work_.rows) return update_rows(first, last);
@@ -52,6 +35,11 @@ class Updater {
   }
 
  private:
+  using Mover<T>::kernels_, Mover<T>::access_, Mover<T>::work_, Mover<T>::loop_number_,
+      Mover<T>::loop_, Mover<T>::rule_, Mover<T>::anchor_, Mover<T>::factor_;
+  using Mover<T>::is_anchored, Mover<T>::anchor_at, Mover<T>::is_moved, Mover<T>::run_over,
+      Mover<T>::call_loop, Mover<T>::call_loop_from_line;
+
   // True where the rule's loop can go straight through the arrays' own memory.
   bool is_one_run(std::int64_t first, std::int64_t last) const {
     if (iteration_.layout || (clear_ && last - first > 1)) return false;
@@ -67,17 +55,12 @@ class Updater {
     for (int i = 0; i < iteration_.operands; ++i)
       at[i] = reinterpret_cast<T*>(iteration_.operand[i].data) + begin;
 
-    const auto past_line = reinterpret_cast<std::uintptr_t>(at[kParameter]) % kCacheLine;
-    if (is_anchored() && work_.anchor.importance == 0) {
+    if (is_anchored() && work_.anchor.importance == 0)
       update_in_tiles(at, size);
-    } else if (size >= kAlignedRun && past_line != 0) {
-      const auto head = static_cast<std::int64_t>((kCacheLine - past_line) / sizeof(T));
-      call_loop(at, head);
-      for (int i = 0; i < iteration_.operands; ++i) at[i] += head;
-      call_loop(at, size - head);
-    } else {
+    else if (size >= kAlignedRun)
+      call_loop_from_line(rule_, at, size);
+    else
       call_loop(at, size);
-    }
     if (clear_) access_.clear(iteration_.dense(kGradient, begin, size));
   }
 
@@ -203,6 +186,7 @@ class Updater {
       for_each_tile([&](const RowTile& at, const Run<T>& run) {
         const double sum = kernels_.sum_of_row[loop_number_](rule.bytes, run);
         find_rule_of_row(row, rule, sum);
+        if (keeps_value(row)) return;
         loop_(rule.bytes, run);
         if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
       });
@@ -213,10 +197,17 @@ class Updater {
       sums.push_back(kernels_.sum_of_row[loop_number_](rule.bytes, run));
     });
     find_rule_of_row(row, rule, sum_in_groups(sums.data(), std::ssize(sums)));
+    if (keeps_value(row)) return;
     for_each_tile([&](const RowTile& at, const Run<T>& run) {
       loop_(rule.bytes, run);
       if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
     });
+  }
+
+  // Of a row that is not selected only the state moves.
+  bool keeps_value(std::int64_t row) const {
+    return work_.selected_rows &&
+           !work_.selected_rows->holds(work_.rows->row(row) * iteration_.size);
   }
 
   void find_rule_of_row(std::int64_t row, rules::Coefficients& rule, double sum) const {
@@ -248,41 +239,7 @@ class Updater {
     }
   }
 
-  bool is_anchored() const { return work_.anchor.reference != 0; }
-
-  rules::Anchor<T> anchor_at(double lr) const {
-    return rules::Anchor<T>::of(lr * work_.anchor.lambda);
-  }
-
-  bool is_moved(int operand) const {
-    const bool is_anchor = is_anchored() && operand >= work_.anchor.reference;
-    return operand != kGradient && !is_anchor;
-  }
-
-  Run<T> run_over(const std::array<T*, kMaxOperands>& at, std::int64_t size,
-                  const gradients::Dense<T>& gradient, const rules::Anchor<T>& anchor) const {
-    return {size,
-            at[kParameter],
-            gradient,
-            {at[kState], at[kState + 1], at[kState + 2]},
-            anchor,
-            at[work_.anchor.reference],
-            work_.anchor.importance ? at[work_.anchor.importance] : kOnes<T>.data()};
-  }
-
-  void call_loop(const std::array<T*, kMaxOperands>& at, std::int64_t size) const {
-    loop_(rule_, run_over(at, size, {at[kGradient], factor_}, anchor_));
-  }
-
-  const Kernels<T>& kernels_;
-  TileAccess<T> access_;
-  const Work& work_;
   const Iteration& iteration_;
-  std::size_t loop_number_;
-  typename Kernels<T>::Update loop_;
-  const void* rule_;
-  rules::Anchor<T> anchor_;
-  T factor_;
   bool clear_;
 };
 

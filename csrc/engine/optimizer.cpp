@@ -57,6 +57,7 @@ void Optimizer::move(std::size_t i, PyObject* parameter, const std::vector<PyObj
   Slot& slot = slots_.at(i);
   bind(slot, parameter, states);
   if (slot.history) slot.history->resize(slot.parameter().geometry().shape[0]);
+  if (slot.block_progress) slot.block_progress->resize(slot.parameter().size);
 }
 
 OccupiedMemory& Optimizer::occupied_memory() {
@@ -69,13 +70,13 @@ OccupiedMemory& Optimizer::occupied_memory() {
 }
 
 void Optimizer::step(PyObject* const* gradients, std::size_t count, std::optional<double> lr,
-                     const StepArguments& arguments) {
+                     const StepArguments& arguments, const Choices& choices) {
   const Turnstile::Turn turn(turnstile);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   if (lr) check_rate(*lr);
   const RateForThisStep rate(group, lr);
   const ClearAtExit release_references{updates_};
-  collect(gradients, count);
+  collect(gradients, count, choices);
   stepper.prepare(updates_, occupied_memory(), arguments);
   stepper.take(updates_, arguments);
   wait_for_borrowed_gradients();
@@ -92,7 +93,7 @@ void Optimizer::wait_for_borrowed_gradients() const {
   }
 }
 
-void Optimizer::collect(PyObject* const* gradients, std::size_t count) {
+void Optimizer::collect(PyObject* const* gradients, std::size_t count, const Choices& choices) {
   if (count != slots_.size())
     throw ValueError("got " + std::to_string(count) + " gradients for " +
                      std::to_string(slots_.size()) + " parameters; give None for a parameter " +
@@ -108,6 +109,8 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count) {
       updates_.emplace_back(&slot, &group,
                             arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));
     Update& update = updates_.back();
+    if (!choices.empty()) update.choice = choices.at(i);
+    update.draw = {seed, stepper.steps, i};
     foreign = foreign || update.gradient.is_foreign() || update.row_numbers;
     if (slot.device().kind == Device::cuda)
       update.stream = slot.parameter().is_of_library_of(update.gradient)

@@ -31,9 +31,11 @@ class Optimizer {
   void seal() { occupied_memory(); }  // after the last add; throws where parameters overlap
 
   // gradients[i] belongs to parameter i; None leaves it, and its state, as they are.
-  // Without `lr`, the learning rate is the one that was last set.
+  // Without `lr`, the learning rate is the one that was last set. `choices`, one for each parameter
+  // or none at all, say which part of it moves; null: all.
+  using Choices = std::vector<const selections::Choice*>;
   void step(PyObject* const* gradients, std::size_t count, std::optional<double> lr,
-            const StepArguments& arguments);
+            const StepArguments& arguments, const Choices& choices = {});
 
   // For steps that a CUDA graph may capture: step counts and learning rate are on the GPU, where
   // all parameters must be.
@@ -64,13 +66,15 @@ class Optimizer {
   std::int64_t skipped_steps();
   void set_counts(std::int64_t steps, std::int64_t skipped_steps);
 
+  std::uint64_t seed = 0;  // of random selections
+
   Group group;
   Stepper stepper;
   Turnstile turnstile;
 
  private:
   void bind(Slot& slot, PyObject* parameter, const std::vector<PyObject*>& states);
-  void collect(PyObject* const* gradients, std::size_t count);
+  void collect(PyObject* const* gradients, std::size_t count, const Choices& choices);
   OccupiedMemory& occupied_memory();
   void wait_for_borrowed_gradients() const;
   bool is_on_one_gpu() const;

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <utility>
 
 #include "core/errors.h"
+#include "cpu/top.h"
+#include "selections/blocks.h"
 
 namespace fusestep::engine {
 
@@ -23,6 +26,15 @@ void check_updatable(const Array& array, const std::string& name) {
     throw ValueError(name + " is read-only, or of a library that cannot say it is not");
   if (!array.c_contiguous && !elements_are_disjoint(array.geometry(), item_size(array.dtype)))
     throw ValueError(name + " overlaps itself: several of its elements share one place in memory");
+}
+
+// What a step moves is about to be said anew.
+void forget_plan(Work& work) {
+  work.rows = nullptr;
+  work.history = nullptr;
+  work.part = nullptr;
+  work.selected_rows = nullptr;
+  work.whole_gradient = {};
 }
 
 void check_has_rows(const Array& array, const std::string& name) {
@@ -79,7 +91,7 @@ void Slot::occupy(OccupiedMemory& memory) const {
 
 void Slot::prepare(const Array& gradient, const OccupiedMemory& memory, bool clears_gradient) {
   check_gradient(gradient, memory, clears_gradient);
-  if (!gradient_is_known_ || work.iteration.operands == 0) plan(gradient);
+  if (!gradient_is_known_ || work.part || work.iteration.operands == 0) plan(gradient);
 }
 
 void Slot::check_is_current() const {
@@ -124,6 +136,12 @@ void Slot::check_memory(const Array& gradient, const OccupiedMemory& memory, boo
 
 void Slot::prepare_rows(const Array& values, std::span<const std::int64_t> numbers,
                         const OccupiedMemory& memory, bool clears_gradient) {
+  check_rows(values, numbers, memory, clears_gradient);
+  plan_rows(values, work, rows_);
+}
+
+void Slot::check_rows(const Array& values, std::span<const std::int64_t> numbers,
+                      const OccupiedMemory& memory, bool clears_gradient) {
   check_has_rows(parameter_, name_);
   check_shape_of_rows(values);
   known_ = {};  // their shape is not the parameter's: they may reach further than a gradient did
@@ -135,7 +153,6 @@ void Slot::prepare_rows(const Array& values, std::span<const std::int64_t> numbe
   } catch (const IndexError& error) {
     throw IndexError("the gradient of " + name_ + " has " + error.what());
   }
-  plan_rows(values, work, rows_);
 }
 
 void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
@@ -143,6 +160,146 @@ void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
   check_gradient(gradient, memory, clears_gradient);
   rows_.plan_all(parameter_.geometry().shape[0]);
   plan_rows(gradient, work, rows_);
+}
+
+// ---- a part of the parameter ----
+
+void Slot::prepare_part(const Array& gradient,
+                        const std::optional<std::vector<std::int64_t>>& numbers,
+                        const selections::Choice* choice, const selections::Draw& draw,
+                        const OccupiedMemory& memory, bool clears_gradient) {
+  if (choice) check_can_choose(*choice, numbers.has_value());
+  if (numbers)
+    check_rows(gradient, *numbers, memory, clears_gradient);
+  else
+    check_gradient(gradient, memory, clears_gradient);
+  part_.rows = numbers ? &rows_ : nullptr;
+  if (choice)
+    select(*choice, draw);
+  else
+    select_all();
+  if (is_rowwise_)
+    plan_selected_rows(gradient, !numbers);
+  else
+    plan_part(gradient);
+  whole_gradient_.view(gradient.operand(), gradient.geometry());
+  work.whole_gradient = {&whole_gradient_, gradient.size};
+}
+
+void Slot::check_can_choose(const selections::Choice& choice, bool is_of_rows) const {
+  if (device().kind != Device::cpu)
+    throw TypeError(name_ + " is on " + name_of(device()) +
+                    ", where this version of fusestep has no selections (where=)");
+  if (history)
+    throw ValueError(name_ +
+                     " has rows='exact', which means that all rows see every step; where= " +
+                     "means that some do not: create the optimizer with rows='lazy'");
+  if (choice.kind == selections::Choice::Kind::top && is_of_rows)
+    throw ValueError("the gradient of " + name_ + " is one of some rows, of which TopK cannot " +
+                     "take a fraction; give an array, or another selection");
+}
+
+std::int64_t Slot::row_size() const {
+  std::int64_t size = 1;
+  for (const std::int64_t extent : parameter_.geometry().shape.subspan(1)) size *= extent;
+  return size;
+}
+
+void Slot::select_all() {
+  part_.tracks = false;
+  part_.top = nullptr;
+  part_.selected.select_all(parameter_.size);
+}
+
+void Slot::select(const selections::Choice& choice, const selections::Draw& draw) {
+  using Kind = selections::Choice::Kind;
+  const std::int64_t size = parameter_.size;
+  select_all();
+  part_.tracks = choice.tracks;
+  switch (choice.kind) {
+    case Kind::mask: return select_mask(choice.mask);
+    case Kind::random_blocks:
+      return part_.selected.select_blocks(
+          size, choice.block, draw_blocks(ceil_div(size, choice.block), choice.fraction, draw));
+    case Kind::cyclic_blocks: {
+      const std::int64_t block = std::max(std::int64_t{1}, ceil_div(size, choice.blocks));
+      const std::int64_t turn = draw.step % choice.blocks;
+      return part_.selected.select_blocks(
+          size, block, turn * block < size ? std::vector{turn} : std::vector<std::int64_t>{});
+    }
+    case Kind::top: part_.top = &choice;
+  }
+}
+
+void Slot::select_mask(const selections::Choice::Mask& mask) {
+  const auto shape = parameter_.geometry().shape;
+  FlatArray bytes;
+  bytes.view({mask.data, DType::float32}, mask.geometry());
+  const bool is_of_rows = mask.shape.size() == 1 && !shape.empty() && mask.shape[0] == shape[0];
+  if (is_of_rows && (shape.size() > 1 || is_rowwise_)) {
+    std::vector<std::int64_t> rows;
+    for (std::int64_t row = 0; row < shape[0]; ++row)
+      if (*bytes.at(row) != std::byte{0}) rows.push_back(row);
+    return part_.selected.select_blocks(parameter_.size, std::max(std::int64_t{1}, row_size()),
+                                        std::move(rows));
+  }
+  if (!std::ranges::equal(mask.shape, shape))
+    throw ValueError("the mask (where=) for " + name_ + " has shape " + shape_text(mask.shape) +
+                     "; expected " + shape_text(parameter_) +
+                     (shape.size() > 1 ? " or one element for each of its rows" : ""));
+  part_.selected.select_mask(parameter_.size, bytes);
+}
+
+void Slot::plan_part(const Array& gradient) {
+  const auto [arrays, count] = operands(gradient);
+  forget_plan(work);
+  plan_anchor(work);
+  part_.size = parameter_.size;
+  part_.operands = static_cast<int>(count);
+  part_.everything.select_all(part_.size);
+  part_.row_size = parameter_.geometry().shape.empty() ? 1 : row_size();
+  if (part_.rows) {
+    std::vector<std::int64_t> listed;
+    for (std::int64_t i = 0; i < rows_.count(); ++i) listed.push_back(rows_.row(i));
+    part_.listed.select_blocks(part_.size, part_.row_size, std::move(listed));
+  }
+  for (std::size_t i = 0; i < count; ++i)
+    part_.operand[i].view(arrays[i]->operand(), arrays[i]->geometry());
+  work.part = &part_;
+}
+
+// A row-wise rule moves rows, whole ones.
+void Slot::plan_selected_rows(const Array& gradient, bool has_all_rows) {
+  const std::int64_t size = row_size();
+  if (part_.top || (size > 0 && part_.selected.granule() % size != 0))
+    throw ValueError("the state of " + name_ + " has one element for each row, so where= must " +
+                     "select whole rows: a mask of its first axis, or blocks of whole rows (of " +
+                     std::to_string(size) + " elements)");
+  if (has_all_rows) rows_.plan_all(parameter_.geometry().shape[0]);
+  if (!part_.tracks)
+    rows_.filter([&](std::int64_t row) { return part_.selected.holds(row * size); });
+  plan_rows(gradient, work, rows_);
+  if (part_.tracks) work.selected_rows = &part_.selected;
+}
+
+void Slot::begin_part(const rules::AnyRule& rule, double lr) {
+  if (!work.part) return;
+  std::int64_t block = part_.tracks ? 0 : part_.top ? 1 : part_.selected.granule();
+  if (part_.rows && (block != 0 || block_progress)) block = std::gcd(block, part_.row_size);
+  if (block != 0 && part_.size > 0) {
+    if (block_progress)
+      block_progress->refine(block);
+    else
+      block_progress.emplace(part_.size, block, progress, rule);
+  }
+  part_.progress = block_progress ? &*block_progress : nullptr;
+  part_.rule = &rule;
+  part_.lr = lr;
+  part_.states = states_.size();
+}
+
+void Slot::find_top(const StepOptions& options) {
+  if (work.part && part_.top) part_.selected = cpu::find_top(work, options);
 }
 
 void Slot::keep_history() {
@@ -227,8 +384,7 @@ void Slot::plan_anchor(Work& work) const {
 void Slot::plan(const Array& gradient) {
   const auto [arrays, count] = operands(gradient);
   Iteration& iteration = work.iteration;
-  work.rows = nullptr;
-  work.history = nullptr;
+  forget_plan(work);
   plan_anchor(work);
   for (std::size_t i = 0; i < count; ++i) iteration.operand[i] = arrays[i]->operand();
 
@@ -244,6 +400,7 @@ void Slot::plan(const Array& gradient) {
 void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows) const {
   const auto [arrays, count] = operands(values);
   Iteration& iteration = work.iteration;
+  forget_plan(work);
   work.rows = &rows;
   work.history = history.get();
   work.is_rowwise = is_rowwise_;

@@ -17,8 +17,11 @@
 #include "cuda/arguments.h"
 #include "engine/memory.h"
 #include "rules/any_rule.h"
+#include "rules/block_progress.h"
 #include "rules/row_history.h"
 #include "rules/rule.h"
+#include "selections/choice.h"
+#include "selections/part.h"
 
 namespace fusestep::engine {
 
@@ -50,6 +53,19 @@ class Slot {
   void prepare_rows(const arrays::Array& values, std::span<const std::int64_t> numbers,
                     const OccupiedMemory& memory, bool clears_gradient);
 
+  // The same where a part of the parameter moves: what is chosen of it, or, where its blocks have
+  // come differently far, all. Without `numbers` the gradient is of all rows.
+  void prepare_part(const arrays::Array& gradient,
+                    const std::optional<std::vector<std::int64_t>>& numbers,
+                    const selections::Choice* choice, const selections::Draw& draw,
+                    const OccupiedMemory& memory, bool clears_gradient);
+
+  // Before a part moves: by which rule. From now on its blocks may come differently far.
+  void begin_part(const rules::AnyRule& rule, double lr);
+
+  // Selects what depends on the gradients, of which the factor is known by now.
+  void find_top(const StepOptions& options);
+
   // The work of bringing these rows up to date, which points to them.
   Work catch_up_work(gradients::Rows& rows) const;
 
@@ -74,7 +90,8 @@ class Slot {
 
   Work work;  // what prepare() found; its coefficients are the caller's to add
   rules::Progress progress;
-  std::unique_ptr<rules::RowHistory> history;  // where missed steps are made up for
+  std::unique_ptr<rules::RowHistory> history;          // where missed steps are made up for
+  std::optional<rules::BlockProgress> block_progress;  // where blocks have come differently far
 
   // Where progress is kept on a GPU, and what is here may be old; see Gpu.
   struct Resident {
@@ -88,10 +105,19 @@ class Slot {
   bool is_known(const arrays::Array& gradient) const;
   void check_gradient(const arrays::Array& gradient, const OccupiedMemory& memory,
                       bool clears_gradient);
+  void check_rows(const arrays::Array& values, std::span<const std::int64_t> numbers,
+                  const OccupiedMemory& memory, bool clears_gradient);
   void check_shape_of_rows(const arrays::Array& values) const;
   void check_memory(const arrays::Array& gradient, const OccupiedMemory& memory,
                     bool clears_gradient);
   void plan(const arrays::Array& gradient);
+  void check_can_choose(const selections::Choice& choice, bool is_of_rows) const;
+  void select_all();
+  void select(const selections::Choice& choice, const selections::Draw& draw);
+  void select_mask(const selections::Choice::Mask& mask);
+  void plan_part(const arrays::Array& gradient);
+  void plan_selected_rows(const arrays::Array& gradient, bool has_all_rows);
+  std::int64_t row_size() const;
   void plan_rows(const arrays::Array& values, Work& work, gradients::Rows& rows) const;
 
   // What is walked together, and how much of it there is.
@@ -116,6 +142,8 @@ class Slot {
     std::optional<arrays::Array> importance;
   };
   std::optional<Anchor> anchor_;
+  selections::Part part_;  // of the last step that moved one
+  FlatArray whole_gradient_;
   gradients::Rows rows_;  // of the last gradient that was one of rows
 
   // The last gradient's memory, which was found to be disjoint from all parameters and states.

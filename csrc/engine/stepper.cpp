@@ -39,7 +39,10 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
   is_on_gpus_ = false;
   for (const Update& update : updates) {
     Slot& slot = *update.slot;
-    if (update.row_numbers)
+    if (update.choice || slot.block_progress)
+      slot.prepare_part(update.gradient, update.row_numbers, update.choice, update.draw, memory,
+                        arguments.zero_grad);
+    else if (update.row_numbers)
       slot.prepare_rows(update.gradient, *update.row_numbers, memory, arguments.zero_grad);
     else if (slot.is_rowwise())
       slot.prepare_all_rows(update.gradient, memory, arguments.zero_grad);
@@ -91,6 +94,7 @@ void Stepper::add_coefficients(const std::vector<Update>& updates) {
           group->rule->coefficients(next_[i], work_[i]->compute, group->lr, slot->states()));
     slot->work.rule = &coefficients_.back();
     slot->work.anchor.lr = group->lr;
+    slot->begin_part(*group->rule, group->lr);
   }
 }
 
@@ -145,12 +149,34 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
       request.counts = false;
     }
   }
+  find_tops(updates, request.options);
   std::optional<GilRelease> release;
   cpu::update(cpu_work(), request.options, [&] {
     if (errand) errand();
     release.emplace(will_release_gil());
   });
+  finish_parts(arguments.zero_grad);
   return true;
+}
+
+// ---- parts of parameters ----
+
+void Stepper::find_tops(const std::vector<Update>& updates, const StepOptions& options) {
+  const auto has_top = [](const Update& update) {
+    return update.choice && update.choice->kind == selections::Choice::Kind::top;
+  };
+  if (std::ranges::none_of(updates, has_top)) return;
+  const GilRelease release(will_release_gil());
+  for (const Update& update : updates) update.slot->find_top(options);
+}
+
+void Stepper::finish_parts(bool clears_gradients) {
+  std::vector<const Work*> counted;
+  for (const Work* work : cpu_work())
+    if (work->part && work->part->progress && !work->part->counts_by_tile())
+      counted.push_back(work);
+  if (!counted.empty()) cpu::count_updates(counted);
+  if (clears_gradients) cpu::clear_whole_gradients(cpu_work());
 }
 
 // ---- rows that have missed steps ----

@@ -57,6 +57,8 @@ struct Update {
   const Group* group;
   arrays::Array gradient;
   std::optional<std::vector<std::int64_t>> row_numbers;  // where it is of some rows only
+  const selections::Choice* choice = nullptr;            // which part of the parameter moves
+  selections::Draw draw{};
   cuda::Stream stream = 0;  // on a GPU: where the parameter's library works
 };
 
@@ -140,6 +142,8 @@ class Stepper {
   void clear_gradients();
   void catch_up_whole_tables(const std::vector<Update>& updates);
   void record(const Update& update, const rules::Progress& progress);
+  void find_tops(const std::vector<Update>& updates, const StepOptions& options);
+  void finish_parts(bool clears_gradients);
   std::size_t place_of(int gpu);
   void check_gradients_are_disjoint(const std::vector<Update>& updates);
   void add_coefficients(const std::vector<Update>& updates);

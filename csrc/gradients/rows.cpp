@@ -70,13 +70,14 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
     first_.push_back(std::ssize(source_));
   }
   count_ = std::ssize(row_);
+  values_ = std::ssize(numbers);
 }
 
 void Rows::plan_all(std::int64_t table_rows) {
   row_.clear();
   first_.clear();
   source_.clear();
-  count_ = table_rows;
+  count_ = values_ = table_rows;
 }
 
 }  // namespace fusestep::gradients

@@ -6,6 +6,7 @@
 // the same bits on any number of threads.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <span>
@@ -24,11 +25,25 @@ class Rows {
   // Every row, each with its own values: a dense gradient.
   void plan_all(std::int64_t table_rows);
 
+  // Leaves out rows for which keeps(row) is false.
+  template <class Keeps>
+  void filter(Keeps keeps);
+
   std::int64_t count() const { return count_; }
+
+  // Rows that the values have, of whatever row.
+  std::int64_t values() const { return values_; }
 
   // The i-th row that moves: they ascend.
   std::int64_t row(std::int64_t i) const {
     return row_.empty() ? i : row_[static_cast<std::size_t>(i)];
+  }
+
+  // Which of them is this row of the table; count() where it is not listed.
+  std::int64_t find(std::int64_t row) const {
+    if (row_.empty()) return std::min(row, count_);
+    const auto at = std::ranges::lower_bound(row_, row);
+    return at != row_.end() && *at == row ? at - row_.begin() : count_;
   }
 
   // How many rows of the values are added up for it, and which is the k-th of them.
@@ -47,9 +62,26 @@ class Rows {
 
  private:
   std::int64_t count_ = 0;
+  std::int64_t values_ = 0;
   std::vector<std::int64_t> row_;     // empty: all of them
   std::vector<std::int64_t> first_;   // where the sources of each row begin, and the end
   std::vector<std::int64_t> source_;  // in the order of the rows; empty: one for each, in order
 };
+
+template <class Keeps>
+void Rows::filter(Keeps keeps) {
+  std::vector<std::int64_t> row, first, source;
+  for (std::int64_t i = 0; i < count_; ++i) {
+    if (!keeps(this->row(i))) continue;
+    row.push_back(this->row(i));
+    first.push_back(std::ssize(source));
+    for (std::int64_t k = 0; k < sources(i); ++k) source.push_back(this->source(i, k));
+  }
+  first.push_back(std::ssize(source));
+  count_ = std::ssize(row);
+  row_.swap(row);
+  first_.swap(first);
+  source_.swap(source);
+}
 
 }  // namespace fusestep::gradients

@@ -20,6 +20,7 @@ from .gradients import Rows
 from .optimizer import Optimizer
 from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam, RowwiseAdagrad
 from .runtime import get_num_threads, set_num_threads, show_config
+from .selections import CyclicBlocks, Mask, RandomBlocks, TopK
 
 if TYPE_CHECKING:
     from . import torch as torch
@@ -30,11 +31,15 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "CyclicBlocks",
     "Fisher",
+    "Mask",
     "NAdam",
     "Optimizer",
+    "RandomBlocks",
     "Rows",
     "RowwiseAdagrad",
+    "TopK",
     "__version__",
     "functional",
     "get_num_threads",

@@ -48,6 +48,15 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
+def check_seed(value: Any) -> int:
+    """Return `value` as an int that 64 bits hold."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"seed is {value!r} ({type(value).__name__}); expected an int")
+    if not 0 <= int(value) < 2**64:
+        raise ValueError(f"seed is {value!r}; expected an int from 0 to 2**64 - 1")
+    return int(value)
+
+
 def non_negative(name: str, value: Any) -> float:
     """Return `value` as a finite float >= 0."""
     result = number(name, value)

@@ -45,7 +45,7 @@ class Parameters:
             self._names = dict.fromkeys(given)  # in order, and quick to look up
             self.arrays = list(given.values())
             self.labels = [f"parameter {key!r}" for key in given]
-            self.in_order = self._from_mapping
+            self.in_order = self.from_mapping
         elif _cpu.is_array(given):
             self.keys = [0]
             self.arrays = [given]
@@ -87,7 +87,7 @@ class Parameters:
     def _from_one(gradient: Any) -> Any:
         return gradient if isinstance(gradient, (list, tuple)) else (gradient,)
 
-    def _from_mapping(self, given: Any, what: str = "gradients") -> Any:
+    def from_mapping(self, given: Any, what: str = "gradients") -> Any:
         if not isinstance(given, Mapping):
             raise TypeError(
                 f"{what} are a {type(given).__name__}; expected a dict with the names of "

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _anchors, _cpu
 from ._arrays import backend_of
-from ._hyperparameters import number
+from ._hyperparameters import check_seed, number
 from ._state import as_state
 from ._version import __version__
 
@@ -34,6 +34,7 @@ def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
         entry.update({x: backend_of(entry[x]).copy(entry[x]) for x in optimizer._state_names})
     for i, entry in enumerate(state.values()):
         entry.update(_missed_steps(optimizer, i))
+        entry.update(_block_progress(optimizer, i))
         entry.update(_anchor(optimizer, i, copy=copy))
     lr = optimizer._hyperparameters["lr"]
     group = {
@@ -48,6 +49,7 @@ def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
         "rule": type(optimizer).__name__,
         "steps": optimizer.steps,
         "skipped_steps": optimizer.skipped_steps,
+        "seed": optimizer.seed,
     }
     return {"state": state, "param_groups": [group], "fusestep": counters}
 
@@ -58,6 +60,16 @@ def _missed_steps(optimizer: Optimizer, i: int) -> dict[str, Any]:
     if missed is None:
         return {}
     return {"missed_steps": missed[0], "recent_steps": np.array(missed[1])}
+
+
+def _block_progress(optimizer: Optimizer, i: int) -> dict[str, Any]:
+    """Return how many updates each block of a parameter has had; nothing where all had the same."""
+    progress = optimizer._native.block_progress(i)
+    if progress is None:
+        return {}
+    block, steps, products = progress
+    entry = {"block_size": block, "block_steps": steps.astype(np.int64)}
+    return entry | ({"block_mu_products": products} if len(products) else {})
 
 
 def _anchor(optimizer: Optimizer, i: int, *, copy: bool) -> dict[str, Any]:
@@ -82,6 +94,16 @@ class _Entry:
     missed: npt.NDArray[np.int64]  # by each row, of the steps in `recent`
     recent: npt.NDArray[np.float64]
     anchor: _anchors.Anchor | None = None
+    blocks: _Blocks | None = None
+
+
+@dataclass
+class _Blocks:
+    """How many updates each block of a parameter has had."""
+
+    size: int
+    steps: npt.NDArray[np.uint32]
+    products: npt.NDArray[np.float64]  # of momenta; empty for rules that have none
 
 
 @dataclass
@@ -92,6 +114,7 @@ class Plan:
     hyperparameters: dict[str, Any]
     steps: int
     skipped_steps: int
+    seed: int
 
 
 def check(optimizer: Optimizer, state_dict: Any) -> Plan:
@@ -99,7 +122,9 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
     mapping(state_dict, "the state dict")
     expect_keys(state_dict, "the state dict", {"state", "param_groups"}, {"fusestep"})
     counters = mapping(state_dict.get("fusestep", {}), "'fusestep'")
-    expect_keys(counters, "'fusestep'", set(), {"version", "rule", "steps", "skipped_steps"})
+    expect_keys(
+        counters, "'fusestep'", set(), {"version", "rule", "steps", "skipped_steps", "seed"}
+    )
     rule = counters.get("rule")
     if rule is not None and rule not in {cls.__name__ for cls in type(optimizer).__mro__}:
         raise ValueError(
@@ -128,6 +153,7 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
         hyperparameters,
         count("steps", counters.get("steps", most)),
         count("skipped_steps", counters.get("skipped_steps", 0)),
+        check_seed(counters.get("seed", optimizer.seed)),
     )
 
 
@@ -146,7 +172,10 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
             _anchors.attach(optimizer, i, _anchors.stored(optimizer, i, entry.anchor))
         if optimizer.rows == "exact":
             optimizer._native.set_missed_steps(i, entry.missed, entry.recent)
+        blocks = entry.blocks or _Blocks(0, np.zeros(0, np.uint32), np.zeros(0))
+        optimizer._native.set_block_progress(i, blocks.size, blocks.steps, blocks.products)
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)
+    optimizer.seed = plan.seed
 
 
 def mapping(value: Any, what: str) -> Mapping[Any, Any]:
@@ -227,6 +256,7 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     entry = {name: value for name, value in entry.items() if value is not None}
     missed, recent = _check_missed_steps(optimizer, i, entry)
     anchor = _check_anchor(optimizer, i, entry)
+    blocks = _check_blocks(optimizer, i, entry)
     scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry
     # Where torch keeps no step (SGD), state says that there was one, and no more is needed.
@@ -246,7 +276,36 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     product = number("mu_product", entry.get("mu_product", 1.0))
     if not 0 <= product <= 1:
         raise ValueError(f"mu_product is {product!r}; expected a number in [0, 1]")
-    return _Entry(step, product, arrays, missed, recent, anchor)
+    return _Entry(step, product, arrays, missed, recent, anchor, blocks)
+
+
+def _check_blocks(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _Blocks | None:
+    """Take from an entry how many updates each block has had, and return it."""
+    names = ("block_size", "block_steps", "block_mu_products")
+    size, steps, products = (entry.pop(name, None) for name in names)
+    if size is None and steps is None and products is None:
+        return None
+    label = f"the block_steps of {optimizer._parameters.labels[i]}"
+    if optimizer.rows == "exact":
+        raise ValueError(f"{label} differ, which rows='exact' cannot go on from: use rows='lazy'")
+    block = count("block_size", size)
+    elements = int(np.prod(_anchors.described(optimizer, i).shape, dtype=np.int64))
+    blocks = -(-elements // block) if block else 0
+    has_products = "mu_product" in optimizer._scalar_names
+    try:
+        found = np.asarray(steps).astype(np.int64, casting="safe")
+        momenta = np.asarray(products if has_products else []).astype(np.float64, casting="safe")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{label} cannot be read: {error}") from None
+    if blocks == 0 or found.shape != (blocks,) or momenta.shape != (blocks * has_products,):
+        raise ValueError(
+            f"{label} have shape {found.shape}; expected one for each block of {block} elements "
+            f"of {elements}: ({blocks},)"
+        )
+    possible = (found >= 0).all() and (found < 2**32).all()
+    if not (possible and (momenta >= 0).all() and (momenta <= 1).all()):
+        raise ValueError(f"{label} are not numbers of updates")
+    return _Blocks(block, found.astype(np.uint32), momenta)
 
 
 def _check_anchor(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _anchors.Anchor | None:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 
-from . import _anchors, _arrays, _cpu, _state, _state_dict, _tables, checkpoint
+from . import _anchors, _arrays, _cpu, _state, _state_dict, _tables, checkpoint, selections
 from ._hyperparameters import (
     Hyperparameter,
     as_native_options,
+    check_seed,
     flag,
     max_norm,
     non_negative,
@@ -33,6 +34,7 @@ class CommonOptions(TypedDict, total=False):
     state_dtype: Any
     capturable: bool
     rows: Literal["lazy", "exact"]
+    seed: int
 
 
 class Optimizer:
@@ -57,6 +59,9 @@ class Optimizer:
         Dtype of the state: None (float64 for float64 parameters, float32 for all others),
         "float32" or "float64". A parameter is computed in float64 if it or its state is float64,
         in float32 otherwise.
+    seed
+        Of every random choice, from 0 to 2**64 - 1: which blocks :class:`fusestep.RandomBlocks`
+        draws. The same seed gives the same choices, step by step.
     capturable
         For steps that a CUDA graph captures and replays: step counts and the learning rate are kept
         on the GPU, where all parameters must be. Assigning :attr:`lr` changes, in the order of the
@@ -134,6 +139,7 @@ class Optimizer:
         state_dtype: Any = None,
         capturable: bool = False,
         rows: Literal["lazy", "exact"] = "lazy",
+        seed: int = 0,
     ) -> None:
         if type(self) is Optimizer:
             raise TypeError("Optimizer has no rule; create one of its subclasses: Adam, SGD, ...")
@@ -170,6 +176,7 @@ class Optimizer:
             self._native.make_capturable()
             self._native.set_rate(self._hyperparameters["lr"])
         self._push_common()
+        self.seed = seed
 
     # ---- stepping -------------------------------------------------------------------------------
 
@@ -179,6 +186,7 @@ class Optimizer:
         *,
         lr: float | None = None,
         grad_scale: float = 1.0,
+        where: Any = None,
         zero_grad: bool = False,
     ) -> None:
         """Update the parameters, and the state, in place.
@@ -196,18 +204,28 @@ class Optimizer:
             Learning rate of this step, in place of :attr:`lr`.
         grad_scale
             Multiplies all gradients before anything else: 1 / loss scale to unscale.
+        where
+            Which part of the parameters may move; None: all. A selection
+            (:class:`fusestep.RandomBlocks`, :class:`fusestep.CyclicBlocks`,
+            :class:`fusestep.TopK`) for all of them; or in the form that `params` had: for each
+            parameter a selection, a boolean array (of its shape or of its first axis:
+            :class:`fusestep.Mask`) or None. What is not selected keeps its value and, unless the
+            selection says ``frozen="track"``, its state, and its gradient does not count for
+            ``max_norm`` and ``skip_nonfinite`` then. Parameters on a GPU always move as a whole.
         zero_grad
-            Set the gradients to zero in the same pass, also when ``skip_nonfinite`` leaves the
-            step out.
+            Set the gradients to zero in the same pass, all of them, also when ``skip_nonfinite``
+            leaves the step out.
 
         Raises
         ------
         TypeError
-            A gradient is not an array of a supported dtype, or `grads` has the wrong form.
+            A gradient is not an array of a supported dtype, or `grads` or `where` has the wrong
+            form.
         ValueError
             A gradient has the wrong shape, or shares memory with a parameter or its state; there
             are too few or too many; a name is unknown; with `zero_grad`, a gradient is read-only
-            or shares memory with another.
+            or shares memory with another; a mask has the wrong shape; `where` is given for a table
+            with ``rows="exact"``, or does not select whole rows for a rule with state of rows.
         IndexError
             :class:`fusestep.Rows` lists a row that the parameter does not have.
 
@@ -219,7 +237,10 @@ class Optimizer:
         rate = self._hyperparameters["lr"] if lr is None and not self._capturable else lr
         if callable(rate):
             rate = non_negative("lr(step)", rate(self._native.steps))
-        self._native.step(self._parameters.in_order(grads), rate, grad_scale, zero_grad)
+        chosen = None
+        if where is not None:
+            chosen = selections.for_each(where, self._parameters, self._native.steps)
+        self._native.step(self._parameters.in_order(grads), rate, grad_scale, zero_grad, chosen)
 
     def catch_up(self, indices: Any) -> None:
         """Bring rows up to date that have missed steps, so that they may be read.
@@ -244,7 +265,7 @@ class Optimizer:
         """
         given: Any = (indices,)
         if isinstance(self._parameters.given, dict):
-            given = self._parameters._from_mapping(indices, "indices")
+            given = self._parameters.from_mapping(indices, "indices")
         elif isinstance(self._parameters.given, list):
             given = indices
         self._native.catch_up([None if rows is None else as_indices(rows) for rows in given])
@@ -355,6 +376,15 @@ class Optimizer:
     def rows(self) -> str:
         """What a step with :class:`fusestep.Rows` means for the rows that are not listed."""
         return self._rows
+
+    @property
+    def seed(self) -> int:
+        """Of every random choice; may be assigned."""
+        return self._native.seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._native.seed = check_seed(value)
 
     @property
     def capturable(self) -> bool:
@@ -475,6 +505,8 @@ class Optimizer:
             values["capturable"] = True
         if self._rows != "lazy":
             values["rows"] = self._rows
+        if self.seed:
+            values["seed"] = self.seed
         arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
         count = len(self._parameters.arrays)
         elements = sum(int(np.prod(np.shape(array))) for array in self._parameters.arrays)
@@ -490,6 +522,7 @@ class Optimizer:
             "state_dtype": self._state_dtype,
             "capturable": self._capturable,
             "rows": self._rows,
+            "seed": self.seed,
             "state_dict": self.state_dict(),
             "attributes": getattr(self, "__dict__", {}),  # of a subclass
         }
@@ -498,7 +531,9 @@ class Optimizer:
         own = dict(pickled["hyperparameters"])
         common = {name: own.pop(name) for name in ("maximize", "max_norm", "skip_nonfinite")}
         fixed = {
-            name: pickled[name] for name in ("state_dtype", "capturable", "rows") if name in pickled
+            name: pickled[name]
+            for name in ("state_dtype", "capturable", "rows", "seed")
+            if name in pickled
         }
         Optimizer.__init__(self, pickled["params"], own, **common, **fixed)
         self.load_state_dict(pickled["state_dict"])

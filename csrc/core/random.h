@@ -1,0 +1,45 @@
+// Random numbers from a counter: a function of what they are for (seed, step, parameter, number),
+// never of anything drawn before. So they are the same on any number of threads and on every
+// device, and a step that is taken again draws them again.
+#pragma once
+
+#include <cstdint>
+
+#include "core/annotations.h"
+
+namespace fusestep {
+
+// The finaliser of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number
+// generators", figure 16, with the constants of Stafford's variant 13): a bijection in which every
+// bit of x changes half of the result's.
+FUSESTEP_HOST_DEVICE std::uint64_t mixed(std::uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+// One stream of random numbers for each parameter in each step.
+struct RandomStream {
+  std::uint64_t key;
+
+  FUSESTEP_HOST_DEVICE static RandomStream of(std::uint64_t seed, std::uint64_t step,
+                                              std::uint64_t parameter) {
+    constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15ull;  // apart even for seeds 0, 1, 2, ...
+    std::uint64_t key = mixed(seed + kGolden);
+    key = mixed((key ^ step) + kGolden);
+    key = mixed((key ^ parameter) + kGolden);
+    return {key};
+  }
+
+  // 64 random bits for each number.
+  FUSESTEP_HOST_DEVICE std::uint64_t bits(std::uint64_t number) const {
+    return mixed(key + 0x9e3779b97f4a7c15ull * (number + 1));
+  }
+
+  // In [0, 1), a multiple of 2^-53.
+  FUSESTEP_HOST_DEVICE double uniform(std::uint64_t number) const {
+    return static_cast<double>(bits(number) >> 11) * 0x1p-53;
+  }
+};
+
+}  // namespace fusestep

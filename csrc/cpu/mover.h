@@ -1,0 +1,92 @@
+// Calls a rule's loop on elements that lie in the type it computes in, whoever brought them there.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "core/work.h"
+#include "cpu/kernels.h"
+#include "cpu/tile_access.h"
+#include "rules/registry.h"
+
+namespace fusestep::cpu {
+
+inline constexpr std::uintptr_t kCacheLine = 64;
+
+// The importance of all elements of a tile where none is given. A loop for that case would know
+// beforehand how strong the pull is; g++ 12 then makes two loops of it and vectorises neither.
+template <class T>
+inline constexpr auto kOnes = [] {
+  std::array<T, kTileSize> ones;
+  ones.fill(1);
+  return ones;
+}();
+
+template <class T>
+class Mover {
+ protected:
+  Mover(const KernelTable& kernels, const Work& work, const StepOptions& options)
+      : kernels_(kernels.of<T>()),
+        access_(kernels_),
+        work_(work),
+        loop_number_(work.rule->loop),
+        loop_(kernels_.update[is_anchored()][loop_number_]),
+        rule_(work.rule->bytes),
+        anchor_(anchor_at(work.anchor.lr)),
+        factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)) {}
+
+  bool is_anchored() const { return work_.anchor.reference != 0; }
+
+  rules::Anchor<T> anchor_at(double lr) const {
+    return rules::Anchor<T>::of(lr * work_.anchor.lambda);
+  }
+
+  bool is_moved(int operand) const {
+    const bool is_anchor = is_anchored() && operand >= work_.anchor.reference;
+    return operand != kGradient && !is_anchor;
+  }
+
+  Run<T> run_over(const std::array<T*, kMaxOperands>& at, std::int64_t size,
+                  const gradients::Dense<T>& gradient, const rules::Anchor<T>& anchor) const {
+    return {size,
+            at[kParameter],
+            gradient,
+            {at[kState], at[kState + 1], at[kState + 2]},
+            anchor,
+            at[work_.anchor.reference],
+            work_.anchor.importance ? at[work_.anchor.importance] : kOnes<T>.data()};
+  }
+
+  void call_loop(const std::array<T*, kMaxOperands>& at, std::int64_t size) const {
+    call_loop(rule_, at, size);
+  }
+
+  void call_loop(const void* rule, const std::array<T*, kMaxOperands>& at,
+                 std::int64_t size) const {
+    loop_(rule, run_over(at, size, {at[kGradient], factor_}, anchor_));
+  }
+
+  // The same for a run that is worth starting at a cache line, so that no vector crosses one.
+  void call_loop_from_line(const void* rule, std::array<T*, kMaxOperands> at,
+                           std::int64_t size) const {
+    const auto past_line = reinterpret_cast<std::uintptr_t>(at[kParameter]) % kCacheLine;
+    if (past_line != 0) {
+      const auto head = static_cast<std::int64_t>((kCacheLine - past_line) / sizeof(T));
+      call_loop(rule, at, head);
+      for (T*& operand : at) operand += head;
+      size -= head;
+    }
+    call_loop(rule, at, size);
+  }
+
+  const Kernels<T>& kernels_;
+  TileAccess<T> access_;
+  const Work& work_;
+  std::size_t loop_number_;
+  typename Kernels<T>::Update loop_;
+  const void* rule_;
+  rules::Anchor<T> anchor_;
+  T factor_;
+};
+
+}  // namespace fusestep::cpu

@@ -1,0 +1,76 @@
+// Reads the operands of a part of a parameter, in the type a rule computes in.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/tile_bits.h"
+#include "cpu/kernels.h"
+#include "cpu/tile_access.h"
+#include "selections/part.h"
+
+namespace fusestep::cpu {
+
+// Elements are meant by their number in the parameter.
+template <class T>
+class PartReader {
+ public:
+  PartReader(const Kernels<T>& kernels, const selections::Part& part)
+      : access_(kernels), part_(part) {}
+
+  // Where they are, or copied to `buffer`.
+  T* read(int operand, std::int64_t begin, std::int64_t count, T* buffer) const {
+    if (operand == kGradient && part_.rows) return add_up_rows(begin, count, buffer);
+    return read(part_.operand[static_cast<std::size_t>(operand)], begin, count, buffer);
+  }
+
+  // The gradient of what moves in a tile, and 0 for the rest of it. Returns how many they are.
+  std::int64_t moved_gradient(std::int64_t tile, T* values) const {
+    const std::int64_t size = part_.size_of(tile);
+    std::fill_n(values, size, T{0});
+    part_.moved(tile).for_each_run([&](std::int64_t begin, std::int64_t end) {
+      const T* const found = read(kGradient, tile * kTileSize + begin, end - begin, values + begin);
+      if (found != values + begin) std::copy_n(found, end - begin, values + begin);
+    });
+    return size;
+  }
+
+ private:
+  T* read(const FlatArray& array, std::int64_t begin, std::int64_t count, T* buffer) const {
+    if (array.stretch(begin) >= count) return access_.read(array.block(begin, count), buffer);
+    array.for_each_stretch(begin, count, [&](const Block& block, std::int64_t offset) {
+      access_.load(block, buffer + offset);
+    });
+    return buffer;
+  }
+
+  T* add_up_rows(std::int64_t begin, std::int64_t count, T* buffer) const {
+    for (std::int64_t done = 0; done < count;) {
+      const std::int64_t row = (begin + done) / part_.row_size;
+      const std::int64_t column = (begin + done) % part_.row_size;
+      const std::int64_t some = std::min(count - done, part_.row_size - column);
+      add_up_row(row, column, some, buffer + done);
+      done += some;
+    }
+    return buffer;
+  }
+
+  // Elements of one row, from `column` on: the sum of its sources; 0 where the row is not listed.
+  void add_up_row(std::int64_t row, std::int64_t column, std::int64_t count, T* sum) const {
+    const gradients::Rows& rows = *part_.rows;
+    std::fill_n(sum, count, T{0});
+    const std::int64_t i = rows.find(row);
+    if (i == rows.count()) return;
+    alignas(kCacheLine) T buffer[kTileSize];
+    for (std::int64_t k = 0; k < rows.sources(i); ++k) {
+      const T* const source = read(part_.operand[kGradient],
+                                   rows.source(i, k) * part_.row_size + column, count, buffer);
+      for (std::int64_t j = 0; j < count; ++j) sum[j] = k == 0 ? source[j] : sum[j] + source[j];
+    }
+  }
+
+  TileAccess<T> access_;
+  const selections::Part& part_;
+};
+
+}  // namespace fusestep::cpu

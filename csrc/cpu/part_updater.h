@@ -1,0 +1,292 @@
+// Moves a part of a parameter: selected elements, each by the rule for as many updates as its block
+// has had.
+//
+// Elements of a tile that lie together are moved where they are, like a dense parameter. Where most
+// of a tile moves, here and there, a copy of all of it is moved and what is meant is written back;
+// a few scattered ones are gathered first. So the rule's loop always meets a run of elements.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "core/tile_bits.h"
+#include "core/work.h"
+#include "cpu/mover.h"
+#include "cpu/part_reader.h"
+#include "cpu/places.h"
+#include "selections/part.h"
+
+namespace fusestep::cpu {
+
+// The coefficients for each number of updates, the last few of which are kept.
+class RulesByProgress {
+ public:
+  RulesByProgress(const selections::Part& part, DType compute) : part_(part), compute_(compute) {}
+
+  const rules::Coefficients& after(const rules::Progress& before) {
+    if (known_.empty()) known_.resize(kKnown);
+    Known& known = known_[static_cast<std::size_t>(before.step) % kKnown];
+    if (!known.is_set || known.before != before)
+      known = {
+          before, true,
+          part_.rule->coefficients(part_.rule->advance(before), compute_, part_.lr, part_.states)};
+    return known.coefficients;
+  }
+
+ private:
+  static constexpr std::size_t kKnown = 128;
+  struct Known {
+    rules::Progress before;
+    bool is_set = false;
+    rules::Coefficients coefficients{};
+  };
+  const selections::Part& part_;
+  DType compute_;
+  std::vector<Known> known_;
+};
+
+template <class T>
+class PartUpdater : Mover<T> {
+ public:
+  PartUpdater(const KernelTable& kernels, const Work& work, const StepOptions& options)
+      : Mover<T>(kernels, work, options),
+        part_(*work.part),
+        reader_(this->kernels_, part_),
+        rules_(part_, work.compute) {}
+
+  void operator()(std::int64_t first, std::int64_t last) {
+    for (std::int64_t i = first; i < last; ++i) update_tile(part_.tile(i));
+  }
+
+  // How far each element of a tile would move, were it selected.
+  void find_sizes(std::int64_t tile, T* sizes) {
+    sizes_ = sizes;
+    const TileBits all = TileBits::first(part_.size_of(tile));
+    move_tile(tile, all, all);
+  }
+
+ private:
+  using Mover<T>::access_, Mover<T>::rule_;
+  using Mover<T>::is_moved, Mover<T>::call_loop, Mover<T>::call_loop_from_line;
+  using Buffer = T[kMaxOperands][kTileSize];
+  using Elements = std::array<T*, kMaxOperands>;
+
+  // A shorter run than this is not worth a call of the rule's loop.
+  static constexpr std::int64_t kLongRun = 16;
+
+  // From this size on it is worth starting at a cache line: 1.08 times as fast in drawn blocks.
+  static constexpr std::int64_t kAlignedRun = 512;
+
+  void update_tile(std::int64_t tile) {
+    const TileBits moved = part_.moved(tile);
+    if (!moved.any()) return;
+    move_tile(tile, moved, part_.written(tile, moved));
+    if (part_.counts_by_tile()) part_.progress->advance(*part_.rule, first_, moved);
+  }
+
+  void move_tile(std::int64_t tile, const TileBits& moved, const TileBits& written) {
+    first_ = tile * kTileSize;
+    size_ = part_.size_of(tile);
+    moved_ = moved;
+    written_ = written;
+    const std::int64_t count = moved.count();
+    const bool is_scattered = count < kLongRun * moved.runs(), is_most = 4 * count >= size_;
+    if ((sizes_ || (is_scattered && is_most)) && has_equal_progress()) return move_copy();
+    Places places;
+    moved.for_each_run([&](std::int64_t begin, std::int64_t end) {
+      while (begin < end) {
+        const std::int64_t equal = end_of_equal(begin, end);
+        if (equal - begin >= kLongRun && !sizes_)
+          move_run(begin, equal);
+        else
+          places.add(begin, equal);
+        begin = equal;
+      }
+    });
+    if (places.count() > 0) move_places(places);
+  }
+
+  // ---- how far blocks have come ----
+
+  rules::Progress progress(std::int64_t place) const { return part_.progress->of(first_ + place); }
+
+  std::int64_t end_of_equal(std::int64_t begin, std::int64_t end) const {
+    if (!part_.progress) return end;
+    return part_.progress->end_of_equal(first_ + begin, first_ + end) - first_;
+  }
+
+  bool has_equal_progress() const {
+    if (!part_.progress) return true;
+    return part_.progress->is_equal(first_, moved_);
+  }
+
+  const void* rule_at(std::int64_t place) {
+    return part_.progress ? rules_.after(progress(place)).bytes : rule_;
+  }
+
+  // ---- elements that lie together, moved where they are ----
+
+  void move_run(std::int64_t begin, std::int64_t end) {
+    alignas(kCacheLine) Buffer buffer;
+    const std::int64_t size = end - begin;
+    Elements at = read(begin, end, buffer);
+    const bool keeps_some = !written_.all(begin, end);
+    if (keeps_some) at[kParameter] = copied(at[kParameter], size, buffer[kParameter]);
+    if (size >= kAlignedRun && at[kParameter] != buffer[kParameter])
+      call_loop_from_line(rule_at(begin), at, size);
+    else
+      call_loop(rule_at(begin), at, size);
+    TileBits here;
+    here.set(begin, end);
+    for (int i = 0; i < part_.operands; ++i)
+      if (is_moved(i) && at[i] == buffer[i]) store(i, here & written_to(i), at[i] - begin);
+  }
+
+  // ---- most of a tile, here and there ----
+
+  void move_copy() {
+    alignas(kCacheLine) Buffer buffer;
+    alignas(kCacheLine) T moved[kTileSize];
+    Elements at = read(0, size_, buffer);
+    const T* const present = at[kParameter];
+    at[kParameter] = copied(present, size_, moved);
+    for (int i = kState; i < part_.operands; ++i)
+      if (is_moved(i)) at[i] = copied(at[i], size_, buffer[i]);
+    call_loop(rule_at(moved_.first_set()), at, size_);
+    if (sizes_) {
+      for (std::int64_t i = 0; i < size_; ++i) sizes_[i] = std::abs(moved[i] - present[i]);
+      return;
+    }
+    for (int i = 0; i < part_.operands; ++i)
+      if (is_moved(i)) write_back(i, written_to(i), at[i]);
+  }
+
+  void write_back(int operand, const TileBits& bits, const T* values) const {
+    const FlatArray& array = part_.operand[static_cast<std::size_t>(operand)];
+    T* const elements = array.stretch(first_) >= size_
+                            ? TileAccess<T>::in_place(array.block(first_, size_))
+                            : nullptr;
+    if (!elements) return store(operand, bits, values);
+    this->kernels_.select(bits.bytes().data(), values, elements, size_);
+  }
+
+  // ---- a few of a tile ----
+
+  void move_places(Places& places) {
+    if (part_.progress)
+      places.sort_by(
+          [&](std::int64_t place) { return static_cast<std::uint32_t>(progress(place).step); });
+    alignas(kCacheLine) Buffer buffer;
+    alignas(kCacheLine) T before[kTileSize];
+    const std::int64_t count = places.count();
+    Elements at{};
+    for (int i = 0; i < part_.operands; ++i) gather(i, places, at[i] = buffer[i]);
+    if (sizes_) std::copy_n(at[kParameter], count, before);
+    for (std::int64_t begin = 0; begin < count;) {
+      const std::int64_t end = end_of_equal(places, begin);
+      call_loop(rule_at(places[begin]), at, end - begin);
+      for (T*& elements : at) elements += end - begin;
+      begin = end;
+    }
+    if (sizes_) {
+      for (std::int64_t k = 0; k < count; ++k)
+        sizes_[places[k]] = std::abs(buffer[kParameter][k] - before[k]);
+      return;
+    }
+    for (int i = 0; i < part_.operands; ++i)
+      if (is_moved(i)) scatter(i, places, buffer[i]);
+  }
+
+  std::int64_t end_of_equal(const Places& places, std::int64_t begin) const {
+    if (!part_.progress) return places.count();
+    std::int64_t end = begin + 1;
+    while (end < places.count() && progress(places[end]) == progress(places[begin])) ++end;
+    return end;
+  }
+
+  // Calls visit(k, address) with the memory of each place.
+  template <class Visit>
+  void for_each_address(int operand, const Places& places, Visit visit) const {
+    const FlatArray& array = part_.operand[static_cast<std::size_t>(operand)];
+    if (array.stretch(first_) >= size_) {
+      const Block tile = array.block(first_, size_);
+      for (std::int64_t k = 0; k < places.count(); ++k)
+        visit(k, tile.data + places[k] * tile.column_stride);
+    } else {
+      for (std::int64_t k = 0; k < places.count(); ++k) visit(k, array.at(first_ + places[k]));
+    }
+  }
+
+  void gather(int operand, const Places& places, T* values) const {
+    const DType dtype = part_.operand[static_cast<std::size_t>(operand)].dtype();
+    if (operand == kGradient && part_.rows) {
+      T of_tile[kTileSize];
+      reader_.read(kGradient, first_, size_, of_tile);
+      for (std::int64_t k = 0; k < places.count(); ++k) values[k] = of_tile[places[k]];
+    } else if (dtype == kComputeType<T>) {
+      for_each_address(operand, places, [&](std::int64_t k, const std::byte* at) {
+        std::memcpy(values + k, at, sizeof(T));
+      });
+    } else {
+      for_each_address(operand, places, [&](std::int64_t k, std::byte* at) {
+        access_.load({at, dtype, 1, 1, 0, item_size(dtype)}, values + k);
+      });
+    }
+  }
+
+  void scatter(int operand, const Places& places, const T* values) const {
+    const DType dtype = part_.operand[static_cast<std::size_t>(operand)].dtype();
+    const TileBits& bits = written_to(operand);
+    for_each_address(operand, places, [&](std::int64_t k, std::byte* at) {
+      if (!bits[places[k]]) return;
+      if (dtype == kComputeType<T>)
+        std::memcpy(at, values + k, sizeof(T));
+      else
+        access_.store(values + k, {at, dtype, 1, 1, 0, item_size(dtype)});
+    });
+  }
+
+  // ---- memory ----
+
+  // Elements of a tile: where they are, or copied to the buffer.
+  Elements read(std::int64_t begin, std::int64_t end, Buffer& buffer) const {
+    Elements at{};
+    for (int i = 0; i < part_.operands; ++i)
+      at[i] = reader_.read(i, first_ + begin, end - begin, buffer[i]);
+    return at;
+  }
+
+  static T* copied(const T* elements, std::int64_t size, T* buffer) {
+    if (elements != buffer) std::copy_n(elements, size, buffer);
+    return buffer;
+  }
+
+  const TileBits& written_to(int operand) const {
+    return operand == kParameter ? written_ : moved_;
+  }
+
+  // `values` are by place.
+  void store(int operand, const TileBits& bits, const T* values) const {
+    bits.for_each_run([&](std::int64_t begin, std::int64_t end) {
+      part_.operand[static_cast<std::size_t>(operand)].for_each_stretch(
+          first_ + begin, end - begin, [&](const Block& block, std::int64_t offset) {
+            access_.store(values + begin + offset, block);
+          });
+    });
+  }
+
+  const selections::Part& part_;
+  PartReader<T> reader_;
+  RulesByProgress rules_;
+
+  // Of the tile under way.
+  std::int64_t first_ = 0, size_ = 0;
+  TileBits moved_, written_;
+  T* sizes_ = nullptr;  // where nothing is to change: how far it would move
+};
+
+}  // namespace fusestep::cpu

@@ -1,0 +1,66 @@
+// The part of a parameter that a step moves: listed rows of it, selected elements, or both; and
+// how far each of its blocks has come.
+//
+// All operands are walked in C order, tile by tile.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+
+#include "core/flat_array.h"
+#include "core/tile_bits.h"
+#include "gradients/rows.h"
+#include "rules/block_progress.h"
+#include "selections/choice.h"
+#include "selections/selection.h"
+
+namespace fusestep::selections {
+
+struct Part {
+  std::int64_t size = 0;  // elements of the parameter
+  int operands = 0;
+  std::array<FlatArray, kMaxOperands> operand;
+
+  Selection selected;   // whose value may change
+  bool tracks = false;  // the others' state sees the gradient, too
+
+  // Where the gradient is one of rows: which, and how many elements each has.
+  const gradients::Rows* rows = nullptr;
+  Selection listed;
+  std::int64_t row_size = 0;
+
+  // Where the selection depends on what the step finds, it is made when that is known.
+  const Choice* top = nullptr;
+
+  // Where blocks differ in how far they have come; with what their coefficients are worked out.
+  rules::BlockProgress* progress = nullptr;
+  const rules::AnyRule* rule = nullptr;
+  double lr = 0;
+  std::size_t states = 0;
+
+  // Tiles that may hold something to move.
+  const Selection& visited() const { return rows ? listed : tracks ? everything : selected; }
+  std::int64_t tiles() const { return visited().tiles(); }
+  std::int64_t tile(std::int64_t i) const { return visited().tile(i); }
+  std::int64_t size_of(std::int64_t tile) const {
+    return std::min(kTileSize, size - tile * kTileSize);
+  }
+
+  // Elements of a tile whose state changes, and those whose value does.
+  TileBits moved(std::int64_t tile) const {
+    const TileBits bits = visited().bits(tile);
+    return rows && !tracks ? bits & selected.bits(tile) : bits;
+  }
+  TileBits written(std::int64_t tile, const TileBits& moved) const {
+    return tracks ? moved & selected.bits(tile) : moved;
+  }
+
+  // Blocks that never cross from one tile to the next are counted as the tiles move; others after.
+  bool counts_by_tile() const { return progress && kTileSize % progress->block() == 0; }
+
+  Selection everything;
+};
+
+}  // namespace fusestep::selections

@@ -1,0 +1,106 @@
+#include "selections/selection.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+namespace fusestep::selections {
+
+void Selection::select_all(std::int64_t size) {
+  size_ = size;
+  granule_ = 0;
+  kind_ = All{};
+}
+
+void Selection::select_blocks(std::int64_t size, std::int64_t block,
+                              std::vector<std::int64_t> numbers) {
+  size_ = size;
+  granule_ = block;
+  std::vector<std::int64_t> tiles;
+  for (const std::int64_t number : numbers) {
+    const std::int64_t first = number * block, end = std::min(size, first + block);
+    for (std::int64_t tile = first / kTileSize; tile * kTileSize < end; ++tile)
+      if (tiles.empty() || tiles.back() < tile) tiles.push_back(tile);
+  }
+  kind_ = Blocks{block, std::move(numbers), std::move(tiles)};
+}
+
+void Selection::select_mask(std::int64_t size, const FlatArray& mask) {
+  size_ = size;
+  granule_ = 1;
+  kind_ = mask;
+}
+
+void Selection::select_bits(std::int64_t size, std::vector<TileBits> tiles) {
+  size_ = size;
+  granule_ = 1;
+  kind_ = Bits{std::move(tiles)};
+}
+
+std::int64_t Selection::tiles() const {
+  if (const auto* blocks = std::get_if<Blocks>(&kind_)) return std::ssize(blocks->tiles);
+  return ceil_div(size_, kTileSize);
+}
+
+std::int64_t Selection::tile(std::int64_t i) const {
+  if (const auto* blocks = std::get_if<Blocks>(&kind_))
+    return blocks->tiles[static_cast<std::size_t>(i)];
+  return i;
+}
+
+TileBits Selection::bits(std::int64_t tile) const {
+  return std::visit([&](const auto& kind) { return bits(kind, tile); }, kind_);
+}
+
+bool Selection::holds(std::int64_t element) const {
+  return bits(element / kTileSize)[element % kTileSize];
+}
+
+std::int64_t Selection::size_of(std::int64_t tile) const {
+  return std::min(kTileSize, size_ - tile * kTileSize);
+}
+
+TileBits Selection::bits(const All&, std::int64_t tile) const {
+  return TileBits::first(size_of(tile));
+}
+
+TileBits Selection::bits(const Blocks& blocks, std::int64_t tile) const {
+  const std::int64_t begin = tile * kTileSize, end = begin + size_of(tile);
+  TileBits bits;
+  for (auto at = std::ranges::lower_bound(blocks.numbers, begin / blocks.block);
+       at != blocks.numbers.end() && *at * blocks.block < end; ++at) {
+    const std::int64_t first = std::max(begin, *at * blocks.block);
+    bits.set(first - begin, std::min(end, (*at + 1) * blocks.block) - begin);
+  }
+  return bits;
+}
+
+// Eight bytes at a time: the product brings the lowest bit of each byte into the highest byte.
+TileBits Selection::bits(const FlatArray& mask, std::int64_t tile) const {
+  std::array<unsigned char, static_cast<std::size_t>(kTileSize)> bytes{};
+  mask.for_each_stretch(
+      tile * kTileSize, size_of(tile), [&](const Block& block, std::int64_t offset) {
+        if (block.column_stride == 1) {
+          std::memcpy(&bytes[static_cast<std::size_t>(offset)], block.data,
+                      static_cast<std::size_t>(block.columns));
+        } else {
+          for (std::int64_t i = 0; i < block.columns; ++i)
+            bytes[static_cast<std::size_t>(offset + i)] =
+                std::to_integer<unsigned char>(block.data[i * block.column_stride]);
+        }
+      });
+  for (unsigned char& byte : bytes) byte = byte != 0;
+  TileBits bits;
+  for (std::size_t i = 0; i < bytes.size(); i += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, &bytes[i], sizeof eight);
+    bits.words[i / 64] |= ((eight * 0x0102040810204080ull) >> 56) << (i % 64);
+  }
+  return bits;
+}
+
+TileBits Selection::bits(const Bits& found, std::int64_t tile) const {
+  return found.tiles[static_cast<std::size_t>(tile)];
+}
+
+}  // namespace fusestep::selections
