@@ -129,21 +129,22 @@ void set_missed_steps(Optimizer& optimizer, std::size_t i,
 // How many updates each block of parameter i has had: (elements of a block, updates, products of
 // momenta or an empty array), or None where they do not differ.
 py::object block_progress(Optimizer& optimizer, std::size_t i) {
-  const std::optional<rules::BlockProgress>& progress = optimizer.slot(i).block_progress;
-  if (!progress) return py::none();
+  const engine::Slot& slot = optimizer.slot(i);
+  if (!slot.has_split_progress()) return py::none();
+  const rules::BlockProgress& progress = *slot.block_progress;
   const auto array = [](const auto& values) {
     using Value = typename std::decay_t<decltype(values)>::value_type;
     return py::array_t<Value>(static_cast<py::ssize_t>(values.size()), values.data());
   };
-  return py::make_tuple(progress->block(), array(progress->steps()), array(progress->products()));
+  return py::make_tuple(progress.block(), array(progress.steps()), array(progress.products()));
 }
 
 void set_block_progress(Optimizer& optimizer, std::size_t i, std::int64_t block,
                         const std::vector<std::uint32_t>& steps,
                         const std::vector<double>& products) {
   engine::Slot& slot = optimizer.slot(i);
-  slot.block_progress.reset();
-  if (block > 0) slot.block_progress.emplace(slot.parameter().size, block, steps, products);
+  slot.block_progress = std::make_shared<rules::BlockProgress>();
+  slot.block_progress->restore(slot.parameter().size, block, steps, products);
 }
 
 // (names of state arrays, names of scalars, initial value of the state) with these options.

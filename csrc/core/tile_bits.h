@@ -21,6 +21,24 @@ class TileBits {
     return bits;
   }
 
+  using Bytes = std::array<unsigned char, static_cast<std::size_t>(kTileSize)>;
+
+  // The bits of bytes that are 1 or 0. Eight at a time: the product brings the lowest bit of each
+  // byte into the highest byte.
+  static TileBits of(const Bytes& bytes) {
+    TileBits bits;
+    for (std::size_t i = 0; i < bytes.size(); i += 8) {
+      std::uint64_t eight;
+      std::memcpy(&eight, &bytes[i], sizeof eight);
+      bits.words[i / 64] |= ((eight * 0x0102040810204080ull) >> 56) << (i % 64);
+    }
+    return bits;
+  }
+
+  void unset(std::int64_t i) {
+    words[static_cast<std::size_t>(i / kWord)] &= ~(std::uint64_t{1} << (i % kWord));
+  }
+
   void set(std::int64_t begin, std::int64_t end) {
     for (std::int64_t word = begin / kWord; word * kWord < end; ++word) {
       const std::int64_t low = std::max(begin - word * kWord, std::int64_t{0});
@@ -60,8 +78,8 @@ class TileBits {
 
   // One byte for each bit: 0 where it is not set. Eight at a time: each byte of a product with
   // 0x01... is all eight bits, of which each keeps its own.
-  std::array<unsigned char, static_cast<std::size_t>(kTileSize)> bytes() const {
-    std::array<unsigned char, static_cast<std::size_t>(kTileSize)> result;
+  Bytes bytes() const {
+    Bytes result;
     for (std::size_t i = 0; i < result.size(); i += 8) {
       const std::uint64_t eight = words[i / 64] >> (i % 64) & 0xff;
       const std::uint64_t spread = (eight * 0x0101010101010101ull) & 0x8040201008040201ull;

@@ -48,27 +48,35 @@ class Top {
     std::vector<TileBits> selected(static_cast<std::size_t>(tiles_));
     if (count == 0) return selected;
     const Key<T> least = count == part_.size ? 0 : kth_largest(count);
-    std::atomic<std::int64_t> above = 0;
+    std::atomic<std::int64_t> found = 0;
     for_each_tile([&](std::int64_t tile, const Key<T>* keys, std::int64_t size) {
-      TileBits& bits = selected[static_cast<std::size_t>(tile)];
-      for (std::int64_t i = 0; i < size; ++i)
-        bits.words[static_cast<std::size_t>(i / 64)] |= std::uint64_t{keys[i] > least} << (i % 64);
-      above += bits.count();
+      const TileBits bits = where([=](std::int64_t i) { return keys[i] >= least; }, size);
+      selected[static_cast<std::size_t>(tile)] = bits;
+      found += bits.count();
     });
-    select_equal(least, count - above, selected);
+    drop_last_equal(least, found - count, selected);
     return selected;
   }
 
  private:
-  // The first `count` of those that are equal to `least`.
-  void select_equal(Key<T> least, std::int64_t count, std::vector<TileBits>& selected) {
+  template <class Condition>
+  static TileBits where(Condition condition, std::int64_t size) {
+    TileBits::Bytes holds{};
+    for (std::int64_t i = 0; i < size; ++i) holds[static_cast<std::size_t>(i)] = condition(i);
+    return TileBits::of(holds);
+  }
+
+  // Of those that are equal to `least`, the last `count` are not selected after all.
+  void drop_last_equal(Key<T> least, std::int64_t count, std::vector<TileBits>& selected) {
     const IeeeEnvironment ieee;
     Reader reader(*this);
-    for (std::int64_t tile = 0; count > 0; ++tile) {
+    for (std::int64_t tile = tiles_; count > 0;) {
+      TileBits& bits = selected[static_cast<std::size_t>(--tile)];
+      if (!bits.any()) continue;
       const Key<T>* const keys = reader.read(tile);
-      for (std::int64_t i = 0; i < part_.size_of(tile) && count > 0; ++i) {
+      for (std::int64_t i = part_.size_of(tile); i-- > 0 && count > 0;) {
         if (keys[i] != least) continue;
-        selected[static_cast<std::size_t>(tile)].set(i, i + 1);
+        bits.unset(i);
         --count;
       }
     }
@@ -113,21 +121,20 @@ class Top {
     std::vector<Key<T>> inside;
     std::mutex mutex;
     bool is_full = false;
-    const auto room = static_cast<std::size_t>(part_.size / 8 + 16 * kTileSize);
-    inside.reserve(room);  // nothing may be thrown in the loop
+    const std::int64_t room = part_.size / 8 + 16 * kTileSize;
+    inside.reserve(static_cast<std::size_t>(room));  // nothing may be thrown in the loop
     for_each_tile([&](std::int64_t, const Key<T>* keys, std::int64_t size) {
       std::int64_t larger = 0;
       for (std::int64_t i = 0; i < size; ++i) larger += keys[i] > bounds.most;
       above += larger;
-      std::array<Key<T>, static_cast<std::size_t>(kTileSize) + 1> found;
-      std::size_t count = 0;
-      for (std::int64_t i = 0; i < size; ++i) {
-        found[count] = keys[i];
-        count += bounds.hold(keys[i]);
-      }
+      const TileBits held = where([=](std::int64_t i) { return bounds.hold(keys[i]); }, size);
+      if (!held.any()) return;
       const std::lock_guard lock(mutex);
-      is_full = is_full || inside.size() + count > room;
-      if (!is_full) inside.insert(inside.end(), found.data(), found.data() + count);
+      is_full = is_full || static_cast<std::int64_t>(inside.size()) + held.count() > room;
+      if (is_full) return;
+      held.for_each_run([&](std::int64_t begin, std::int64_t end) {
+        inside.insert(inside.end(), keys + begin, keys + end);
+      });
     });
     const std::int64_t rank = k - 1 - above;
     if (is_full || rank < 0 || rank >= std::ssize(inside)) return std::nullopt;

@@ -57,7 +57,7 @@ void Optimizer::move(std::size_t i, PyObject* parameter, const std::vector<PyObj
   Slot& slot = slots_.at(i);
   bind(slot, parameter, states);
   if (slot.history) slot.history->resize(slot.parameter().geometry().shape[0]);
-  if (slot.block_progress) slot.block_progress->resize(slot.parameter().size);
+  if (slot.has_split_progress()) slot.block_progress->resize(slot.parameter().size);
 }
 
 OccupiedMemory& Optimizer::occupied_memory() {

@@ -285,14 +285,15 @@ void Slot::plan_selected_rows(const Array& gradient, bool has_all_rows) {
 void Slot::begin_part(const rules::AnyRule& rule, double lr) {
   if (!work.part) return;
   std::int64_t block = part_.tracks ? 0 : part_.top ? 1 : part_.selected.granule();
-  if (part_.rows && (block != 0 || block_progress)) block = std::gcd(block, part_.row_size);
+  if (part_.rows && (block != 0 || has_split_progress())) block = std::gcd(block, part_.row_size);
   if (block != 0 && part_.size > 0) {
-    if (block_progress)
+    if (!block_progress) block_progress = std::make_shared<rules::BlockProgress>();
+    if (block_progress->is_split())
       block_progress->refine(block);
     else
-      block_progress.emplace(part_.size, block, progress, rule);
+      block_progress->split(part_.size, block, progress, rule);
   }
-  part_.progress = block_progress ? &*block_progress : nullptr;
+  part_.progress = has_split_progress() ? block_progress.get() : nullptr;
   part_.rule = &rule;
   part_.lr = lr;
   part_.states = states_.size();

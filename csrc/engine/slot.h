@@ -81,6 +81,7 @@ class Slot {
   void check_is_current() const;
 
   std::size_t states() const { return states_.size(); }
+  bool has_split_progress() const { return block_progress && block_progress->is_split(); }
   bool is_rowwise() const { return is_rowwise_; }
 
   // Whether prepare() met the same memory as the time before.
@@ -91,7 +92,7 @@ class Slot {
   Work work;  // what prepare() found; its coefficients are the caller's to add
   rules::Progress progress;
   std::unique_ptr<rules::RowHistory> history;          // where missed steps are made up for
-  std::optional<rules::BlockProgress> block_progress;  // where blocks have come differently far
+  std::shared_ptr<rules::BlockProgress> block_progress;  // where blocks have come differently far
 
   // Where progress is kept on a GPU, and what is here may be old; see Gpu.
   struct Resident {

@@ -39,7 +39,7 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
   is_on_gpus_ = false;
   for (const Update& update : updates) {
     Slot& slot = *update.slot;
-    if (update.choice || slot.block_progress)
+    if (update.choice || slot.has_split_progress())
       slot.prepare_part(update.gradient, update.row_numbers, update.choice, update.draw, memory,
                         arguments.zero_grad);
     else if (update.row_numbers)

@@ -26,18 +26,21 @@ std::vector<Value> repeated(const std::vector<Value>& values, std::int64_t old_b
 
 }  // namespace
 
-BlockProgress::BlockProgress(std::int64_t size, std::int64_t block, const Progress& progress,
-                             const AnyRule& rule)
-    : size_(size),
-      block_(block),
-      steps_(static_cast<std::size_t>(ceil_div(size, block)), counted(progress.step)) {
+void BlockProgress::split(std::int64_t size, std::int64_t block, const Progress& progress,
+                          const AnyRule& rule) {
+  const auto count = static_cast<std::size_t>(ceil_div(size, block));
   const bool has_products = rule.advance({}).momentum_product != 1;
-  if (has_products) products_.assign(steps_.size(), progress.momentum_product);
+  restore(size, block, std::vector(count, counted(progress.step)),
+          std::vector(has_products ? count : 0, progress.momentum_product));
 }
 
-BlockProgress::BlockProgress(std::int64_t size, std::int64_t block,
-                             std::vector<std::uint32_t> steps, std::vector<double> products)
-    : size_(size), block_(block), steps_(std::move(steps)), products_(std::move(products)) {}
+void BlockProgress::restore(std::int64_t size, std::int64_t block, std::vector<std::uint32_t> steps,
+                            std::vector<double> products) {
+  size_ = size;
+  block_ = block;
+  steps_ = std::move(steps);
+  products_ = std::move(products);
+}
 
 void BlockProgress::refine(std::int64_t block) {
   const std::int64_t both = std::gcd(block_, block);

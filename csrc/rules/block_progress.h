@@ -15,13 +15,16 @@ namespace fusestep::rules {
 
 class BlockProgress {
  public:
-  // All of `size` elements have come as far, by this rule.
-  BlockProgress(std::int64_t size, std::int64_t block, const Progress& progress,
-                const AnyRule& rule);
+  // False where no block differs from the parameter. Then only the next two may be called.
+  bool is_split() const { return block_ > 0; }
 
-  // As a state dict says it; `products` may be empty, for rules that have none.
-  BlockProgress(std::int64_t size, std::int64_t block, std::vector<std::uint32_t> steps,
-                std::vector<double> products);
+  // All of `size` elements have come as far, by this rule.
+  void split(std::int64_t size, std::int64_t block, const Progress& progress, const AnyRule& rule);
+
+  // As a state dict says it; `products` may be empty, for rules that have none. Of blocks of no
+  // elements: nothing is split.
+  void restore(std::int64_t size, std::int64_t block, std::vector<std::uint32_t> steps,
+               std::vector<double> products);
 
   // From now on blocks of so many elements can differ from each other, too.
   void refine(std::int64_t block);
@@ -62,7 +65,7 @@ class BlockProgress {
     return {steps_[i], products_.empty() ? 1.0 : products_[i]};
   }
 
-  std::int64_t size_, block_;
+  std::int64_t size_ = 0, block_ = 0;
 
   // Half the size of Progress. A count stays at the largest: by then a bias correction has long
   // been 1.

@@ -75,9 +75,8 @@ TileBits Selection::bits(const Blocks& blocks, std::int64_t tile) const {
   return bits;
 }
 
-// Eight bytes at a time: the product brings the lowest bit of each byte into the highest byte.
 TileBits Selection::bits(const FlatArray& mask, std::int64_t tile) const {
-  std::array<unsigned char, static_cast<std::size_t>(kTileSize)> bytes{};
+  TileBits::Bytes bytes{};
   mask.for_each_stretch(
       tile * kTileSize, size_of(tile), [&](const Block& block, std::int64_t offset) {
         if (block.column_stride == 1) {
@@ -90,13 +89,7 @@ TileBits Selection::bits(const FlatArray& mask, std::int64_t tile) const {
         }
       });
   for (unsigned char& byte : bytes) byte = byte != 0;
-  TileBits bits;
-  for (std::size_t i = 0; i < bytes.size(); i += 8) {
-    std::uint64_t eight;
-    std::memcpy(&eight, &bytes[i], sizeof eight);
-    bits.words[i / 64] |= ((eight * 0x0102040810204080ull) >> 56) << (i % 64);
-  }
-  return bits;
+  return TileBits::of(bytes);
 }
 
 TileBits Selection::bits(const Bits& found, std::int64_t tile) const {

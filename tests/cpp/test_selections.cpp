@@ -119,7 +119,8 @@ void test_progress() {
   const std::int64_t size = 5000;
   Random random(3);
   std::vector<rules::Progress> expected(static_cast<std::size_t>(size));
-  rules::BlockProgress progress(size, 640, {}, *rule);
+  rules::BlockProgress progress;
+  progress.split(size, 640, {}, *rule);
   for (const std::int64_t block : {640, 640, 1280, 96, 96, 5, 5, 3, 1}) {
     progress.refine(block);
     Flags flags(static_cast<std::size_t>(size));
