@@ -2,6 +2,9 @@
 // says between which two bounds it lies almost surely; one pass counts what is above and puts aside
 // what is between, a few per cent. Where the sample has misled, or where more are equal than can be
 // put aside, the bits of the k-th largest are found a few at a time instead, by counting.
+//
+// Another thread may write to the gradient meanwhile, so that passes do not agree. Then who knows
+// what is selected; but no loop may rely on it.
 
 #include "cpu/top.h"
 
@@ -9,6 +12,7 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <type_traits>
@@ -70,7 +74,7 @@ class Top {
   void drop_last_equal(Key<T> least, std::int64_t count, std::vector<TileBits>& selected) {
     const IeeeEnvironment ieee;
     Reader reader(*this);
-    for (std::int64_t tile = tiles_; count > 0;) {
+    for (std::int64_t tile = tiles_; count > 0 && tile > 0;) {
       TileBits& bits = selected[static_cast<std::size_t>(--tile)];
       if (!bits.any()) continue;
       const Key<T>* const keys = reader.read(tile);
@@ -159,7 +163,7 @@ class Top {
         for (std::size_t digit = 0; digit < here.size(); ++digit) counts[digit] += here[digit];
       });
       std::size_t digit = counts.size() - 1;
-      for (; k > counts[digit]; --digit) k -= counts[digit];
+      for (; k > counts[digit] && digit > 0; --digit) k -= counts[digit];
       found |= static_cast<Key<T>>(digit) << shift;
     }
     return found;
@@ -181,9 +185,10 @@ class Top {
       else
         values = gradient_.read(kGradient, tile * kTileSize, size, values_.data());
       constexpr Key<T> kAllButSign = static_cast<Key<T>>(~Key<T>{0}) >> 1;
+      constexpr auto kInfinity = std::bit_cast<Key<T>>(std::numeric_limits<T>::infinity());
       for (std::int64_t i = 0; i < size; ++i) {
-        const auto at = static_cast<std::size_t>(i);
-        keys_[at] = std::bit_cast<Key<T>>(values[i]) & kAllButSign;
+        const Key<T> magnitude = std::bit_cast<Key<T>>(values[i]) & kAllButSign;
+        keys_[static_cast<std::size_t>(i)] = magnitude > kInfinity ? kAllButSign : magnitude;
       }
       return keys_.data();
     }

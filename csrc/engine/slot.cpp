@@ -168,16 +168,16 @@ void Slot::prepare_part(const Array& gradient,
                         const std::optional<std::vector<std::int64_t>>& numbers,
                         const selections::Choice* choice, const selections::Draw& draw,
                         const OccupiedMemory& memory, bool clears_gradient) {
+  // First what may be refused: a gradient that has been checked counts as known.
   if (choice) check_can_choose(*choice, numbers.has_value());
+  select_all();
+  if (choice) select(*choice, draw);
+  if (is_rowwise_) check_selects_rows();
   if (numbers)
     check_rows(gradient, *numbers, memory, clears_gradient);
   else
     check_gradient(gradient, memory, clears_gradient);
   part_.rows = numbers ? &rows_ : nullptr;
-  if (choice)
-    select(*choice, draw);
-  else
-    select_all();
   if (is_rowwise_)
     plan_selected_rows(gradient, !numbers);
   else
@@ -214,13 +214,14 @@ void Slot::select_all() {
 void Slot::select(const selections::Choice& choice, const selections::Draw& draw) {
   using Kind = selections::Choice::Kind;
   const std::int64_t size = parameter_.size;
-  select_all();
   part_.tracks = choice.tracks;
   switch (choice.kind) {
     case Kind::mask: return select_mask(choice.mask);
-    case Kind::random_blocks:
-      return part_.selected.select_blocks(
-          size, choice.block, draw_blocks(ceil_div(size, choice.block), choice.fraction, draw));
+    case Kind::random_blocks: {
+      const std::int64_t block = std::clamp(size, std::int64_t{1}, choice.block);
+      auto drawn = draw_blocks(ceil_div(size, block), choice.fraction, draw);
+      return part_.selected.select_blocks(size, block, std::move(drawn));
+    }
     case Kind::cyclic_blocks: {
       const std::int64_t block = std::max(std::int64_t{1}, ceil_div(size, choice.blocks));
       const std::int64_t turn = draw.step % choice.blocks;
@@ -269,12 +270,17 @@ void Slot::plan_part(const Array& gradient) {
 }
 
 // A row-wise rule moves rows, whole ones.
-void Slot::plan_selected_rows(const Array& gradient, bool has_all_rows) {
+void Slot::check_selects_rows() const {
   const std::int64_t size = row_size();
-  if (part_.top || (size > 0 && part_.selected.granule() % size != 0))
+  const bool are_whole = size == 0 || part_.selected.granule() % size == 0;
+  if (part_.top || (parameter_.size > 0 && !are_whole))
     throw ValueError("the state of " + name_ + " has one element for each row, so where= must " +
                      "select whole rows: a mask of its first axis, or blocks of whole rows (of " +
                      std::to_string(size) + " elements)");
+}
+
+void Slot::plan_selected_rows(const Array& gradient, bool has_all_rows) {
+  const std::int64_t size = row_size();
   if (has_all_rows) rows_.plan_all(parameter_.geometry().shape[0]);
   if (!part_.tracks)
     rows_.filter([&](std::int64_t row) { return part_.selected.holds(row * size); });

@@ -91,7 +91,7 @@ class Slot {
 
   Work work;  // what prepare() found; its coefficients are the caller's to add
   rules::Progress progress;
-  std::unique_ptr<rules::RowHistory> history;          // where missed steps are made up for
+  std::unique_ptr<rules::RowHistory> history;            // where missed steps are made up for
   std::shared_ptr<rules::BlockProgress> block_progress;  // where blocks have come differently far
 
   // Where progress is kept on a GPU, and what is here may be old; see Gpu.
@@ -117,6 +117,7 @@ class Slot {
   void select(const selections::Choice& choice, const selections::Draw& draw);
   void select_mask(const selections::Choice::Mask& mask);
   void plan_part(const arrays::Array& gradient);
+  void check_selects_rows() const;
   void plan_selected_rows(const arrays::Array& gradient, bool has_all_rows);
   std::int64_t row_size() const;
   void plan_rows(const arrays::Array& values, Work& work, gradients::Rows& rows) const;

@@ -94,7 +94,6 @@ void Stepper::add_coefficients(const std::vector<Update>& updates) {
           group->rule->coefficients(next_[i], work_[i]->compute, group->lr, slot->states()));
     slot->work.rule = &coefficients_.back();
     slot->work.anchor.lr = group->lr;
-    slot->begin_part(*group->rule, group->lr);
   }
 }
 
@@ -141,6 +140,8 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
       request.options.gradient_factor *=
           clip_factor(*settings.max_norm, norm.value * std::abs(arguments.grad_scale));
   }
+  for (const Update& update : updates)
+    update.slot->begin_part(*update.group->rule, update.group->lr);
   if (is_on_gpus_) {  // first: a launch may fail, the CPU does not
     for (Gpu& gpu : gpus_) {
       if (gpu.is_idle()) continue;

@@ -37,22 +37,26 @@ void BlockProgress::split(std::int64_t size, std::int64_t block, const Progress&
 void BlockProgress::restore(std::int64_t size, std::int64_t block, std::vector<std::uint32_t> steps,
                             std::vector<double> products) {
   size_ = size;
-  block_ = block;
+  block_ = std::min(block, size);
   steps_ = std::move(steps);
   products_ = std::move(products);
 }
 
 void BlockProgress::refine(std::int64_t block) {
-  const std::int64_t both = std::gcd(block_, block);
-  if (both == block_) return;
-  const std::int64_t count = ceil_div(size_, both);
-  steps_ = repeated(steps_, block_, both, count);
-  if (!products_.empty()) products_ = repeated(products_, block_, both, count);
-  block_ = both;
+  if (block >= size_) return;
+  divide(block_ >= size_ ? block : std::gcd(block_, block));
+}
+
+void BlockProgress::divide(std::int64_t block) {
+  if (block == block_) return;
+  const std::int64_t count = ceil_div(size_, block);
+  steps_ = repeated(steps_, block_, block, count);
+  if (!products_.empty()) products_ = repeated(products_, block_, block, count);
+  block_ = block;
 }
 
 void BlockProgress::resize(std::int64_t size) {
-  if (size_ % block_ != 0) refine(size_);
+  divide(std::gcd(block_, size_));
   size_ = size;
   steps_.resize(static_cast<std::size_t>(ceil_div(size, block_)), 0);
   if (!products_.empty()) products_.resize(steps_.size(), 1.0);

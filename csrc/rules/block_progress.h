@@ -53,6 +53,7 @@ class BlockProgress {
   // branch.
   bool is_plain() const { return block_ == 1 && products_.empty(); }
   std::int64_t end_of_equal_plain(std::int64_t element, std::int64_t limit) const;
+  void divide(std::int64_t block);  // into blocks of so many elements, a divisor of the present
   bool is_equal_plain(std::int64_t first, const TileBits& bits) const;
   void advance_plain(std::int64_t first, const TileBits& moved);
 

@@ -4,15 +4,27 @@
 #include <cmath>
 
 #include "core/random.h"
-#include "selections/permutation.h"
 
 namespace fusestep::selections {
 namespace {
 
 std::int64_t rounded_at_random(double expected, const RandomStream& random) {
   const double whole = std::floor(expected);
-  constexpr std::uint64_t kNumber = ~std::uint64_t{0} - 1;  // none that the permutation uses
+  constexpr std::uint64_t kNumber = ~std::uint64_t{0} - 1;  // of which no block has one
   return static_cast<std::int64_t>(whole) + (random.uniform(kNumber) < expected - whole);
+}
+
+// `count` of the numbers below n, each set of so many with the same probability: Floyd's algorithm
+// (Bentley & Floyd 1987, "A sample of brilliance"), which draws `count` times and no more.
+std::vector<bool> sample(std::int64_t n, std::int64_t count, const RandomStream& random) {
+  std::vector<bool> chosen(static_cast<std::size_t>(n));
+  for (std::int64_t last = n - count; last < n; ++last) {
+    const double drawn =
+        random.uniform(static_cast<std::uint64_t>(last)) * static_cast<double>(last + 1);
+    const auto number = static_cast<std::size_t>(drawn);
+    chosen[chosen[number] ? static_cast<std::size_t>(last) : number] = true;
+  }
+  return chosen;
 }
 
 }  // namespace
@@ -22,12 +34,9 @@ std::vector<std::int64_t> draw_blocks(std::int64_t blocks, double fraction, cons
                                        static_cast<std::uint64_t>(draw.parameter));
   const std::int64_t count =
       std::min(blocks, rounded_at_random(fraction * static_cast<double>(blocks), random));
-  // Drawn are the first `count` entries of a random permutation: those, or all but the rest.
+  // Those, or all but the others.
   const bool is_drawn = count <= blocks - count;
-  const Permutation permutation(blocks, random);
-  std::vector<bool> found(static_cast<std::size_t>(blocks));
-  for (std::int64_t i = is_drawn ? 0 : count; i < (is_drawn ? count : blocks); ++i)
-    found[static_cast<std::size_t>(permutation(i))] = true;
+  const std::vector<bool> found = sample(blocks, is_drawn ? count : blocks - count, random);
 
   std::vector<std::int64_t> drawn;
   drawn.reserve(static_cast<std::size_t>(count));

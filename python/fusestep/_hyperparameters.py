@@ -48,13 +48,18 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
+def whole(name: str, value: Any, *, least: int = 0, most: int = 2**62 - 1) -> int:
+    """Return `value` as an int in a range."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected an int")
+    if not least <= int(value) <= most:
+        raise ValueError(f"{name} is {value!r}; expected an int from {least} to {most}")
+    return int(value)
+
+
 def check_seed(value: Any) -> int:
     """Return `value` as an int that 64 bits hold."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"seed is {value!r} ({type(value).__name__}); expected an int")
-    if not 0 <= int(value) < 2**64:
-        raise ValueError(f"seed is {value!r}; expected an int from 0 to 2**64 - 1")
-    return int(value)
+    return whole("seed", value, most=2**64 - 1)
 
 
 def non_negative(name: str, value: Any) -> float:

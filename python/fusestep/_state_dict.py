@@ -302,6 +302,8 @@ def _check_blocks(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _Block
             f"{label} have shape {found.shape}; expected one for each block of {block} elements "
             f"of {elements}: ({blocks},)"
         )
+    if products is not None and not has_products:
+        raise ValueError(f"{label} come with products of momenta, which the rule does not have")
     possible = (found >= 0).all() and (found < 2**32).all()
     if not (possible and (momenta >= 0).all() and (momenta <= 1).all()):
         raise ValueError(f"{label} are not numbers of updates")

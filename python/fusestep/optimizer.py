@@ -211,7 +211,7 @@ class Optimizer:
             parameter a selection, a boolean array (of its shape or of its first axis:
             :class:`fusestep.Mask`) or None. What is not selected keeps its value and, unless the
             selection says ``frozen="track"``, its state, and its gradient does not count for
-            ``max_norm`` and ``skip_nonfinite`` then. Parameters on a GPU always move as a whole.
+            ``max_norm`` and ``skip_nonfinite`` then. For parameters on the CPU.
         zero_grad
             Set the gradients to zero in the same pass, all of them, also when ``skip_nonfinite``
             leaves the step out.

@@ -8,14 +8,13 @@ its value stays.
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from . import _arrays, _cpu
-from ._hyperparameters import number, one_of
+from ._hyperparameters import check_seed, number, one_of, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,20 +68,23 @@ class Mask(Selection):
 
     def __init__(self, selected: Array, *, frozen: Frozen = "freeze") -> None:
         super().__init__(frozen)
-        array = _arrays.backend_of(selected).to_numpy(selected)
-        if array.dtype != np.bool_:
-            raise TypeError(
-                f"a mask (where=) is a {type(selected).__name__} of dtype {array.dtype}; expected "
-                "an array of booleans"
-            )
         self.selected: Any = selected
-        self._where = _cpu.Where.mask(array, self._tracks)
+        self._booleans()
 
     def __repr__(self) -> str:
         return f"Mask(shape {np.shape(self.selected)}, frozen={self.frozen!r})"
 
+    def _booleans(self) -> npt.NDArray[np.bool_]:
+        array = _arrays.backend_of(self.selected).to_numpy(self.selected)
+        if array.dtype != np.bool_:
+            raise TypeError(
+                f"a mask (where=) is a {type(self.selected).__name__} of dtype {array.dtype}; "
+                "expected an array of booleans"
+            )
+        return array
+
     def _native(self, step: int) -> _cpu.Where:  # noqa: ARG002
-        return self._where
+        return _cpu.Where.mask(self._booleans(), self._tracks)
 
 
 class RandomBlocks(Selection):
@@ -131,7 +133,7 @@ class RandomBlocks(Selection):
     ) -> None:
         super().__init__(frozen)
         self.fraction = _check_fraction(fraction)
-        self.block = _positive("block", block)
+        self.block = whole("block", block, least=1)
 
     def __repr__(self) -> str:
         return f"RandomBlocks({self.fraction!r}, block={self.block}, frozen={self.frozen!r})"
@@ -159,7 +161,10 @@ class RandomBlocks(Selection):
         """
         size = int(np.prod(shape, dtype=np.int64))
         blocks = -(-size // self.block)
-        drawn = _cpu.draw_blocks(blocks, _fraction_at(self.fraction, step), seed, step, parameter)
+        fraction = _fraction_at(self.fraction, whole("step", step))
+        drawn = _cpu.draw_blocks(
+            blocks, fraction, check_seed(seed), step, whole("parameter", parameter)
+        )
         return _mask_of_blocks(shape, self.block, drawn)
 
     def _native(self, step: int) -> _cpu.Where:
@@ -195,8 +200,7 @@ class CyclicBlocks(Selection):
 
     def __init__(self, n_blocks: int, *, frozen: Frozen = "freeze") -> None:
         super().__init__(frozen)
-        self.n_blocks = _positive("n_blocks", n_blocks)
-        self._where = _cpu.Where.cyclic_blocks(self.n_blocks, self._tracks)
+        self.n_blocks = whole("n_blocks", n_blocks, least=1)
 
     def __repr__(self) -> str:
         return f"CyclicBlocks({self.n_blocks}, frozen={self.frozen!r})"
@@ -218,10 +222,10 @@ class CyclicBlocks(Selection):
         """
         size = int(np.prod(shape, dtype=np.int64))
         block = max(1, -(-size // self.n_blocks))
-        return _mask_of_blocks(shape, block, [step % self.n_blocks])
+        return _mask_of_blocks(shape, block, [whole("step", step) % self.n_blocks])
 
     def _native(self, step: int) -> _cpu.Where:  # noqa: ARG002
-        return self._where
+        return _cpu.Where.cyclic_blocks(self.n_blocks, self._tracks)
 
 
 class TopK(Selection):
@@ -315,18 +319,6 @@ def _in_unit_interval(name: str, value: Any) -> float:
     result = number(name, value)
     if not 0 <= result <= 1:
         raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
-    return result
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; expected an int")
-    try:
-        result = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected an int") from None
-    if not 0 < result < 2**62:
-        raise ValueError(f"{name} is {value!r}; expected an int greater than 0")
     return result
 
 

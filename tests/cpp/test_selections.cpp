@@ -16,7 +16,6 @@
 #include "rules/block_progress.h"
 #include "selections/blocks.h"
 #include "selections/part.h"
-#include "selections/permutation.h"
 #include "testing.h"
 
 namespace fusestep::testing {
@@ -85,18 +84,6 @@ void test_places() {
 }
 
 // ---- draws ----
-
-void test_permutations() {
-  for (const std::int64_t n : {1, 2, 3, 7, 10, 100, 1023, 1024, 1025, 30000}) {
-    const selections::Permutation permutation(n, RandomStream::of(1, 2, 3));
-    Flags met(static_cast<std::size_t>(n));
-    for (std::int64_t i = 0; i < n; ++i) met[static_cast<std::size_t>(permutation(i))] = true;
-    CHECK(std::ranges::count(met, true) == n);
-  }
-  const std::int64_t many = std::int64_t{1} << 40;
-  const selections::Permutation permutation(many, RandomStream::of(1, 2, 3));
-  for (std::int64_t i = 0; i < 100; ++i) CHECK(permutation(i) >= 0 && permutation(i) < many);
-}
 
 void test_draws() {
   for (const std::int64_t blocks : {0, 1, 2, 10, 1000, 4097})
@@ -263,7 +250,6 @@ int main() {
   using namespace fusestep::testing;
   test_bits();
   test_places();
-  test_permutations();
   test_draws();
   test_progress();
   for_each_tier([](const char*) {
