@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtypes.h"
 #include "core/tiling.h"
@@ -24,8 +25,11 @@ inline constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads * kPerThread == kTileSize, "a block moves one tile");
 
 // One parameter with its gradient and state.
-struct Item {
-  std::byte* data[kRuleOperands];
+template <int operands>
+struct ItemOf {
+  static constexpr int kOperands = operands;
+
+  std::byte* data[operands];
   std::int64_t size;                                     // elements
   std::uint32_t first_tile;                              // in the list
   std::uint32_t rule;                                    // its place among the rules
@@ -38,11 +42,23 @@ struct Item {
     return {data[i], static_cast<DType>(dtypes >> 2 * i & 3)};
   }
 };
+using Item = ItemOf<kRuleOperands>;
 static_assert(sizeof(Item) == 64);
 
+// The same with an anchor (rules/anchor.h): its reference and importance are the operands after the
+// state that the rule has.
+struct AnchoredItem : ItemOf<kMaxOperands> {
+  double lambda, lr;  // the rate is in the table where there is one
+  bool has_importance;
+};
+
+template <class Item>
+inline constexpr bool kIsAnchored = std::is_base_of_v<AnchoredItem, Item>;
+
 // Up to `items` parameters in a row, cut into tiles that are numbered through.
-template <int items, int axes>
+template <int items, int axes, class OneItem = Item>
 struct List {
+  using Item = OneItem;
   static constexpr int kItems = items, kAxes = axes;
 
   std::int32_t count;
@@ -66,9 +82,12 @@ struct List {
 };
 
 // An array may have 64 axes, of which each may be needed.
-using ShortList = List<32, 0>;
-using LongList = List<440, 0>;
-using StridedList = List<256, 104>;
+template <class Item>
+struct ListsOf {
+  using Short = List<32, 0, Item>;
+  using Long = List<static_cast<int>(28160 / sizeof(Item)), 0, Item>;
+  using Strided = List<static_cast<int>(16384 / sizeof(Item)), 104, Item>;
+};
 
 // How many different coefficients go along with a launch.
 template <class ItemList>
@@ -85,8 +104,10 @@ struct RuleEntry {
 
 // The same with the type forgotten: an entry of the table that Advance fills on the device.
 struct alignas(16) AnyRuleEntry {
-  unsigned char bytes[128];
+  unsigned char bytes[120];
+  double lr;
 };
+static_assert(sizeof(AnyRuleEntry) == 128);
 
 // Whether a step happens, and how; worked out on the device.
 struct Decision {

@@ -12,6 +12,7 @@
 #include "cuda/elements.h"
 #include "cuda/warp.h"
 #include "gradients/dense.h"
+#include "rules/anchor.h"
 #include "rules/registry.h"
 
 namespace fusestep::cuda {
@@ -22,7 +23,7 @@ enum class Team { thread, warp };
 FUSESTEP_HOST_DEVICE bool is_first_of_warp(int thread) { return thread % kWarpSize == 0; }
 
 // Writes zeros to the gradients of a thread's share of a tile.
-template <class Elements>
+template <class Item, class Elements>
 FUSESTEP_HOST_DEVICE void clear(const Item& item, const Elements& elements) {
   const DType dtype = item.operand(kGradient).dtype;
   typename Elements::Values zeros;
@@ -31,9 +32,49 @@ FUSESTEP_HOST_DEVICE void clear(const Item& item, const Elements& elements) {
   elements.store(kGradient, zeros);
 }
 
+// What happens to a thread's share of a tile after the rule has moved it: nothing, or an anchor
+// pulls, of which the operands begin at this one.
+template <class T, class Item, class Elements, int first>
+class Pull {
+ public:
+  FUSESTEP_HOST_DEVICE Pull(const Item&, const Elements&, double) {}
+  FUSESTEP_HOST_DEVICE T operator()(int, T w) const { return w; }
+};
+
+template <class T, class Item, class Elements, int first>
+  requires kIsAnchored<Item>
+class Pull<T, Item, Elements, first> {
+ public:
+  FUSESTEP_HOST_DEVICE Pull(const Item& item, const Elements& elements, double lr)
+      : item_(item),
+        anchor_(rules::Anchor<T>::of(lr * item.lambda)),
+        reference_(elements.load(kReference)) {
+    if (item.has_importance) importance_ = elements.load(kImportance);
+  }
+
+  FUSESTEP_HOST_DEVICE T operator()(int k, T w) const {
+    const T importance = item_.has_importance ? get(importance_, k, kImportance) : T{1};
+    return anchor_(w, get(reference_, k, kReference), importance);
+  }
+
+ private:
+  using Values = typename Elements::Values;
+  static constexpr int kReference = first, kImportance = first + 1;
+
+  FUSESTEP_HOST_DEVICE T get(const Values& values, int k, int operand) const {
+    const DType dtype = item_.operand(operand).dtype;
+    return values.get(k, dtype).template as<T>(dtype);
+  }
+
+  const Item& item_;
+  rules::Anchor<T> anchor_;
+  Values reference_, importance_;
+};
+
 // Moves a list of parameters and their state: a block for each tile.
 template <class Loop, class T, class ItemList>
 struct Update {
+  using Item = typename ItemList::Item;
   using Rule = typename Loop::template Of<T>;
   static constexpr Team kTeam = Team::thread;
   static constexpr int kStates = Loop::kStates;
@@ -65,6 +106,7 @@ struct Update {
     Values state[kStates > 0 ? kStates : 1];
     FUSESTEP_UNROLL
     for (int s = 0; s < kStates; ++s) state[s] = elements.load(kState + s);
+    const Pull<T, Item, Elements, kState + kStates> pull(item, elements, rate(item));
 
     const RuleEntry<Rule>& entry =
         table ? *reinterpret_cast<const RuleEntry<Rule>*>(table[item.rule].bytes)
@@ -81,7 +123,7 @@ struct Update {
       for (int i = 0; i < kStates; ++i)
         s[i] = state[i].get(k, dtype(kState + i)).template as<T>(dtype(kState + i));
       apply(entry.rule(), w, gradients::Dense<T>{&g, factor}(0), s);
-      parameter.set(k, dtype(kParameter), Bits::of(dtype(kParameter), w));
+      parameter.set(k, dtype(kParameter), Bits::of(dtype(kParameter), pull(k, w)));
       FUSESTEP_UNROLL
       for (int i = 0; i < kStates; ++i)
         state[i].set(k, dtype(kState + i), Bits::of(dtype(kState + i), s[i]));
@@ -90,6 +132,11 @@ struct Update {
     elements.store(kParameter, parameter);
     FUSESTEP_UNROLL
     for (int s = 0; s < kStates; ++s) elements.store(kState + s, state[s]);
+  }
+
+  FUSESTEP_HOST_DEVICE double rate([[maybe_unused]] const Item& item) const {
+    if constexpr (kIsAnchored<Item>) return table ? table[item.rule].lr : item.lr;
+    return 0;
   }
 
   FUSESTEP_HOST_DEVICE static void apply(const Rule& rule, T& w, T g, [[maybe_unused]] T* s) {
@@ -109,7 +156,7 @@ struct Clear {
 
   FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
     const auto tile = static_cast<std::uint32_t>(block);
-    const Item& item = list.item_of(tile);
+    const auto& item = list.item_of(tile);
     visit_elements(list, item, tile - item.first_tile, thread,
                    [&](const auto& elements) { clear(item, elements); });
   }
@@ -279,6 +326,7 @@ struct Advance {
     memcpy(entry.bytes, &rule, sizeof rule);
     entry.gradient_factor = one.gradient_factor;
     memcpy(one.entry->bytes, &entry, sizeof entry);
+    one.entry->lr = options.lr;
   }
 
   // What the copies say counts. But a float32 cannot count beyond 2^24.

@@ -78,6 +78,7 @@ struct Bits {
 };
 
 // Four consecutive elements of each operand of a dense run, at once: 16 bytes of float32.
+template <class Item>
 class AdjacentElements {
  public:
   FUSESTEP_HOST_DEVICE static bool suit(const Item& item, std::uint32_t tile) {
@@ -150,6 +151,7 @@ class AdjacentElements {
 };
 
 // A tile of a dense run: where its elements are, and how many.
+template <class Item>
 class DensePlace {
  public:
   static constexpr int kUnroll = 8;  // loads under way at a time, in a sum
@@ -172,6 +174,7 @@ class DensePlace {
 };
 
 // A tile of strided arrays. Its elements are counted row after row.
+template <class Item>
 class StridedPlace {
  public:
   static constexpr int kUnroll = 2;
@@ -180,10 +183,10 @@ class StridedPlace {
   FUSESTEP_HOST_DEVICE StridedPlace(const ItemList& list, const Item& item, std::uint32_t tile)
       : tiling_(list.tiling(item)) {
     FUSESTEP_UNROLL
-    for (int i = 0; i < kRuleOperands; ++i) data_[i] = item.data[i];
+    for (int i = 0; i < Item::kOperands; ++i) data_[i] = item.data[i];
     tiling_.for_each_axis(tile, [&](int k, std::int64_t begin, std::int64_t extent) {
       FUSESTEP_UNROLL
-      for (int i = 0; i < kRuleOperands; ++i) data_[i] += begin * tiling_.axes[k].stride[i];
+      for (int i = 0; i < Item::kOperands; ++i) data_[i] += begin * tiling_.axes[k].stride[i];
       if (k == tiling_.column_axis)
         columns_ = static_cast<unsigned>(extent);
       else if (k == tiling_.row_axis)
@@ -201,13 +204,13 @@ class StridedPlace {
 
  private:
   Tiling tiling_;
-  std::byte* data_[kRuleOperands];
+  std::byte* data_[Item::kOperands];
   unsigned rows_ = 1, columns_ = 1;
 };
 
 // Four elements of each operand, as far apart as a block has threads: so neighbouring threads have
 // neighbouring elements, which need not be aligned, nor all be there.
-template <class Place>
+template <class Item, class Place>
 class SpreadElements {
  public:
   FUSESTEP_HOST_DEVICE SpreadElements(const Item& item, const Place& place, int thread)
@@ -251,13 +254,13 @@ class SpreadElements {
 };
 
 // Calls visit(elements) with a thread's share of a tile of an item.
-template <class ItemList, class Visit>
+template <class ItemList, class Item, class Visit>
 FUSESTEP_HOST_DEVICE void visit_elements(const ItemList& list, const Item& item, std::uint32_t tile,
                                          int thread, Visit visit) {
   if constexpr (ItemList::kAxes > 0) {
     const StridedPlace place(list, item, tile);
     visit(SpreadElements(item, place, thread));
-  } else if (AdjacentElements::suit(item, tile)) {
+  } else if (AdjacentElements<Item>::suit(item, tile)) {
     visit(AdjacentElements(item, tile, thread));
   } else {
     const DensePlace place(list, item, tile);

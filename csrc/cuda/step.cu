@@ -16,6 +16,7 @@ constexpr std::int64_t kMostTiles = 0x7fffffff;
 constexpr std::int64_t kSixteen = 16;
 
 bool is_strided(const Work& work) { return work.iteration.layout != nullptr; }
+bool is_anchored(const Work& work) { return work.anchor.reference != 0; }
 
 // ---- lists of parameters -----------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ bool is_aligned(const Operand& operand) {
 template <class ItemList>
 int axes_in(const ItemList& list) {
   if (list.count == 0) return 0;
-  const Item& last = list.item[list.count - 1];
+  const auto& last = list.item[list.count - 1];
   return last.first_axis + last.axes;
 }
 
@@ -46,8 +47,19 @@ bool has_room(const ItemList& list, const Work& work) {
          list.tiles + work.iteration.tiles() <= kMostTiles;
 }
 
+// The anchor of an item that has room for one.
+template <class Item>
+void add_anchor([[maybe_unused]] Item& item, [[maybe_unused]] const Work& work) {
+  if constexpr (kIsAnchored<Item>) {
+    item.lambda = work.anchor.lambda;
+    item.lr = work.anchor.lr;
+    item.has_importance = work.anchor.importance != 0;
+  }
+}
+
 template <class ItemList>
 void add(ItemList& list, const Work& work, std::uint32_t rule) {
+  using Item = typename ItemList::Item;
   const Iteration& iteration = work.iteration;
   Item item{};
   item.size = iteration.size;
@@ -56,7 +68,7 @@ void add(ItemList& list, const Work& work, std::uint32_t rule) {
   item.first_axis = static_cast<std::uint8_t>(axes_in(list));  // of dense ones, too: see axes_in
   item.is_aligned = true;
   item.in_double = work.compute == DType::float64;
-  for (int i = 0; i < iteration.operands; ++i) {
+  for (int i = 0; i < std::min(iteration.operands, Item::kOperands); ++i) {
     const Operand& operand = iteration.operand[static_cast<std::size_t>(i)];
     item.data[i] = operand.data;
     item.dtypes =
@@ -70,6 +82,7 @@ void add(ItemList& list, const Work& work, std::uint32_t rule) {
     item.column_axis = static_cast<std::uint8_t>(tiling.column_axis);
     std::copy_n(tiling.axes, tiling.count, list.axis + item.first_axis);
   }
+  add_anchor(item, work);
   list.item[list.count++] = item;
   list.tiles += static_cast<std::uint32_t>(iteration.tiles());
 }
@@ -81,11 +94,12 @@ void clear(ItemList& list) {
 }
 
 // Calls visit(list type) with the smallest list that a number of parameters may fit in.
-template <class Visit>
+template <class Item, class Visit>
 void with_list(bool strided, std::size_t count, Visit visit) {
-  if (strided) return visit.template operator()<StridedList>();
-  if (count <= ShortList::kItems) return visit.template operator()<ShortList>();
-  visit.template operator()<LongList>();
+  using Lists = ListsOf<Item>;
+  if (strided) return visit.template operator()<typename Lists::Strided>();
+  if (count <= Lists::Short::kItems) return visit.template operator()<typename Lists::Short>();
+  visit.template operator()<typename Lists::Long>();
 }
 
 // ---- updates -----------------------------------------------------------------------------------
@@ -97,7 +111,9 @@ struct Entry {
   std::uint32_t loop;
 
   // What decides which kernel it takes.
-  auto kind() const { return std::tuple(loop, work->compute, is_strided(*work)); }
+  auto kind() const {
+    return std::tuple(loop, work->compute, is_strided(*work), is_anchored(*work));
+  }
 };
 
 struct Common {
@@ -150,15 +166,18 @@ void update(std::span<const Entry> entries, const Common& common) {
 }
 
 void update_kind(std::span<const Entry> entries, const Common& common) {
-  const Entry& first = entries.front();
-  const bool in_double = first.work->compute == DType::float64;
-  rules::Loops::visit(first.loop, [&]<class Loop>(Loop) {
-    with_list(is_strided(*first.work), entries.size(), [&]<class ItemList>() {
-      if (in_double)
+  const Work& first = *entries.front().work;
+  rules::Loops::visit(entries.front().loop, [&]<class Loop>(Loop) {
+    const auto update_in = [&]<class ItemList>() {
+      if (first.compute == DType::float64)
         update<Loop, double, ItemList>(entries, common);
       else
         update<Loop, float, ItemList>(entries, common);
-    });
+    };
+    if (is_anchored(first))
+      with_list<AnchoredItem>(is_strided(first), entries.size(), update_in);
+    else
+      with_list<Item>(is_strided(first), entries.size(), update_in);
   });
 }
 
@@ -217,7 +236,7 @@ void sum_tiles(WorkList list, Stream stream, double prescale, double* sums,
                double* prescaled_sums) {
   const bool strided =
       std::ranges::any_of(list, [](const Work* work) { return is_strided(*work); });
-  with_list(strided, list.size(), [&]<class ItemList>() {
+  with_list<Item>(strided, list.size(), [&]<class ItemList>() {
     sum_squares<ItemList>(list, stream, prescale, sums, prescaled_sums);
   });
 }
@@ -349,7 +368,7 @@ void clear_gradients(Workspace& workspace, Stream stream, WorkList list) {
   const CurrentDevice current(workspace.device());
   for (const Work* work : list) {
     if (work->iteration.size == 0) continue;
-    with_list(is_strided(*work), 1, [&]<class ItemList>() {
+    with_list<Item>(is_strided(*work), 1, [&]<class ItemList>() {
       Clear<ItemList> body{};
       add(body.list, *work, 0);
       launch(body, body.list.tiles, stream);

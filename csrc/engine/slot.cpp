@@ -153,13 +153,13 @@ void Slot::keep_history() {
 }
 
 void Slot::set_anchor(double lambda, Array reference, std::optional<Array> importance) {
-  if (device().kind != Device::cpu)
-    throw TypeError(name_ + " is on " + name_of(device()) +
-                    ", where this version of fusestep has no anchors");
   const auto check = [&](const Array& array, const char* role) {
     if (!same_shape(array, parameter_))
       throw ValueError(role + name_ + " has shape " + shape_text(array) + "; expected " +
                        shape_text(parameter_));
+    if (array.device != device())
+      throw ValueError(role + name_ + " is on " + name_of(array.device) + "; expected " +
+                       name_of(device()));
   };
   check(reference, "the anchor of ");
   if (importance) check(*importance, "the importance of ");

@@ -284,8 +284,7 @@ class Optimizer:
         Raises
         ------
         TypeError
-            Something is not an array of floats, or not in the form that `params` had; a parameter
-            is on a GPU.
+            Something is not an array of floats, or not in the form that `params` had.
         ValueError
             A shape differs; a number is negative or not finite. Nothing has been changed then.
 
