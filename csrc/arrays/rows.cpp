@@ -3,7 +3,9 @@
 #include <pybind11/numpy.h>
 
 #include <cstring>
+#include <stdexcept>
 
+#include "arrays/cuda_driver.h"
 #include "arrays/foreign_errors.h"
 #include "arrays/numpy.h"
 #include "core/errors.h"
@@ -30,6 +32,20 @@ py::array as_numpy(PyObject* object, const Label& label) {
   }
 }
 
+// The host must know which rows there are before anything is written, so it has to wait for them.
+py::array fetched(PyObject* object, const Array& parameter, const Label& label) {
+  if (cuda_driver().is_capturing(parameter.device.index, parameter.current_stream()))
+    throw std::runtime_error("a CUDA graph is being captured, and " + label.text() +
+                             " would have to be fetched from the GPU; expected an array in the "
+                             "memory of the CPU");
+  return py::module_::import("fusestep._arrays").attr("on_host")(py::handle(object));
+}
+
+bool is_on_gpu(PyObject* object) {
+  return !is_numpy(object) &&
+         py::module_::import("fusestep._arrays").attr("is_on_gpu")(py::handle(object)).cast<bool>();
+}
+
 template <class Integer>
 std::vector<std::int64_t> copied(const py::array& array) {
   std::vector<std::int64_t> numbers(static_cast<std::size_t>(array.shape(0)));
@@ -49,8 +65,10 @@ void set_rows_type(PyObject* type) { rows_type = reinterpret_cast<PyTypeObject*>
 
 bool is_rows(PyObject* object) { return rows_type && PyObject_TypeCheck(object, rows_type); }
 
-std::vector<std::int64_t> read_row_numbers(PyObject* object, const Label& label) {
-  const py::array array = as_numpy(object, label);
+std::vector<std::int64_t> read_row_numbers(PyObject* object, const Array& parameter,
+                                           const Label& label) {
+  const bool is_fetched = parameter.device.kind == Device::cuda && is_on_gpu(object);
+  const py::array array = is_fetched ? fetched(object, parameter, label) : as_numpy(object, label);
   if (array.ndim() == 1 && array.size() == 0) return {};  // np.array([]) has a dtype of floats
   const py::dtype dtype = array.dtype();
   const bool is_native = dtype.byteorder() == '=' || dtype.byteorder() == '<';
@@ -71,10 +89,10 @@ void check_row_count(const Rows& rows, const std::string& name) {
                    "; expected one row of values for each index");
 }
 
-Rows from_rows(PyObject* object, const std::string& name) {
+Rows from_rows(PyObject* object, const Array& parameter, const std::string& name) {
   const py::handle rows(object);
   const py::object indices = rows.attr("indices"), values = rows.attr("values");
-  Rows result{read_row_numbers(indices.ptr(), {"the row indices for ", name}),
+  Rows result{read_row_numbers(indices.ptr(), parameter, {"the row indices for ", name}),
               from_object(values.ptr(), {"the gradient of ", name})};
   check_row_count(result, name);
   return result;

@@ -25,13 +25,15 @@ inline constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads * kPerThread == kTileSize, "a block moves one tile");
 
 // One parameter with its gradient and state.
-template <int operands>
+template <int operands, class TileNumber = std::uint32_t>
 struct ItemOf {
+  using Number = TileNumber;
   static constexpr int kOperands = operands;
+  static constexpr int kTilesPerBlock = 1;
 
   std::byte* data[operands];
   std::int64_t size;                                     // elements
-  std::uint32_t first_tile;                              // in the list
+  Number first_tile;                                     // in the list
   std::uint32_t rule;                                    // its place among the rules
   std::uint8_t first_axis, axes, row_axis, column_axis;  // none where all is one dense run
   std::uint16_t dtypes;                                  // two bits for each operand
@@ -45,29 +47,54 @@ struct ItemOf {
 using Item = ItemOf<kRuleOperands>;
 static_assert(sizeof(Item) == 64);
 
-// The same with an anchor (rules/anchor.h): its reference and importance are the operands after the
-// state that the rule has.
-struct AnchoredItem : ItemOf<kMaxOperands> {
+// The same with room for an anchor (rules/anchor.h), whose reference and importance are the
+// operands after the state that the rule has.
+template <class Number = std::uint32_t>
+struct AnchoredItemOf : ItemOf<kMaxOperands, Number> {
   double lambda, lr;  // the rate is in the table where there is one
-  bool has_importance;
+  bool is_anchored, has_importance;
 };
+using AnchoredItem = AnchoredItemOf<>;
 
 template <class Item>
-inline constexpr bool kIsAnchored = std::is_base_of_v<AnchoredItem, Item>;
+inline constexpr bool kMayBeAnchored =
+    std::is_base_of_v<AnchoredItemOf<typename Item::Number>, Item>;
+
+// The rows that move, and which values are added up for them: as in gradients/rows.h, in device
+// memory, and null where that is empty.
+struct RowList {
+  const std::int64_t* row = nullptr;
+  const std::int64_t* first = nullptr;
+  const std::int64_t* source = nullptr;
+};
+
+// A table of which some rows move. The arrays and their size are those of row 0; a tile is one of
+// the first row that moves, then one of the next. A warp takes it: rows are short. Dense rows have
+// an axis, too; they are aligned if all are.
+struct RowsItem : AnchoredItemOf<std::int64_t> {
+  static constexpr int kTilesPerBlock = kWarps;
+
+  RowList rows;
+  std::int64_t tiles;                 // of a row
+  std::int64_t stride[kMaxOperands];  // from one row to the next, in bytes
+  Operand row_state;                  // of a row-wise rule
+  std::int64_t row_state_stride;
+};
 
 // Up to `items` parameters in a row, cut into tiles that are numbered through.
 template <int items, int axes, class OneItem = Item>
 struct List {
   using Item = OneItem;
+  using Number = typename Item::Number;
   static constexpr int kItems = items, kAxes = axes;
 
   std::int32_t count;
-  std::uint32_t tiles;
+  Number tiles;
   Item item[items];
   TileAxis axis[axes > 0 ? axes : 1];
 
   // The item that a tile belongs to: the last one that begins at it or before.
-  FUSESTEP_HOST_DEVICE const Item& item_of(std::uint32_t tile) const {
+  FUSESTEP_HOST_DEVICE const Item& item_of(Number tile) const {
     int first = 0, last = count;
     while (last - first > 1) {
       const int middle = (first + last) / 2;
@@ -76,18 +103,19 @@ struct List {
     return item[first];
   }
 
-  FUSESTEP_HOST_DEVICE Tiling tiling(const Item& one) const {
+  template <class One>
+  FUSESTEP_HOST_DEVICE Tiling tiling(const One& one) const {
     return {axis + one.first_axis, one.axes, one.row_axis, one.column_axis};
   }
 };
 
 // An array may have 64 axes, of which each may be needed.
-template <class Item>
-struct ListsOf {
-  using Short = List<32, 0, Item>;
-  using Long = List<static_cast<int>(28160 / sizeof(Item)), 0, Item>;
-  using Strided = List<static_cast<int>(16384 / sizeof(Item)), 104, Item>;
-};
+using ShortList = List<32, 0>;
+using LongList = List<440, 0>;
+using StridedList = List<256, 104>;
+using AnchoredList = List<128, 0, AnchoredItem>;
+using StridedAnchoredList = List<128, 104, AnchoredItem>;
+using RowsList = List<32, 64, RowsItem>;
 
 // How many different coefficients go along with a launch.
 template <class ItemList>

@@ -85,8 +85,8 @@ class AdjacentElements {
     return item.is_aligned && (std::int64_t{tile} + 1) * kTileSize <= item.size;
   }
 
-  FUSESTEP_HOST_DEVICE AdjacentElements(const Item& item, std::uint32_t tile, int thread)
-      : item_(item), begin_(std::int64_t{tile} * kTileSize + thread * kPerThread) {}
+  FUSESTEP_HOST_DEVICE AdjacentElements(const Item& item, std::int64_t begin)
+      : item_(item), begin_(begin) {}
 
   // Whichever of these suits the type; three, because one that serves all types would have to be
   // copied together, which waits for the load. Each element is set in turn, and not read again.
@@ -124,9 +124,10 @@ class AdjacentElements {
     EightBytes new_half_;  // an element is set while its neighbour in the word is still to be read
   };
 
-  FUSESTEP_HOST_DEVICE Values load(int operand) const {
+  // So many bytes further on: in another row, say.
+  FUSESTEP_HOST_DEVICE Values load(int operand, std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
-    const std::byte* from = item_.data[operand] + begin_ * size;
+    const std::byte* from = item_.data[operand] + begin_ * size + offset;
     Values values;
     if (size == 2) {
       values.half_ = cuda::load<EightBytes>(from);
@@ -137,9 +138,10 @@ class AdjacentElements {
     return values;
   }
 
-  FUSESTEP_HOST_DEVICE void store(int operand, const Values& values) const {
+  FUSESTEP_HOST_DEVICE void store(int operand, const Values& values,
+                                  std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
-    std::byte* to = item_.data[operand] + begin_ * size;
+    std::byte* to = item_.data[operand] + begin_ * size + offset;
     if (size == 2) return cuda::store(to, values.new_half_);
     cuda::store(to, values.low_);
     if (size == 8) cuda::store(to + sizeof(SixteenBytes), values.high_);
@@ -208,13 +210,13 @@ class StridedPlace {
   unsigned rows_ = 1, columns_ = 1;
 };
 
-// Four elements of each operand, as far apart as a block has threads: so neighbouring threads have
-// neighbouring elements, which need not be aligned, nor all be there.
-template <class Item, class Place>
+// Four elements of each operand, as far apart as there are threads at work on the tile: so
+// neighbouring threads have neighbouring elements, which need not be aligned, nor all be there.
+template <int threads, class Item, class Place>
 class SpreadElements {
  public:
-  FUSESTEP_HOST_DEVICE SpreadElements(const Item& item, const Place& place, int thread)
-      : item_(item), place_(place), thread_(thread) {}
+  FUSESTEP_HOST_DEVICE SpreadElements(const Item& item, const Place& place, int first)
+      : item_(item), place_(place), first_(first) {}
 
   class Values {
    public:
@@ -226,32 +228,39 @@ class SpreadElements {
     Bits bits_[kPerThread];
   };
 
-  FUSESTEP_HOST_DEVICE Values load(int operand) const {
+  FUSESTEP_HOST_DEVICE Values load(int operand, std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
     Values values;
     FUSESTEP_UNROLL
     for (int k = 0; k < kPerThread; ++k) {
       values.bits_[k] = {0, 0};
-      if (has(k)) values.bits_[k] = Bits::load(place_.at(operand, index(k), size), size);
+      if (has(k)) values.bits_[k] = Bits::load(place_.at(operand, index(k), size) + offset, size);
     }
     return values;
   }
 
-  FUSESTEP_HOST_DEVICE void store(int operand, const Values& values) const {
+  FUSESTEP_HOST_DEVICE void store(int operand, const Values& values,
+                                  std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
     FUSESTEP_UNROLL
     for (int k = 0; k < kPerThread; ++k)
-      if (has(k)) values.bits_[k].store(place_.at(operand, index(k), size), size);
+      if (has(k)) values.bits_[k].store(place_.at(operand, index(k), size) + offset, size);
   }
 
  private:
   FUSESTEP_HOST_DEVICE bool has(int k) const { return index(k) < place_.count(); }
-  FUSESTEP_HOST_DEVICE int index(int k) const { return thread_ + k * kThreads; }
+  FUSESTEP_HOST_DEVICE int index(int k) const { return first_ + k * threads; }
 
   const Item& item_;
   const Place& place_;
-  int thread_;
+  int first_;
 };
+
+template <int threads, class Item, class Place>
+FUSESTEP_HOST_DEVICE SpreadElements<threads, Item, Place> spread(const Item& item,
+                                                                 const Place& place, int first) {
+  return {item, place, first};
+}
 
 // Calls visit(elements) with a thread's share of a tile of an item.
 template <class ItemList, class Item, class Visit>
@@ -259,12 +268,12 @@ FUSESTEP_HOST_DEVICE void visit_elements(const ItemList& list, const Item& item,
                                          int thread, Visit visit) {
   if constexpr (ItemList::kAxes > 0) {
     const StridedPlace place(list, item, tile);
-    visit(SpreadElements(item, place, thread));
+    visit(spread<kThreads>(item, place, thread));
   } else if (AdjacentElements<Item>::suit(item, tile)) {
-    visit(AdjacentElements(item, tile, thread));
+    visit(AdjacentElements(item, std::int64_t{tile} * kTileSize + thread * kPerThread));
   } else {
     const DensePlace place(list, item, tile);
-    visit(SpreadElements(item, place, thread));
+    visit(spread<kThreads>(item, place, thread));
   }
 }
 

@@ -27,9 +27,6 @@ void check_updatable(const Array& array, const std::string& name) {
 
 void check_has_rows(const Array& array, const std::string& name) {
   if (array.geometry().shape.empty()) throw ValueError(name + " has no dimensions, and so no rows");
-  if (array.device.kind != Device::cpu)
-    throw TypeError(name + " is on " + name_of(array.device) +
-                    ", where this version of fusestep cannot move single rows");
 }
 
 }  // namespace
@@ -148,7 +145,10 @@ void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
 void Slot::keep_history() {
   const auto shape = parameter_.geometry().shape;
   if (shape.empty()) return;
-  check_has_rows(parameter_, name_);
+  if (device().kind != Device::cpu)
+    throw TypeError(name_ + " is on " + name_of(device()) +
+                    ", where this version of fusestep has no rows=\"exact\"; expected the CPU, or "
+                    "rows=\"lazy\"");
   history = std::make_unique<rules::RowHistory>(shape[0]);
 }
 
