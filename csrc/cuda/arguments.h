@@ -68,14 +68,16 @@ struct RowList {
   const std::int64_t* source = nullptr;
 };
 
-// A table of which some rows move. The arrays and their size are those of row 0; a tile is one of
-// the first row that moves, then one of the next. A warp takes it: rows are short. Dense rows have
-// an axis, too; they are aligned if all are.
+// A table of which some rows move. The arrays and their size are those of row 0; dense rows have an
+// axis, too, and are aligned if all are. Rows are short: what a block of other parameters is, a
+// warp is here, with a chunk of a tile: first those of the first row that moves, then the next's.
 struct RowsItem : AnchoredItemOf<std::int64_t> {
   static constexpr int kTilesPerBlock = kWarps;
+  static constexpr int kChunk = kWarpSize * kPerThread;
 
   RowList rows;
-  std::int64_t tiles;                 // of a row
+  std::uint32_t tiles;                // of a row
+  std::uint32_t chunks;               // of a tile
   std::int64_t stride[kMaxOperands];  // from one row to the next, in bytes
   Operand row_state;                  // of a row-wise rule
   std::int64_t row_state_stride;

@@ -19,6 +19,10 @@ namespace fusestep::cuda {
 // Who calls: every thread, or the threads of a warp together.
 enum class Team { thread, warp };
 
+// What the list is cut into, and numbered by: a tile; where rows are listed, a chunk of one for
+// `share`, or a whole row.
+enum class Unit { tile, share, row };
+
 FUSESTEP_HOST_DEVICE bool is_first_of_warp(int thread) { return thread % kWarpSize == 0; }
 
 // The tile that a thread has a share of; there may not be so many.
@@ -60,10 +64,12 @@ struct Moves {
   }
 };
 
-// Moves a list of parameters and their state: a block for each tile, or a warp for each of rows.
+// Moves a list of parameters and their state: a block for each tile, or a warp for each chunk of
+// rows.
 template <class Loop, class T, class ItemList>
 struct Update : Moves<Loop, T, ItemList> {
   static constexpr Team kTeam = Team::thread;
+  static constexpr Unit kUnit = Unit::share;
 
   FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
     const bool take = this->happen();
@@ -80,11 +86,12 @@ struct Update : Moves<Loop, T, ItemList> {
   }
 };
 
-// Moves rows by a rule that looks at all of a row first: a warp for each. `tiles` counts rows.
+// Moves rows by a rule that looks at all of a row first: a warp for each.
 template <class Loop, class T>
 struct UpdateWholeRows : Moves<Loop, T, RowsList> {
   using Rule = typename Loop::template Of<T>;
   static constexpr Team kTeam = Team::warp;
+  static constexpr Unit kUnit = Unit::row;
 
   FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
     const bool take = this->happen();
@@ -141,16 +148,18 @@ struct UpdateWholeRows : Moves<Loop, T, RowsList> {
   FUSESTEP_HOST_DEVICE void for_each_share(int thread, const RowsItem& table, const Row& row,
                                            Visit visit) const {
     in_each_lane(thread, [&](int lane) {
-      for (std::int64_t tile = 0; tile < table.tiles; ++tile)
-        visit_elements_of_row(this->list, row.item, static_cast<std::uint32_t>(tile), lane, visit);
+      FUSESTEP_DO_NOT_UNROLL
+      for (std::uint32_t chunk = 0; chunk < table.tiles * table.chunks; ++chunk)
+        visit_elements_of_row(this->list, table, row, chunk, lane, visit);
     });
   }
 };
 
-// Clears a list of gradients: a block for each tile, or a warp for each of rows.
+// Clears a list of gradients, likewise.
 template <class ItemList>
 struct Clear {
   static constexpr Team kTeam = Team::thread;
+  static constexpr Unit kUnit = Unit::share;
 
   ItemList list;
 
@@ -169,6 +178,7 @@ struct SumSquares {
   using Item = typename ItemList::Item;
   using Number = typename Item::Number;
   static constexpr Team kTeam = Team::warp;
+  static constexpr Unit kUnit = Unit::tile;
 
   double prescale;
   double* sums;            // of the list's first tile onwards

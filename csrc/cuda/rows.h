@@ -49,23 +49,20 @@ struct Row {
   }
 };
 
-// Calls visit(elements) with a lane's shares of a tile of a row, which is a warp's work.
-template <class ItemList, class Item, class Visit>
-FUSESTEP_HOST_DEVICE void visit_elements_of_row(const ItemList& list, const Item& item,
-                                                std::uint32_t tile, int lane, Visit visit) {
-  constexpr int kAtOnce = kWarpSize * kPerThread;
-  if (item.is_aligned) {
-    const std::int64_t begin = std::int64_t{tile} * kTileSize;
-    const std::int64_t end = begin + kTileSize < item.size ? begin + kTileSize : item.size;
-    FUSESTEP_DO_NOT_UNROLL
-    for (std::int64_t at = begin + lane * kPerThread; at < end; at += kAtOnce)
-      visit(AdjacentElements(item, at));
+// Calls visit(elements) with a lane's share of a chunk of a row, counted through its tiles.
+template <class ItemList, class Visit>
+FUSESTEP_HOST_DEVICE void visit_elements_of_row(const ItemList& list, const RowsItem& table,
+                                                const Row& row, std::uint32_t chunk, int lane,
+                                                Visit visit) {
+  const std::uint32_t tile = chunk / table.chunks;
+  const int in_tile = static_cast<int>(chunk % table.chunks) * RowsItem::kChunk;
+  if (row.item.is_aligned) {
+    const std::int64_t at = std::int64_t{tile} * kTileSize + in_tile + lane * kPerThread;
+    if (at < row.item.size) visit(AdjacentElements(row.item, at));
     return;
   }
-  const StridedPlace place(list, item, tile);
-  FUSESTEP_DO_NOT_UNROLL
-  for (int first = lane; first < place.count(); first += kAtOnce)
-    visit(spread<kWarpSize>(item, place, first));
+  const StridedPlace place(list, row.item, tile);
+  if (in_tile < place.count()) visit(spread<kWarpSize>(row.item, place, in_tile + lane));
 }
 
 // ---- the same for all kinds of items -----------------------------------------------------------
@@ -80,11 +77,12 @@ FUSESTEP_HOST_DEVICE void visit_share(const ItemList& list, const Item& item,
 
 template <class ItemList, class Visit>
 FUSESTEP_HOST_DEVICE void visit_share(const ItemList& list, const RowsItem& table,
-                                      std::int64_t tile, int thread, Visit visit) {
-  const bool is_row = table.tiles == 1;  // nearly always: no need to divide
-  const Row row(table, is_row ? tile : tile / table.tiles);
-  const auto in_row = static_cast<std::uint32_t>(is_row ? 0 : tile % table.tiles);
-  visit_elements_of_row(list, row.item, in_row, thread % kWarpSize,
+                                      std::int64_t chunk, int thread, Visit visit) {
+  const std::int64_t in_row = std::int64_t{table.tiles} * table.chunks;
+  const bool is_row = in_row == 1;  // often: no need to divide
+  const Row row(table, is_row ? chunk : chunk / in_row);
+  visit_elements_of_row(list, table, row, static_cast<std::uint32_t>(is_row ? 0 : chunk % in_row),
+                        thread % kWarpSize,
                         [&](const auto& elements) { visit(row.item, elements, row.sources); });
 }
 

@@ -26,6 +26,15 @@ struct Piece {
   bool is_strided() const { return iteration().layout != nullptr; }
   bool is_anchored() const { return work->anchor.reference != 0; }
   int axes() const { return is_strided() ? iteration().layout->tiling().count : has_rows(); }
+
+  // Of a tile of rows: all tiles are as large as the row, or as tiles may be.
+  std::int64_t chunks() const {
+    return ceil_div(std::min(iteration().size, kTileSize), RowsItem::kChunk);
+  }
+  std::int64_t count_of(Unit unit) const {
+    if (has_rows() && unit == Unit::row) return work->rows->count();
+    return work->tiles() * (has_rows() && unit == Unit::share ? chunks() : 1);
+  }
 };
 using Pieces = std::span<const Piece>;
 
@@ -104,10 +113,12 @@ int axes_in(const ItemList& list) {
   return last.first_axis + last.axes;
 }
 
-template <class ItemList>
-bool has_room(const ItemList& list, const Piece& piece) {
+template <class Body>
+bool has_room(const Body& body, const Piece& piece) {
+  const auto& list = body.list;
+  using ItemList = decltype(Body::list);
   constexpr std::int64_t kMostTiles = kMostBlocks * ItemList::Item::kTilesPerBlock;
-  const std::int64_t tiles = piece.work->pieces();
+  const std::int64_t tiles = piece.count_of(Body::kUnit);
   if (tiles > kMostTiles) throw Error("an array has more elements than a CUDA grid can walk");
   return list.count < ItemList::kItems && axes_in(list) + piece.axes() <= ItemList::kAxes &&
          list.tiles + tiles <= kMostTiles;
@@ -126,11 +137,12 @@ void add_anchor(AnchoredItemOf<Number>& item, const Piece& piece) {
 void add_rows(RowsItem& item, TileAxis* axes, const Piece& piece) {
   const Work& work = *piece.work;
   item.rows = piece.rows;
-  item.tiles = work.iteration.tiles();
+  item.tiles = static_cast<std::uint32_t>(work.iteration.tiles());
+  item.chunks = static_cast<std::uint32_t>(piece.chunks());
   item.row_state = work.row_state;
   item.row_state_stride = work.row_state_stride;
   item.is_aligned = item.is_aligned && !piece.is_strided() && item.size % kPerThread == 0;
-  TileAxis elements{item.size, kTileSize, item.tiles, {}};
+  TileAxis elements{item.size, kTileSize, work.iteration.tiles(), {}};
   for (int i = 0; i < work.iteration.operands; ++i) {
     const Operand& operand = work.iteration.operand[static_cast<std::size_t>(i)];
     item.stride[i] = work.rows->stride[static_cast<std::size_t>(i)];
@@ -142,10 +154,11 @@ void add_rows(RowsItem& item, TileAxis* axes, const Piece& piece) {
   *axes = elements;
 }
 
-// Adds a parameter to a list that has room for it, cut into so many tiles.
-template <class ItemList>
-void add(ItemList& list, const Piece& piece, std::uint32_t rule, std::int64_t tiles) {
-  using Item = typename ItemList::Item;
+// Adds a parameter to a body's list, which has room for it.
+template <class Body>
+void add(Body& body, const Piece& piece, std::uint32_t rule) {
+  auto& list = body.list;
+  using Item = typename decltype(Body::list)::Item;
   const Iteration& iteration = piece.iteration();
   Item item{};
   item.size = iteration.size;
@@ -171,7 +184,7 @@ void add(ItemList& list, const Piece& piece, std::uint32_t rule, std::int64_t ti
   if constexpr (kMayBeAnchored<Item>) add_anchor(item, piece);
   if constexpr (std::is_same_v<Item, RowsItem>) add_rows(item, list.axis + item.first_axis, piece);
   list.item[list.count++] = item;
-  list.tiles += static_cast<typename ItemList::Number>(tiles);
+  list.tiles += static_cast<typename Item::Number>(piece.count_of(Body::kUnit));
 }
 
 template <class ItemList>
@@ -242,12 +255,12 @@ void update(std::span<const Entry> entries, const Common& common) {
   for (const Entry& entry : entries) {
     const Work& work = *entry.piece.work;
     const bool new_rule = !common.table && !is_last_rule(body, rules, entry, last);
-    if (!has_room(body.list, entry.piece) || (new_rule && rules == kMostRules)) {
+    if (!has_room(body, entry.piece) || (new_rule && rules == kMostRules)) {
       flush(body, common.stream);
       rules = 0;
     }
     if (common.table) {
-      add(body.list, entry.piece, entry.place, work.pieces());
+      add(body, entry.piece, entry.place);
       continue;
     }
     if (new_rule || rules == 0) {
@@ -256,7 +269,7 @@ void update(std::span<const Entry> entries, const Common& common) {
       one.gradient_factor = work.gradient_factor;
       last = work.rule;
     }
-    add(body.list, entry.piece, static_cast<std::uint32_t>(rules - 1), work.pieces());
+    add(body, entry.piece, static_cast<std::uint32_t>(rules - 1));
   }
   flush(body, common.stream);
 }
@@ -333,8 +346,8 @@ std::int64_t sum_squares(Pieces pieces, Stream stream, double prescale, double* 
   };
   for (const Piece& piece : pieces) {
     if (piece.is_empty()) continue;
-    if (!has_room(body.list, piece)) flush_sums();
-    add(body.list, piece, 0, piece.work->tiles());
+    if (!has_room(body, piece)) flush_sums();
+    add(body, piece, 0);
   }
   flush_sums();
   return before;
@@ -494,7 +507,7 @@ void clear_gradients(Workspace& workspace, Stream stream, WorkList list) {
     if (piece.is_empty()) continue;
     const auto clear_list = [&]<class ItemList>() {
       Clear<ItemList> body{};
-      add(body.list, piece, 0, piece.work->tiles());
+      add(body, piece, 0);
       flush(body, stream);
     };
     if (piece.has_rows())
