@@ -25,7 +25,7 @@ enum class Unit { tile, share, row };
 
 FUSESTEP_HOST_DEVICE bool is_first_of_warp(int thread) { return thread % kWarpSize == 0; }
 
-// The tile that a thread has a share of; there may not be so many.
+// The tile, chunk or row that a thread has a share of; there may not be so many.
 template <class ItemList>
 FUSESTEP_HOST_DEVICE typename ItemList::Number tile_of(std::int64_t block, int thread) {
   constexpr int kPerBlock = ItemList::Item::kTilesPerBlock;

@@ -1,4 +1,4 @@
-// Rows of a table on a GPU: a warp takes a tile of one of them.
+// Rows of a table on a GPU: a warp takes a chunk of one of them.
 #pragma once
 
 #include <cstdint>
