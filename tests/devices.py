@@ -346,6 +346,17 @@ def library(name: str) -> Library:
     return {"cupy": CuPy, "torch": Torch}[name](importlib.import_module(name))
 
 
+def in_use(name: str) -> Iterator[Library]:
+    """The same, for as long as a fixture lasts, and what is left over is cleared away."""
+    result = library(name)
+    if name == "simulated":
+        with importlib.import_module("simulated_cupy").installed():
+            yield result
+    else:
+        yield result
+        gc.collect()
+
+
 # ---- equal memory on host and device ------------------------------------------------------------
 
 

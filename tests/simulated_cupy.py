@@ -10,7 +10,9 @@ kernels of CuPy's own run on the current device, whatever device an array is on.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import math
 import sys
 import threading
 import types
@@ -229,9 +231,29 @@ def array(values: Any, dtype: Any = None) -> ndarray:
 
 
 def asarray(values: Any, dtype: Any = None) -> ndarray:
+    if hasattr(values, "__cuda_array_interface__") and not isinstance(values, ndarray):
+        values = _view(values.__cuda_array_interface__)
     if isinstance(values, ndarray) and dtype in (None, values.dtype):
         return values
     return array(values, dtype)
+
+
+def from_dlpack(values: Any) -> ndarray:
+    """Return a view of an array of the tests that only speaks DLPack."""
+    return values.array
+
+
+def _view(interface: dict[str, Any]) -> ndarray:
+    """Return a view of memory that is described by an interface."""
+    shape, strides = interface["shape"], interface.get("strides")
+    dtype = np.dtype(interface["typestr"])
+    steps = strides or np.empty(shape, dtype).strides
+    reach = [step * (extent - 1) for step, extent in zip(steps, shape, strict=True) if extent]
+    before = -sum(min(0, step) for step in reach)
+    nbytes = before + sum(max(0, step) for step in reach) + dtype.itemsize
+    start = interface["data"][0] - before
+    memory = (ctypes.c_byte * nbytes).from_address(start) if math.prod(shape) else b""
+    return ndarray(np.ndarray(shape, dtype, memory, before if memory else 0, strides), 0)
 
 
 def asnumpy(array: ndarray) -> np.ndarray:

@@ -1112,23 +1112,21 @@ def test_weights_that_are_not_finite_cannot_be_a_reference() -> None:
     assert opt.anchors == {}
 
 
-def test_parameters_on_a_gpu() -> None:
+def test_references_on_another_device() -> None:
+    """They may be anywhere; what is kept is where the parameter is (test_gpu_rows.py)."""
     lib = library("simulated")
     with simulated_cupy.installed():
-        on_cpu = np.ones(3, f32)
-        opt = fs.SGD([on_cpu, lib.put(np.ones(3, f32))], lr=0.5)
-        with pytest.raises(TypeError, match="parameter 1 is on cuda:0"):
-            opt.anchor(1.0)
-        with pytest.raises(TypeError, match="parameter 1 is on cuda:0"):
-            opt.anchor(1.0, [None, np.ones(3)])
-        assert opt.anchors == {}
-        opt.anchor([2.0, None], [lib.put(np.zeros(3, f32)), None])  # which may be anywhere
-        opt.step([np.zeros(3, f32), lib.put(np.ones(3, f32))])
-        np.testing.assert_array_equal(on_cpu, 0.5)
+        on_cpu, on_gpu = np.ones(3, f32), lib.put(np.ones(3, f32))
+        opt = fs.SGD([on_cpu, on_gpu], lr=0.5)
+        opt.anchor(2.0, [lib.put(np.zeros(3, f32)), np.zeros(3)])
+        opt.step([np.zeros(3, f32), lib.put(np.zeros(3, f32))])
+        for w in (on_cpu, lib.get(on_gpu)):
+            np.testing.assert_array_equal(w, 0.5)
+        assert isinstance(opt.anchors[0]["reference"], np.ndarray)
+        assert lib.is_own(opt.anchors[1]["reference"])
         saved = opt.state_dict()
-        with pytest.raises(TypeError, match="on cuda:0"):
-            opt.load_state_dict(edited(state__1=saved["state"][0])(saved))
-        assert list(opt.anchors) == [0]
+        opt.load_state_dict(edited(state__1=saved["state"][0])(saved))
+        assert lib.is_own(opt.anchors[1]["reference"])
 
 
 # ---- state dicts, files, pickles ----------------------------------------------------------------

@@ -26,7 +26,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusestep as fs
-import simulated_cupy
 from concurrency import in_threads
 from devices import (
     Capsule,
@@ -35,6 +34,7 @@ from devices import (
     Mirror,
     assert_same,
     bfloat16,
+    in_use,
     library,
     on_host,
     simulate,
@@ -72,13 +72,7 @@ in_simulation = pytest.mark.parametrize("lib", ["simulated"], indirect=True)
 @pytest.fixture(scope="module", params=["simulated", *REAL])
 def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
     """Each library in turn."""
-    result = library(request.param)
-    if request.param == "simulated":
-        with simulated_cupy.installed():
-            yield result
-    else:
-        yield result
-        gc.collect()
+    yield from in_use(request.param)
 
 
 def needs(lib: Library, *dtypes: np.dtype) -> None:

@@ -1354,16 +1354,16 @@ def test_references_are_given_back() -> None:
 # ---- GPUs ---------------------------------------------------------------------------------------
 
 
-def test_tables_on_a_gpu_are_refused() -> None:
+def test_values_on_another_device_are_refused() -> None:
+    """Of a table on a GPU; all else about these is in test_gpu_rows.py."""
     lib = library("simulated")
     with simulated_cupy.installed():
         w, b = lib.put(np.ones((5, 2), f32)), np.ones((5, 2), f32)
         opt = fs.Adam([b, w])
         opt.step([fs.Rows([1], np.ones((1, 2), f32)), lib.put(np.ones((5, 2), f32))])
         before, kept = opt.state_dict(), (lib.get(w), b.copy())
-        for values in (lib.put(np.ones((1, 2), f32)), np.ones((1, 2), f32)):
-            with pytest.raises(TypeError, match="cuda:0"):
-                opt.step([fs.Rows([2], np.ones((1, 2), f32)), fs.Rows([0], values)])
+        with pytest.raises(ValueError, match="is on cpu; expected cuda:0"):
+            opt.step([fs.Rows([2], np.ones((1, 2), f32)), fs.Rows([0], np.ones((1, 2), f32))])
         assert opt.steps == before["fusestep"]["steps"] == 1
         assert_same(lib.get(w), kept[0])
         assert_same(b, kept[1])

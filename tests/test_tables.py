@@ -335,8 +335,11 @@ def test_parameters_without_rows() -> None:
 
 def test_parameters_on_a_gpu() -> None:
     lib = library("simulated")
-    with simulated_cupy.installed(), pytest.raises(TypeError, match="on cuda:0"):
-        fs.RowwiseAdagrad([lib.put(np.ones((3, 4), f32))])
+    with simulated_cupy.installed():
+        opt = fs.RowwiseAdagrad([lib.put(np.ones((3, 4), f32))])
+        accumulators = opt.state[0]["sum"]
+        assert lib.is_own(accumulators)
+        assert accumulators.shape == (3,)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 #include <pybind11/numpy.h>
 
 #include <cstring>
+#include <stdexcept>
 
+#include "arrays/cuda_driver.h"
 #include "arrays/foreign_errors.h"
 #include "arrays/numpy.h"
 #include "core/errors.h"
@@ -15,19 +17,41 @@ namespace {
 
 PyTypeObject* rows_type = nullptr;
 
-// The indices of a library other than NumPy, seen as NumPy's.
-py::array as_numpy(PyObject* object, const Label& label) {
-  if (is_masked(object)) throw TypeError(label.text() + " are a masked array; pass its .data");
-  if (is_numpy(object)) return py::reinterpret_borrow<py::array>(object);
+// What a function of Python's makes of the indices of a library other than NumPy: NumPy's.
+py::array converted(PyObject* object, const py::object& function, const Label& label,
+                    const char* where) {
   try {
-    return py::module_::import("numpy").attr("from_dlpack")(py::handle(object));
+    return function(py::handle(object));
   } catch (const py::error_already_set& error) {
     rethrow_as_type_error(error,
                           {PyExc_TypeError, PyExc_BufferError, PyExc_AttributeError,
                            PyExc_ValueError, PyExc_RuntimeError},
                           label.text() + " are a " + Py_TYPE(object)->tp_name +
-                              "; expected an array of int32 or int64 in the memory of the CPU: ");
+                              "; expected an array of int32 or int64 in the memory of " + where +
+                              ": ");
   }
+}
+
+py::object of_arrays(const char* name) {
+  return py::module_::import("fusestep._arrays").attr(name);
+}
+
+// The host must know which rows there are before anything is written, so it has to wait for them.
+py::array fetched(PyObject* object, const Array& parameter, const Label& label) {
+  if (cuda_driver().is_capturing(parameter.device.index, parameter.current_stream()))
+    throw std::runtime_error("a CUDA graph is being captured, and " + label.text() +
+                             " would have to be fetched from the GPU; expected an array in the "
+                             "memory of the CPU");
+  return converted(object, of_arrays("on_host"), label, "the CPU or a GPU");
+}
+
+py::array as_numpy(PyObject* object, const Array& parameter, const Label& label) {
+  if (is_masked(object)) throw TypeError(label.text() + " are a masked array; pass its .data");
+  if (is_numpy(object)) return py::reinterpret_borrow<py::array>(object);
+  if (parameter.device.kind == Device::cuda &&
+      of_arrays("is_on_gpu")(py::handle(object)).cast<bool>())
+    return fetched(object, parameter, label);
+  return converted(object, py::module_::import("numpy").attr("from_dlpack"), label, "the CPU");
 }
 
 template <class Integer>
@@ -49,8 +73,9 @@ void set_rows_type(PyObject* type) { rows_type = reinterpret_cast<PyTypeObject*>
 
 bool is_rows(PyObject* object) { return rows_type && PyObject_TypeCheck(object, rows_type); }
 
-std::vector<std::int64_t> read_row_numbers(PyObject* object, const Label& label) {
-  const py::array array = as_numpy(object, label);
+std::vector<std::int64_t> read_row_numbers(PyObject* object, const Array& parameter,
+                                           const Label& label) {
+  const py::array array = as_numpy(object, parameter, label);
   if (array.ndim() == 1 && array.size() == 0) return {};  // np.array([]) has a dtype of floats
   const py::dtype dtype = array.dtype();
   const bool is_native = dtype.byteorder() == '=' || dtype.byteorder() == '<';
@@ -71,10 +96,10 @@ void check_row_count(const Rows& rows, const std::string& name) {
                    "; expected one row of values for each index");
 }
 
-Rows from_rows(PyObject* object, const std::string& name) {
+Rows from_rows(PyObject* object, const Array& parameter, const std::string& name) {
   const py::handle rows(object);
   const py::object indices = rows.attr("indices"), values = rows.attr("values");
-  Rows result{read_row_numbers(indices.ptr(), {"the row indices for ", name}),
+  Rows result{read_row_numbers(indices.ptr(), parameter, {"the row indices for ", name}),
               from_object(values.ptr(), {"the gradient of ", name})};
   check_row_count(result, name);
   return result;

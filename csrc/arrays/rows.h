@@ -23,10 +23,12 @@ bool is_rows(PyObject* object);
 
 // Throws TypeError for indices that are not int32 or int64, ValueError for those that are not one
 // for each row of the values.
-Rows from_rows(PyObject* object, const std::string& name);
+Rows from_rows(PyObject* object, const Array& parameter, const std::string& name);
 
-// A one-dimensional array of int32 or int64.
-std::vector<std::int64_t> read_row_numbers(PyObject* object, const Label& label);
+// A one-dimensional array of int32 or int64, in the CPU's memory; or on a GPU, where the parameter
+// is on one: then it is waited for.
+std::vector<std::int64_t> read_row_numbers(PyObject* object, const Array& parameter,
+                                           const Label& label);
 
 // Throws ValueError unless there is a row of values for each of the numbers.
 void check_row_count(const Rows& rows, const std::string& name);

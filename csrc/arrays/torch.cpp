@@ -179,7 +179,7 @@ TorchTensors::Gradient TorchTensors::sparse_gradient(const Array& parameter_view
                      std::to_string(shape[0]));
   const py::object numbers = parts[0], values = parts[1];
   Gradient gradient = dense_gradient(values, label);
-  Rows rows{read_row_numbers(numbers.ptr(), {"the row indices for ", label.name}),
+  Rows rows{read_row_numbers(numbers.ptr(), parameter_view, {"the row indices for ", label.name}),
             std::move(gradient.view)};
   check_row_count(rows, label.name);
   return {std::move(rows.values), std::move(rows.numbers), gradient.is_copy};

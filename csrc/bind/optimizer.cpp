@@ -100,8 +100,11 @@ void catch_up(Optimizer& optimizer, const py::sequence& indices) {
   for (const py::handle array : indices) {
     static const std::string kName = "catch_up";
     auto& rows = numbers.emplace_back();
-    if (!array.is_none())
-      rows = arrays::read_row_numbers(array.ptr(), {"the row indices for ", kName});
+    if (array.is_none()) continue;
+    static const arrays::Array kNone;  // of one array too many, which is refused later
+    const std::size_t i = numbers.size() - 1;
+    const arrays::Array& parameter = i < optimizer.size() ? optimizer.slot(i).parameter() : kNone;
+    rows = arrays::read_row_numbers(array.ptr(), parameter, {"the row indices for ", kName});
   }
   optimizer.catch_up(numbers);
 }

@@ -10,8 +10,11 @@
 #endif
 
 // A loop over registers: on a GPU an array is only kept in registers where every index is constant.
+// And one that registers are too few to unroll.
 #if defined(__CUDA_ARCH__)
 #define FUSESTEP_UNROLL _Pragma("unroll")
+#define FUSESTEP_DO_NOT_UNROLL _Pragma("unroll 1")
 #else
 #define FUSESTEP_UNROLL
+#define FUSESTEP_DO_NOT_UNROLL
 #endif

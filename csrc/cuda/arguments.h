@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtypes.h"
 #include "core/tiling.h"
@@ -24,10 +25,15 @@ inline constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads * kPerThread == kTileSize, "a block moves one tile");
 
 // One parameter with its gradient and state.
-struct Item {
-  std::byte* data[kRuleOperands];
+template <int operands, class TileNumber = std::uint32_t>
+struct ItemOf {
+  using Number = TileNumber;
+  static constexpr int kOperands = operands;
+  static constexpr int kTilesPerBlock = 1;
+
+  std::byte* data[operands];
   std::int64_t size;                                     // elements
-  std::uint32_t first_tile;                              // in the list
+  Number first_tile;                                     // in the list
   std::uint32_t rule;                                    // its place among the rules
   std::uint8_t first_axis, axes, row_axis, column_axis;  // none where all is one dense run
   std::uint16_t dtypes;                                  // two bits for each operand
@@ -38,20 +44,59 @@ struct Item {
     return {data[i], static_cast<DType>(dtypes >> 2 * i & 3)};
   }
 };
+using Item = ItemOf<kRuleOperands>;
 static_assert(sizeof(Item) == 64);
 
+// The same with room for an anchor (rules/anchor.h), whose reference and importance are the
+// operands after the state that the rule has.
+template <class Number = std::uint32_t>
+struct AnchoredItemOf : ItemOf<kMaxOperands, Number> {
+  double lambda, lr;  // the rate is in the table where there is one
+  bool is_anchored, has_importance;
+};
+using AnchoredItem = AnchoredItemOf<>;
+
+template <class Item>
+inline constexpr bool kMayBeAnchored =
+    std::is_base_of_v<AnchoredItemOf<typename Item::Number>, Item>;
+
+// The rows that move, and which values are added up for them: as in gradients/rows.h, in device
+// memory, and null where that is empty.
+struct RowList {
+  const std::int64_t* row = nullptr;
+  const std::int64_t* first = nullptr;
+  const std::int64_t* source = nullptr;
+};
+
+// A table of which some rows move. The arrays and their size are those of row 0; dense rows have an
+// axis, too, and are aligned if all are. Rows are short: what a block of other parameters is, a
+// warp is here, with a chunk of a tile: first those of the first row that moves, then the next's.
+struct RowsItem : AnchoredItemOf<std::int64_t> {
+  static constexpr int kTilesPerBlock = kWarps;
+  static constexpr int kChunk = kWarpSize * kPerThread;
+
+  RowList rows;
+  std::uint32_t tiles;                // of a row
+  std::uint32_t chunks;               // of a tile
+  std::int64_t stride[kMaxOperands];  // from one row to the next, in bytes
+  Operand row_state;                  // of a row-wise rule
+  std::int64_t row_state_stride;
+};
+
 // Up to `items` parameters in a row, cut into tiles that are numbered through.
-template <int items, int axes>
+template <int items, int axes, class OneItem = Item>
 struct List {
+  using Item = OneItem;
+  using Number = typename Item::Number;
   static constexpr int kItems = items, kAxes = axes;
 
   std::int32_t count;
-  std::uint32_t tiles;
+  Number tiles;
   Item item[items];
   TileAxis axis[axes > 0 ? axes : 1];
 
   // The item that a tile belongs to: the last one that begins at it or before.
-  FUSESTEP_HOST_DEVICE const Item& item_of(std::uint32_t tile) const {
+  FUSESTEP_HOST_DEVICE const Item& item_of(Number tile) const {
     int first = 0, last = count;
     while (last - first > 1) {
       const int middle = (first + last) / 2;
@@ -60,7 +105,8 @@ struct List {
     return item[first];
   }
 
-  FUSESTEP_HOST_DEVICE Tiling tiling(const Item& one) const {
+  template <class One>
+  FUSESTEP_HOST_DEVICE Tiling tiling(const One& one) const {
     return {axis + one.first_axis, one.axes, one.row_axis, one.column_axis};
   }
 };
@@ -69,6 +115,9 @@ struct List {
 using ShortList = List<32, 0>;
 using LongList = List<440, 0>;
 using StridedList = List<256, 104>;
+using AnchoredList = List<128, 0, AnchoredItem>;
+using StridedAnchoredList = List<128, 104, AnchoredItem>;
+using RowsList = List<32, 64, RowsItem>;
 
 // How many different coefficients go along with a launch.
 template <class ItemList>
@@ -85,8 +134,10 @@ struct RuleEntry {
 
 // The same with the type forgotten: an entry of the table that Advance fills on the device.
 struct alignas(16) AnyRuleEntry {
-  unsigned char bytes[128];
+  unsigned char bytes[120];
+  double lr;
 };
+static_assert(sizeof(AnyRuleEntry) == 128);
 
 // Whether a step happens, and how; worked out on the device.
 struct Decision {

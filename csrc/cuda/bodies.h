@@ -9,9 +9,9 @@
 
 #include "core/gradient_norm.h"
 #include "cuda/arguments.h"
-#include "cuda/elements.h"
+#include "cuda/rows.h"
+#include "cuda/share.h"
 #include "cuda/warp.h"
-#include "gradients/dense.h"
 #include "rules/registry.h"
 
 namespace fusestep::cuda {
@@ -19,24 +19,25 @@ namespace fusestep::cuda {
 // Who calls: every thread, or the threads of a warp together.
 enum class Team { thread, warp };
 
+// What the list is cut into, and numbered by: a tile; where rows are listed, a chunk of one for
+// `share`, or a whole row.
+enum class Unit { tile, share, row };
+
 FUSESTEP_HOST_DEVICE bool is_first_of_warp(int thread) { return thread % kWarpSize == 0; }
 
-// Writes zeros to the gradients of a thread's share of a tile.
-template <class Elements>
-FUSESTEP_HOST_DEVICE void clear(const Item& item, const Elements& elements) {
-  const DType dtype = item.operand(kGradient).dtype;
-  typename Elements::Values zeros;
-  FUSESTEP_UNROLL
-  for (int k = 0; k < kPerThread; ++k) zeros.set(k, dtype, {0, 0});
-  elements.store(kGradient, zeros);
+// The tile, chunk or row that a thread has a share of; there may not be so many.
+template <class ItemList>
+FUSESTEP_HOST_DEVICE typename ItemList::Number tile_of(std::int64_t block, int thread) {
+  constexpr int kPerBlock = ItemList::Item::kTilesPerBlock;
+  return static_cast<typename ItemList::Number>(block * kPerBlock +
+                                                thread / (kThreads / kPerBlock));
 }
 
-// Moves a list of parameters and their state: a block for each tile.
+// What moving has in common: the list, and by what its parameters are moved.
 template <class Loop, class T, class ItemList>
-struct Update {
+struct Moves {
+  using Item = typename ItemList::Item;
   using Rule = typename Loop::template Of<T>;
-  static constexpr Team kTeam = Team::thread;
-  static constexpr int kStates = Loop::kStates;
 
   const AnyRuleEntry* table;  // on the device, or null: then the coefficients are here
   const Decision* decision;   // on the device, or null: then the step happens with
@@ -45,80 +46,139 @@ struct Update {
   RuleEntry<Rule> rules[kRules<ItemList>];
   ItemList list;
 
-  FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
-    const bool take = !decision || decision->take != 0;
-    if (!take && !clear_gradients) return;
-    const auto tile = static_cast<std::uint32_t>(block);
-    const Item& item = list.item_of(tile);
-    visit_elements(list, item, tile - item.first_tile, thread, [&](const auto& elements) {
-      if (take) move(item, elements);
-      if (clear_gradients) clear(item, elements);
-    });
-  }
+ protected:
+  FUSESTEP_HOST_DEVICE bool happen() const { return !decision || decision->take != 0; }
 
- private:
-  template <class Elements>
-  FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements) const {
-    using Values = typename Elements::Values;
-    Values parameter = elements.load(kParameter);
-    const Values gradient = elements.load(kGradient);
-    Values state[kStates > 0 ? kStates : 1];
-    FUSESTEP_UNROLL
-    for (int s = 0; s < kStates; ++s) state[s] = elements.load(kState + s);
-
+  FUSESTEP_HOST_DEVICE Orders<Rule, T> orders_for(const Item& item) const {
     const RuleEntry<Rule>& entry =
         table ? *reinterpret_cast<const RuleEntry<Rule>*>(table[item.rule].bytes)
               : rules[item.rule];
     const double common = decision ? decision->gradient_factor : gradient_factor;
-    const T factor = static_cast<T>(entry.gradient_factor * common);
-    const auto dtype = [&](int operand) { return item.operand(operand).dtype; };
-    FUSESTEP_UNROLL
-    for (int k = 0; k < kPerThread; ++k) {
-      T w = parameter.get(k, dtype(kParameter)).template as<T>(dtype(kParameter));
-      const T g = gradient.get(k, dtype(kGradient)).template as<T>(dtype(kGradient));
-      T s[kStates > 0 ? kStates : 1];
-      FUSESTEP_UNROLL
-      for (int i = 0; i < kStates; ++i)
-        s[i] = state[i].get(k, dtype(kState + i)).template as<T>(dtype(kState + i));
-      apply(entry.rule(), w, gradients::Dense<T>{&g, factor}(0), s);
-      parameter.set(k, dtype(kParameter), Bits::of(dtype(kParameter), w));
-      FUSESTEP_UNROLL
-      for (int i = 0; i < kStates; ++i)
-        state[i].set(k, dtype(kState + i), Bits::of(dtype(kState + i), s[i]));
-    }
-
-    elements.store(kParameter, parameter);
-    FUSESTEP_UNROLL
-    for (int s = 0; s < kStates; ++s) elements.store(kState + s, state[s]);
+    return {entry.rule(), static_cast<T>(entry.gradient_factor * common), rate(item)};
   }
 
-  FUSESTEP_HOST_DEVICE static void apply(const Rule& rule, T& w, T g, [[maybe_unused]] T* s) {
-    if constexpr (kStates == 0) rule(w, g);
-    if constexpr (kStates == 1) rule(w, g, s[0]);
-    if constexpr (kStates == 2) rule(w, g, s[0], s[1]);
-    if constexpr (kStates == 3) rule(w, g, s[0], s[1], s[2]);
+ private:
+  FUSESTEP_HOST_DEVICE double rate([[maybe_unused]] const Item& item) const {
+    if constexpr (kMayBeAnchored<Item>) return table ? table[item.rule].lr : item.lr;
+    return 0;
   }
 };
 
-// Clears a list of gradients: a block for each tile.
+// Moves a list of parameters and their state: a block for each tile, or a warp for each chunk of
+// rows.
+template <class Loop, class T, class ItemList>
+struct Update : Moves<Loop, T, ItemList> {
+  static constexpr Team kTeam = Team::thread;
+  static constexpr Unit kUnit = Unit::share;
+
+  FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
+    const bool take = this->happen();
+    if (!take && !this->clear_gradients) return;
+    const auto tile = tile_of<ItemList>(block, thread);
+    if (tile >= this->list.tiles) return;
+    const auto& of_list = this->list.item_of(tile);
+    const auto visit = [&](const auto& item, const auto& elements, const auto& sources) {
+      if (take)
+        move<T, Loop::kStates>(item, elements, sources, [&] { return this->orders_for(of_list); });
+      if (this->clear_gradients) clear(item, elements, sources);
+    };
+    visit_share(this->list, of_list, tile - of_list.first_tile, thread, visit);
+  }
+};
+
+// Moves rows by a rule that looks at all of a row first: a warp for each.
+template <class Loop, class T>
+struct UpdateWholeRows : Moves<Loop, T, RowsList> {
+  using Rule = typename Loop::template Of<T>;
+  static constexpr Team kTeam = Team::warp;
+  static constexpr Unit kUnit = Unit::row;
+
+  FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
+    const bool take = this->happen();
+    if (!take && !this->clear_gradients) return;
+    const std::int64_t number = tile_of<RowsList>(block, thread);
+    if (number >= this->list.tiles) return;
+    const RowsItem& table = this->list.item_of(number);
+    const Row row(table, number - table.first_tile);
+    if (take) move_row(thread, table, row);
+    if (!this->clear_gradients) return;
+    for_each_share(thread, table, row,
+                   [&](const auto& elements) { clear(row.item, elements, row.sources); });
+  }
+
+ private:
+  FUSESTEP_HOST_DEVICE void move_row(int thread, const RowsItem& table, const Row& row) const {
+    const Orders<Rule, T> of_step = this->orders_for(table);
+    const double sum = sum_in_groups(thread, 0, table.tiles, [&](std::int64_t tile) {
+      return sum_of_tile(thread, row, static_cast<std::uint32_t>(tile), of_step);
+    });
+    const Rule rule = rule_of_row(thread, table, row, of_step.rule, sum);
+    const Orders<Rule, T> orders{rule, of_step.factor, of_step.lr};
+    for_each_share(thread, table, row, [&](const auto& elements) {
+      move<T, Loop::kStates>(row.item, elements, row.sources, [&] { return orders; });
+    });
+  }
+
+  FUSESTEP_HOST_DEVICE double sum_of_tile(int thread, const Row& row, std::uint32_t tile,
+                                          const Orders<Rule, T>& orders) const {
+    const DType dtype = row.item.operand(kParameter).dtype;
+    const std::int64_t size = item_size(dtype);
+    const StridedPlace place(this->list, row.item, tile);
+    return sum_in_warp<place.kUnroll>(thread, place.count(), [&](int i) {
+      const T w = Bits::load(place.at(kParameter, i, size), size).template as<T>(dtype);
+      const T gradient = gradient_at<T>(row.item, place, row.sources, i);
+      return orders.rule.square(w, gradients::Dense<T>{&gradient, orders.factor}(0));
+    });
+  }
+
+  // The rule of this row, whose accumulator takes part in the step.
+  FUSESTEP_HOST_DEVICE static Rule rule_of_row(int thread, const RowsItem& table, const Row& row,
+                                               const Rule& of_step, double sum) {
+    const DType dtype = table.row_state.dtype;
+    const std::int64_t size = item_size(dtype);
+    std::byte* const state = table.row_state.data + row.in_table * table.row_state_stride;
+    T accumulator = Bits::load(state, size).as<T>(dtype);
+    sync_warp();  // all have read it before one of them writes
+    const Rule rule = of_step.of_row(sum / static_cast<double>(table.size), accumulator);
+    if (is_first_of_warp(thread)) Bits::of(dtype, accumulator).store(state, size);
+    return rule;
+  }
+
+  template <class Visit>
+  FUSESTEP_HOST_DEVICE void for_each_share(int thread, const RowsItem& table, const Row& row,
+                                           Visit visit) const {
+    in_each_lane(thread, [&](int lane) {
+      FUSESTEP_DO_NOT_UNROLL
+      for (std::uint32_t chunk = 0; chunk < table.tiles * table.chunks; ++chunk)
+        visit_elements_of_row(this->list, table, row, chunk, lane, visit);
+    });
+  }
+};
+
+// Clears a list of gradients, likewise.
 template <class ItemList>
 struct Clear {
   static constexpr Team kTeam = Team::thread;
+  static constexpr Unit kUnit = Unit::share;
 
   ItemList list;
 
   FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
-    const auto tile = static_cast<std::uint32_t>(block);
-    const Item& item = list.item_of(tile);
-    visit_elements(list, item, tile - item.first_tile, thread,
-                   [&](const auto& elements) { clear(item, elements); });
+    const auto tile = tile_of<ItemList>(block, thread);
+    if (tile >= list.tiles) return;
+    const auto& of_list = list.item_of(tile);
+    visit_share(list, of_list, tile - of_list.first_tile, thread,
+                [&](const auto&... share) { clear(share...); });
   }
 };
 
 // The sum of the squares of each tile's gradients: a warp for each tile.
 template <class ItemList>
 struct SumSquares {
+  using Item = typename ItemList::Item;
+  using Number = typename Item::Number;
   static constexpr Team kTeam = Team::warp;
+  static constexpr Unit kUnit = Unit::tile;
 
   double prescale;
   double* sums;            // of the list's first tile onwards
@@ -126,7 +186,7 @@ struct SumSquares {
   ItemList list;
 
   FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
-    const auto tile = static_cast<std::uint32_t>(block * kWarps + thread / kWarpSize);
+    const auto tile = static_cast<Number>(block * kWarps + thread / kWarpSize);
     if (tile >= list.tiles) return;
     const Item& item = list.item_of(tile);
     write(sums, tile, thread, item, prescale);
@@ -134,7 +194,7 @@ struct SumSquares {
   }
 
  private:
-  FUSESTEP_HOST_DEVICE void write(double* to, std::uint32_t tile, int thread, const Item& item,
+  FUSESTEP_HOST_DEVICE void write(double* to, Number tile, int thread, const Item& item,
                                   double scale) const {
     const double sum = item.in_double ? sum_of<double>(tile, thread, item, scale)
                                       : sum_of<float>(tile, thread, item, scale);
@@ -142,24 +202,17 @@ struct SumSquares {
   }
 
   template <class T>
-  FUSESTEP_HOST_DEVICE double sum_of(std::uint32_t tile, int thread, const Item& item,
+  FUSESTEP_HOST_DEVICE double sum_of(Number tile, int thread, const Item& of_list,
                                      double scale) const {
-    tile -= item.first_tile;
-    if constexpr (ItemList::kAxes > 0)
-      if (item.axes > 0) return sum_of<T>(StridedPlace(list, item, tile), thread, item, scale);
-    return sum_of<T>(DensePlace(list, item, tile), thread, item, scale);
-  }
-
-  template <class T, class Place>
-  FUSESTEP_HOST_DEVICE static double sum_of(const Place& place, int thread, const Item& item,
-                                            double scale) {
-    const DType dtype = item.operand(kGradient).dtype;
-    const std::int64_t size = item_size(dtype);
-    return sum_in_warp<Place::kUnroll>(thread, place.count(), [&](int i) {
-      const Bits bits = Bits::load(place.at(kGradient, i, size), size);
-      const double scaled = scale * static_cast<double>(bits.as<T>(dtype));
-      return scaled * scaled;
-    });
+    return visit_tile(list, of_list, tile - of_list.first_tile,
+                      [&](const auto& item, const auto& place, const auto& sources) {
+                        constexpr int unroll = std::decay_t<decltype(place)>::kUnroll;
+                        return sum_in_warp<unroll>(thread, place.count(), [&](int i) {
+                          const T value = gradient_at<T>(item, place, sources, i);
+                          const double scaled = scale * static_cast<double>(value);
+                          return scaled * scaled;
+                        });
+                      });
   }
 };
 
@@ -279,6 +332,7 @@ struct Advance {
     memcpy(entry.bytes, &rule, sizeof rule);
     entry.gradient_factor = one.gradient_factor;
     memcpy(one.entry->bytes, &entry, sizeof entry);
+    one.entry->lr = options.lr;
   }
 
   // What the copies say counts. But a float32 cannot count beyond 2^24.

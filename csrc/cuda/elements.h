@@ -78,14 +78,15 @@ struct Bits {
 };
 
 // Four consecutive elements of each operand of a dense run, at once: 16 bytes of float32.
+template <class Item>
 class AdjacentElements {
  public:
   FUSESTEP_HOST_DEVICE static bool suit(const Item& item, std::uint32_t tile) {
     return item.is_aligned && (std::int64_t{tile} + 1) * kTileSize <= item.size;
   }
 
-  FUSESTEP_HOST_DEVICE AdjacentElements(const Item& item, std::uint32_t tile, int thread)
-      : item_(item), begin_(std::int64_t{tile} * kTileSize + thread * kPerThread) {}
+  FUSESTEP_HOST_DEVICE AdjacentElements(const Item& item, std::int64_t begin)
+      : item_(item), begin_(begin) {}
 
   // Whichever of these suits the type; three, because one that serves all types would have to be
   // copied together, which waits for the load. Each element is set in turn, and not read again.
@@ -123,9 +124,10 @@ class AdjacentElements {
     EightBytes new_half_;  // an element is set while its neighbour in the word is still to be read
   };
 
-  FUSESTEP_HOST_DEVICE Values load(int operand) const {
+  // So many bytes further on: in another row, say.
+  FUSESTEP_HOST_DEVICE Values load(int operand, std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
-    const std::byte* from = item_.data[operand] + begin_ * size;
+    const std::byte* from = item_.data[operand] + begin_ * size + offset;
     Values values;
     if (size == 2) {
       values.half_ = cuda::load<EightBytes>(from);
@@ -136,9 +138,10 @@ class AdjacentElements {
     return values;
   }
 
-  FUSESTEP_HOST_DEVICE void store(int operand, const Values& values) const {
+  FUSESTEP_HOST_DEVICE void store(int operand, const Values& values,
+                                  std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
-    std::byte* to = item_.data[operand] + begin_ * size;
+    std::byte* to = item_.data[operand] + begin_ * size + offset;
     if (size == 2) return cuda::store(to, values.new_half_);
     cuda::store(to, values.low_);
     if (size == 8) cuda::store(to + sizeof(SixteenBytes), values.high_);
@@ -150,6 +153,7 @@ class AdjacentElements {
 };
 
 // A tile of a dense run: where its elements are, and how many.
+template <class Item>
 class DensePlace {
  public:
   static constexpr int kUnroll = 8;  // loads under way at a time, in a sum
@@ -172,6 +176,7 @@ class DensePlace {
 };
 
 // A tile of strided arrays. Its elements are counted row after row.
+template <class Item>
 class StridedPlace {
  public:
   static constexpr int kUnroll = 2;
@@ -180,10 +185,10 @@ class StridedPlace {
   FUSESTEP_HOST_DEVICE StridedPlace(const ItemList& list, const Item& item, std::uint32_t tile)
       : tiling_(list.tiling(item)) {
     FUSESTEP_UNROLL
-    for (int i = 0; i < kRuleOperands; ++i) data_[i] = item.data[i];
+    for (int i = 0; i < Item::kOperands; ++i) data_[i] = item.data[i];
     tiling_.for_each_axis(tile, [&](int k, std::int64_t begin, std::int64_t extent) {
       FUSESTEP_UNROLL
-      for (int i = 0; i < kRuleOperands; ++i) data_[i] += begin * tiling_.axes[k].stride[i];
+      for (int i = 0; i < Item::kOperands; ++i) data_[i] += begin * tiling_.axes[k].stride[i];
       if (k == tiling_.column_axis)
         columns_ = static_cast<unsigned>(extent);
       else if (k == tiling_.row_axis)
@@ -201,17 +206,17 @@ class StridedPlace {
 
  private:
   Tiling tiling_;
-  std::byte* data_[kRuleOperands];
+  std::byte* data_[Item::kOperands];
   unsigned rows_ = 1, columns_ = 1;
 };
 
-// Four elements of each operand, as far apart as a block has threads: so neighbouring threads have
-// neighbouring elements, which need not be aligned, nor all be there.
-template <class Place>
+// Four elements of each operand, as far apart as there are threads at work on the tile: so
+// neighbouring threads have neighbouring elements, which need not be aligned, nor all be there.
+template <int threads, class Item, class Place>
 class SpreadElements {
  public:
-  FUSESTEP_HOST_DEVICE SpreadElements(const Item& item, const Place& place, int thread)
-      : item_(item), place_(place), thread_(thread) {}
+  FUSESTEP_HOST_DEVICE SpreadElements(const Item& item, const Place& place, int first)
+      : item_(item), place_(place), first_(first) {}
 
   class Values {
    public:
@@ -223,45 +228,52 @@ class SpreadElements {
     Bits bits_[kPerThread];
   };
 
-  FUSESTEP_HOST_DEVICE Values load(int operand) const {
+  FUSESTEP_HOST_DEVICE Values load(int operand, std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
     Values values;
     FUSESTEP_UNROLL
     for (int k = 0; k < kPerThread; ++k) {
       values.bits_[k] = {0, 0};
-      if (has(k)) values.bits_[k] = Bits::load(place_.at(operand, index(k), size), size);
+      if (has(k)) values.bits_[k] = Bits::load(place_.at(operand, index(k), size) + offset, size);
     }
     return values;
   }
 
-  FUSESTEP_HOST_DEVICE void store(int operand, const Values& values) const {
+  FUSESTEP_HOST_DEVICE void store(int operand, const Values& values,
+                                  std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
     FUSESTEP_UNROLL
     for (int k = 0; k < kPerThread; ++k)
-      if (has(k)) values.bits_[k].store(place_.at(operand, index(k), size), size);
+      if (has(k)) values.bits_[k].store(place_.at(operand, index(k), size) + offset, size);
   }
 
  private:
   FUSESTEP_HOST_DEVICE bool has(int k) const { return index(k) < place_.count(); }
-  FUSESTEP_HOST_DEVICE int index(int k) const { return thread_ + k * kThreads; }
+  FUSESTEP_HOST_DEVICE int index(int k) const { return first_ + k * threads; }
 
   const Item& item_;
   const Place& place_;
-  int thread_;
+  int first_;
 };
 
+template <int threads, class Item, class Place>
+FUSESTEP_HOST_DEVICE SpreadElements<threads, Item, Place> spread(const Item& item,
+                                                                 const Place& place, int first) {
+  return {item, place, first};
+}
+
 // Calls visit(elements) with a thread's share of a tile of an item.
-template <class ItemList, class Visit>
+template <class ItemList, class Item, class Visit>
 FUSESTEP_HOST_DEVICE void visit_elements(const ItemList& list, const Item& item, std::uint32_t tile,
                                          int thread, Visit visit) {
   if constexpr (ItemList::kAxes > 0) {
     const StridedPlace place(list, item, tile);
-    visit(SpreadElements(item, place, thread));
-  } else if (AdjacentElements::suit(item, tile)) {
-    visit(AdjacentElements(item, tile, thread));
+    visit(spread<kThreads>(item, place, thread));
+  } else if (AdjacentElements<Item>::suit(item, tile)) {
+    visit(AdjacentElements(item, std::int64_t{tile} * kTileSize + thread * kPerThread));
   } else {
     const DensePlace place(list, item, tile);
-    visit(SpreadElements(item, place, thread));
+    visit(spread<kThreads>(item, place, thread));
   }
 }
 

@@ -27,6 +27,13 @@ __global__ void FUSESTEP_LAUNCH_BOUNDS run(const __grid_constant__ Body body) {
   body(static_cast<std::int64_t>(blockIdx.x), static_cast<int>(threadIdx.x));
 }
 
+// Likewise everywhere for bodies with strides, or as many operands as there may be.
+template <class Body>
+  requires(kMayBeAnchored<typename Body::Item> || decltype(Body::list)::kAxes > 0)
+__global__ void __launch_bounds__(kThreads, 1) run(const __grid_constant__ Body body) {
+  body(static_cast<std::int64_t>(blockIdx.x), static_cast<int>(threadIdx.x));
+}
+
 template <class Body>
 void launch(const Body& body, std::int64_t blocks, Stream stream) {
   static_assert(sizeof(Body) <= kMostParameterBytes);

@@ -11,11 +11,85 @@ namespace fusestep::cuda {
 namespace {
 
 // A grid has at most 2^31 - 1 blocks.
-constexpr std::int64_t kMostTiles = 0x7fffffff;
+constexpr std::int64_t kMostBlocks = 0x7fffffff;
 
 constexpr std::int64_t kSixteen = 16;
 
-bool is_strided(const Work& work) { return work.iteration.layout != nullptr; }
+// A parameter's share of the step, and where its list of rows is on the device.
+struct Piece {
+  const Work* work;
+  RowList rows = {};
+
+  const Iteration& iteration() const { return work->iteration; }
+  bool is_empty() const { return work->elements() == 0; }
+  bool has_rows() const { return work->rows != nullptr; }
+  bool is_strided() const { return iteration().layout != nullptr; }
+  bool is_anchored() const { return work->anchor.reference != 0; }
+  int axes() const { return is_strided() ? iteration().layout->tiling().count : has_rows(); }
+
+  // Of a tile of rows: all tiles are as large as the row, or as tiles may be.
+  std::int64_t chunks() const {
+    return ceil_div(std::min(iteration().size, kTileSize), RowsItem::kChunk);
+  }
+  std::int64_t count_of(Unit unit) const {
+    if (has_rows() && unit == Unit::row) return work->rows->count();
+    return work->tiles() * (has_rows() && unit == Unit::share ? chunks() : 1);
+  }
+};
+using Pieces = std::span<const Piece>;
+
+// ---- lists of rows -----------------------------------------------------------------------------
+
+// Writes numbers to the device, in the order of the stream. They go along as kernel parameters, so
+// that a graph remembers them.
+template <class Value, int at_once>
+void write_some(std::span<const Value> from, Value* to, Stream stream) {
+  Write<Value, at_once> body;
+  for (std::size_t i = 0; i < from.size(); i += at_once) {
+    const std::size_t count = std::min<std::size_t>(at_once, from.size() - i);
+    body.to = to + i;
+    body.count = static_cast<std::int32_t>(count);
+    std::copy_n(from.begin() + static_cast<std::ptrdiff_t>(i), count, body.value);
+    launch(body, ceil_div(body.count, kThreads), stream);
+  }
+}
+
+template <class Value>
+void write(std::span<const Value> from, Value* to, Stream stream) {
+  constexpr int kFew = 128, kMany = (kMostParameterBytes - 64) / sizeof(Value);
+  if (from.size() <= kFew) return write_some<Value, kFew>(from, to, stream);
+  write_some<Value, kMany>(from, to, stream);
+}
+
+// The parameters, with their lists of rows brought to the device, one after the other.
+std::vector<Piece> placed(WorkList list, Workspace& workspace, Stream stream) {
+  std::vector<Piece> pieces;
+  pieces.reserve(list.size());
+  std::vector<std::int64_t> numbers;
+  for (const Work* work : list) {
+    pieces.push_back({work});
+    if (!work->rows) continue;
+    for (const auto part : work->rows->lists())
+      numbers.insert(numbers.end(), part.begin(), part.end());
+  }
+  if (numbers.empty()) return pieces;
+  std::int64_t* const memory = workspace.row_lists(numbers.size(), stream);
+  write<std::int64_t>(numbers, memory, stream);
+  std::int64_t* next = memory;
+  const auto place = [&](std::span<const std::int64_t> part) {
+    std::int64_t* const begin = next;
+    next += part.size();
+    return part.empty() ? nullptr : begin;
+  };
+  for (Piece& piece : pieces) {
+    if (!piece.has_rows()) continue;
+    const auto [row, first, source] = piece.work->rows->lists();
+    piece.rows.row = place(row);
+    piece.rows.first = place(first);
+    piece.rows.source = place(source);
+  }
+  return pieces;
+}
 
 // ---- lists of parameters -----------------------------------------------------------------------
 
@@ -27,57 +101,105 @@ bool is_aligned(const Operand& operand) {
          0;
 }
 
+// True where that goes for all rows, if it does for this one.
+bool is_aligned_in_rows(const Operand& operand, std::int64_t stride) {
+  return is_aligned({operand.data + stride, operand.dtype});
+}
+
 template <class ItemList>
 int axes_in(const ItemList& list) {
   if (list.count == 0) return 0;
-  const Item& last = list.item[list.count - 1];
+  const auto& last = list.item[list.count - 1];
   return last.first_axis + last.axes;
 }
 
-int axes_of(const Work& work) {
-  return is_strided(work) ? work.iteration.layout->tiling().count : 0;
+template <class Body>
+bool has_room(const Body& body, const Piece& piece) {
+  const auto& list = body.list;
+  using ItemList = decltype(Body::list);
+  constexpr std::int64_t kMostTiles = kMostBlocks * ItemList::Item::kTilesPerBlock;
+  const std::int64_t tiles = piece.count_of(Body::kUnit);
+  if (tiles > kMostTiles) throw Error("an array has more elements than a CUDA grid can walk");
+  return list.count < ItemList::kItems && axes_in(list) + piece.axes() <= ItemList::kAxes &&
+         list.tiles + tiles <= kMostTiles;
 }
 
-template <class ItemList>
-bool has_room(const ItemList& list, const Work& work) {
-  if (work.iteration.tiles() > kMostTiles)
-    throw Error("an array has more elements than a CUDA grid can walk");
-  return list.count < ItemList::kItems && axes_in(list) + axes_of(work) <= ItemList::kAxes &&
-         list.tiles + work.iteration.tiles() <= kMostTiles;
+// What an item has besides, if it is of these kinds.
+template <class Number>
+void add_anchor(AnchoredItemOf<Number>& item, const Piece& piece) {
+  const Work::Anchor& anchor = piece.work->anchor;
+  item.lambda = anchor.lambda;
+  item.lr = anchor.lr;
+  item.is_anchored = piece.is_anchored();
+  item.has_importance = anchor.importance != 0;
 }
 
-template <class ItemList>
-void add(ItemList& list, const Work& work, std::uint32_t rule) {
-  const Iteration& iteration = work.iteration;
+void add_rows(RowsItem& item, TileAxis* axes, const Piece& piece) {
+  const Work& work = *piece.work;
+  item.rows = piece.rows;
+  item.tiles = static_cast<std::uint32_t>(work.iteration.tiles());
+  item.chunks = static_cast<std::uint32_t>(piece.chunks());
+  item.row_state = work.row_state;
+  item.row_state_stride = work.row_state_stride;
+  item.is_aligned = item.is_aligned && !piece.is_strided() && item.size % kPerThread == 0;
+  TileAxis elements{item.size, kTileSize, work.iteration.tiles(), {}};
+  for (int i = 0; i < work.iteration.operands; ++i) {
+    const Operand& operand = work.iteration.operand[static_cast<std::size_t>(i)];
+    item.stride[i] = work.rows->stride[static_cast<std::size_t>(i)];
+    item.is_aligned = item.is_aligned && is_aligned_in_rows(operand, item.stride[i]);
+    elements.stride[i] = item_size(operand.dtype);
+  }
+  if (piece.is_strided()) return;
+  item.axes = 1;
+  *axes = elements;
+}
+
+// Adds a parameter to a body's list, which has room for it.
+template <class Body>
+void add(Body& body, const Piece& piece, std::uint32_t rule) {
+  auto& list = body.list;
+  using Item = typename decltype(Body::list)::Item;
+  const Iteration& iteration = piece.iteration();
   Item item{};
   item.size = iteration.size;
   item.first_tile = list.tiles;
   item.rule = rule;
   item.first_axis = static_cast<std::uint8_t>(axes_in(list));  // of dense ones, too: see axes_in
   item.is_aligned = true;
-  item.in_double = work.compute == DType::float64;
-  for (int i = 0; i < iteration.operands; ++i) {
+  item.in_double = piece.work->compute == DType::float64;
+  for (int i = 0; i < std::min(iteration.operands, Item::kOperands); ++i) {
     const Operand& operand = iteration.operand[static_cast<std::size_t>(i)];
     item.data[i] = operand.data;
     item.dtypes =
         static_cast<std::uint16_t>(item.dtypes | static_cast<int>(operand.dtype) << 2 * i);
     item.is_aligned = item.is_aligned && is_aligned(operand);
   }
-  if (is_strided(work)) {
+  if (piece.is_strided()) {
     const Tiling tiling = iteration.layout->tiling();
     item.axes = static_cast<std::uint8_t>(tiling.count);
     item.row_axis = static_cast<std::uint8_t>(tiling.row_axis);
     item.column_axis = static_cast<std::uint8_t>(tiling.column_axis);
     std::copy_n(tiling.axes, tiling.count, list.axis + item.first_axis);
   }
+  if constexpr (kMayBeAnchored<Item>) add_anchor(item, piece);
+  if constexpr (std::is_same_v<Item, RowsItem>) add_rows(item, list.axis + item.first_axis, piece);
   list.item[list.count++] = item;
-  list.tiles += static_cast<std::uint32_t>(iteration.tiles());
+  list.tiles += static_cast<typename Item::Number>(piece.count_of(Body::kUnit));
 }
 
 template <class ItemList>
 void clear(ItemList& list) {
   list.count = 0;
   list.tiles = 0;
+}
+
+// Launches a body for the tiles of its list, and empties the list.
+template <class Body>
+void flush(Body& body, Stream stream) {
+  using Item = typename decltype(body.list)::Item;
+  constexpr int kPerBlock = Body::kTeam == Team::warp ? kWarps : Item::kTilesPerBlock;
+  launch(body, ceil_div(body.list.tiles, kPerBlock), stream);
+  clear(body.list);
 }
 
 // Calls visit(list type) with the smallest list that a number of parameters may fit in.
@@ -92,12 +214,16 @@ void with_list(bool strided, std::size_t count, Visit visit) {
 
 // One parameter, and the place of its coefficients in the table on the device.
 struct Entry {
-  const Work* work;
+  Piece piece;
   std::uint32_t place;
   std::uint32_t loop;
 
   // What decides which kernel it takes.
-  auto kind() const { return std::tuple(loop, work->compute, is_strided(*work)); }
+  auto kind() const {
+    const bool rows = piece.has_rows();
+    return std::tuple(loop, piece.work->compute, rows, !rows && piece.is_strided(),
+                      !rows && piece.is_anchored());
+  }
 };
 
 struct Common {
@@ -107,17 +233,17 @@ struct Common {
   Stream stream;
 };
 
-template <class Rule, class Body>
+template <class Body>
 bool is_last_rule(const Body& body, int count, const Entry& entry,
                   const rules::Coefficients* last) {
-  return count > 0 && entry.work->rule == last &&
-         body.rules[count - 1].gradient_factor == entry.work->gradient_factor;
+  return count > 0 && entry.piece.work->rule == last &&
+         body.rules[count - 1].gradient_factor == entry.piece.work->gradient_factor;
 }
 
-template <class Loop, class T, class ItemList>
+template <class Body>
 void update(std::span<const Entry> entries, const Common& common) {
-  using Body = Update<Loop, T, ItemList>;
   using Rule = typename Body::Rule;
+  constexpr int kMostRules = kRules<decltype(Body::list)>;
   Body body;  // 32 KB of which no more is written than is needed
   clear(body.list);
   body.table = common.table;
@@ -126,51 +252,64 @@ void update(std::span<const Entry> entries, const Common& common) {
   body.clear_gradients = common.options.clear_gradients;
   int rules = 0;
   const rules::Coefficients* last = nullptr;
-  const auto flush = [&] {
-    launch(body, body.list.tiles, common.stream);
-    clear(body.list);
-    rules = 0;
-  };
   for (const Entry& entry : entries) {
-    const bool new_rule = !common.table && !is_last_rule<Rule>(body, rules, entry, last);
-    if (!has_room(body.list, *entry.work) || (new_rule && rules == kRules<ItemList>)) flush();
+    const Work& work = *entry.piece.work;
+    const bool new_rule = !common.table && !is_last_rule(body, rules, entry, last);
+    if (!has_room(body, entry.piece) || (new_rule && rules == kMostRules)) {
+      flush(body, common.stream);
+      rules = 0;
+    }
     if (common.table) {
-      add(body.list, *entry.work, entry.place);
+      add(body, entry.piece, entry.place);
       continue;
     }
     if (new_rule || rules == 0) {
       RuleEntry<Rule>& one = body.rules[rules++];
-      std::memcpy(one.bytes, entry.work->rule->bytes, sizeof one.bytes);
-      one.gradient_factor = entry.work->gradient_factor;
-      last = entry.work->rule;
+      std::memcpy(one.bytes, work.rule->bytes, sizeof one.bytes);
+      one.gradient_factor = work.gradient_factor;
+      last = work.rule;
     }
-    add(body.list, *entry.work, static_cast<std::uint32_t>(rules - 1));
+    add(body, entry.piece, static_cast<std::uint32_t>(rules - 1));
   }
-  flush();
+  flush(body, common.stream);
+}
+
+template <class Loop, class T>
+void update_kind(std::span<const Entry> entries, const Common& common) {
+  const Piece& first = entries.front().piece;
+  const auto update_list = [&]<class ItemList>() {
+    update<Update<Loop, T, ItemList>>(entries, common);
+  };
+  if constexpr (rules::kIsRowwise<typename Loop::template Of<T>>)
+    update<UpdateWholeRows<Loop, T>>(entries, common);  // a dense gradient is one of all rows
+  else if (first.has_rows())
+    update_list.template operator()<RowsList>();
+  else if (first.is_anchored() && first.is_strided())
+    update_list.template operator()<StridedAnchoredList>();
+  else if (first.is_anchored())
+    update_list.template operator()<AnchoredList>();
+  else
+    with_list(first.is_strided(), entries.size(), update_list);
 }
 
 void update_kind(std::span<const Entry> entries, const Common& common) {
   const Entry& first = entries.front();
-  const bool in_double = first.work->compute == DType::float64;
   rules::Loops::visit(first.loop, [&]<class Loop>(Loop) {
-    with_list(is_strided(*first.work), entries.size(), [&]<class ItemList>() {
-      if (in_double)
-        update<Loop, double, ItemList>(entries, common);
-      else
-        update<Loop, float, ItemList>(entries, common);
-    });
+    if (first.piece.work->compute == DType::float64)
+      update_kind<Loop, double>(entries, common);
+    else
+      update_kind<Loop, float>(entries, common);
   });
 }
 
-void update_all(const Step& step, const Common& common) {
+void update_all(const Step& step, Pieces pieces, const Common& common) {
   std::vector<Entry> entries;
-  entries.reserve(step.list.size());
-  for (std::size_t i = 0; i < step.list.size(); ++i) {
-    const Work* work = step.list[i];
-    if (work->iteration.size == 0) continue;
+  entries.reserve(pieces.size());
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    if (pieces[i].is_empty()) continue;
     const std::size_t loop =
-        common.table ? step.groups[step.progress[i].group].loop : work->rule->loop;
-    entries.push_back({work, static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(loop)});
+        common.table ? step.groups[step.progress[i].group].loop : pieces[i].work->rule->loop;
+    entries.push_back({pieces[i], static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(loop)});
   }
   const auto kind = [](const Entry& entry) { return entry.kind(); };
   if (!std::ranges::is_sorted(entries, {}, kind)) std::ranges::stable_sort(entries, {}, kind);
@@ -186,40 +325,56 @@ void update_all(const Step& step, const Common& common) {
 
 std::int64_t tiles_of(WorkList list) {
   std::int64_t tiles = 0;
-  for (const Work* work : list) tiles += work->iteration.tiles();
+  for (const Work* work : list) tiles += work->tiles();
   return tiles;
 }
 
+// Returns how many sums there are.
 template <class ItemList>
-void sum_squares(WorkList list, Stream stream, double prescale, double* sums,
-                 double* prescaled_sums) {
+std::int64_t sum_squares(Pieces pieces, Stream stream, double prescale, double* sums,
+                         double* prescaled_sums) {
   using Body = SumSquares<ItemList>;
   Body body;
   clear(body.list);
   body.prescale = prescale;
   std::int64_t before = 0;
-  const auto flush = [&] {
+  const auto flush_sums = [&] {
     body.sums = sums + before;
     body.prescaled_sums = prescaled_sums ? prescaled_sums + before : nullptr;
     before += body.list.tiles;
-    launch(body, ceil_div(body.list.tiles, kWarps), stream);
-    clear(body.list);
+    flush(body, stream);
   };
-  for (const Work* work : list) {
-    if (work->iteration.size == 0) continue;
-    if (!has_room(body.list, *work)) flush();
-    add(body.list, *work, 0);
+  for (const Piece& piece : pieces) {
+    if (piece.is_empty()) continue;
+    if (!has_room(body, piece)) flush_sums();
+    add(body, piece, 0);
   }
-  flush();
+  flush_sums();
+  return before;
 }
 
-void sum_tiles(WorkList list, Stream stream, double prescale, double* sums,
+// In the order of the list; those of rows and others take launches of their own.
+void sum_tiles(Pieces pieces, Stream stream, double prescale, double* sums,
                double* prescaled_sums) {
-  const bool strided =
-      std::ranges::any_of(list, [](const Work* work) { return is_strided(*work); });
-  with_list(strided, list.size(), [&]<class ItemList>() {
-    sum_squares<ItemList>(list, stream, prescale, sums, prescaled_sums);
-  });
+  const bool strided = std::ranges::any_of(
+      pieces, [](const Piece& piece) { return !piece.has_rows() && piece.is_strided(); });
+  for (auto first = pieces.begin(); first != pieces.end();) {
+    const auto last = std::find_if(first, pieces.end(), [&](const Piece& piece) {
+      return piece.has_rows() != first->has_rows();
+    });
+    const Pieces part(first, last);
+    std::int64_t count = 0;
+    const auto sum = [&]<class ItemList>() {
+      count = sum_squares<ItemList>(part, stream, prescale, sums, prescaled_sums);
+    };
+    if (first->has_rows())
+      sum.template operator()<RowsList>();
+    else
+      with_list(strided, part.size(), sum);
+    sums += count;
+    if (prescaled_sums) prescaled_sums += count;
+    first = last;
+  }
 }
 
 // All sums of sums, one after the other.
@@ -255,7 +410,7 @@ bool may_overflow(WorkList list) {
 
 // ---- decisions on the device -------------------------------------------------------------------
 
-void decide(const Step& step, Workspace::Record* record) {
+void decide(const Step& step, Pieces pieces, Workspace::Record* record) {
   Decide body{};
   body.grad_scale = step.options.gradient_factor;
   body.loss_scale = step.loss_scale;
@@ -272,7 +427,7 @@ void decide(const Step& step, Workspace::Record* record) {
     double* sums = step.workspace->sums(room, step.stream);
     double* prescaled =
         may_overflow(step.list) ? step.workspace->prescaled_sums(room, step.stream) : nullptr;
-    sum_tiles(step.list, step.stream, 1, sums, prescaled);
+    sum_tiles(pieces, step.stream, 1, sums, prescaled);
     const Group group = sum_groups(sums, tiles, step.stream);
     body.sums = group.values;
     body.count = static_cast<std::int32_t>(group.count);
@@ -315,6 +470,7 @@ void advance(const Step& step, const Decision* decision, rules::Progress* progre
 
 void take(const Step& step) {
   const CurrentDevice current(step.workspace->device());
+  const std::vector<Piece> pieces = placed(step.list, *step.workspace, step.stream);
   Common common{nullptr, nullptr, step.options, step.stream};
   if (step.is_decided_on_device()) {
     Workspace::Record* record = step.workspace->record(step.stream);
@@ -324,7 +480,7 @@ void take(const Step& step) {
       table = step.workspace->table(step.list.size(), step.stream);
       progress = step.workspace->progress(1, step.stream);
     }
-    decide(step, record);
+    decide(step, pieces, record);
     if (table && step.list.size() <= ShortAdvance::kItems)
       advance<ShortAdvance>(step, &record->decision, progress, table);
     else if (table)
@@ -332,7 +488,7 @@ void take(const Step& step) {
     common.decision = &record->decision;
     common.table = table;
   }
-  update_all(step, common);
+  update_all(step, pieces, common);
 }
 
 std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list, double prescale) {
@@ -340,20 +496,24 @@ std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list
   std::vector<double> result(static_cast<std::size_t>(tiles_of(list)));
   if (result.empty()) return result;
   double* sums = workspace.sums(result.size(), stream);
-  sum_tiles(list, stream, prescale, sums, nullptr);
+  sum_tiles(placed(list, workspace, stream), stream, prescale, sums, nullptr);
   copy_to_host(result.data(), sums, result.size() * sizeof(double), stream);
   return result;
 }
 
 void clear_gradients(Workspace& workspace, Stream stream, WorkList list) {
   const CurrentDevice current(workspace.device());
-  for (const Work* work : list) {
-    if (work->iteration.size == 0) continue;
-    with_list(is_strided(*work), 1, [&]<class ItemList>() {
+  for (const Piece& piece : placed(list, workspace, stream)) {
+    if (piece.is_empty()) continue;
+    const auto clear_list = [&]<class ItemList>() {
       Clear<ItemList> body{};
-      add(body.list, *work, 0);
-      launch(body, body.list.tiles, stream);
-    });
+      add(body, piece, 0);
+      flush(body, stream);
+    };
+    if (piece.has_rows())
+      clear_list.template operator()<RowsList>();
+    else
+      with_list(piece.is_strided(), 1, clear_list);
   }
 }
 
@@ -363,13 +523,7 @@ void write_progress(Workspace& workspace, Stream stream, std::span<const rules::
   Workspace::Record* record = workspace.record(stream);
   rules::Progress* to = workspace.progress(progress.size(), stream);
   launch(Write<Counters, 1>{&record->counters, 1, {counters}}, 1, stream);
-  using Body = Write<rules::Progress, 128>;
-  for (std::size_t i = 0; i < progress.size(); i += Body::kValues) {
-    const std::size_t count = std::min<std::size_t>(Body::kValues, progress.size() - i);
-    Body body{to + i, static_cast<std::int32_t>(count), {}};
-    std::copy_n(progress.begin() + static_cast<std::ptrdiff_t>(i), count, body.value);
-    launch(body, 1, stream);
-  }
+  write(progress, to, stream);
 }
 
 Counters read_progress(Workspace& workspace, Stream stream, std::span<rules::Progress> progress) {

@@ -39,6 +39,9 @@ class Workspace {
   AnyRuleEntry* table(std::size_t count, Stream stream) {
     return reserve<AnyRuleEntry>(table_, count, stream);
   }
+  std::int64_t* row_lists(std::size_t count, Stream stream) {
+    return reserve<std::int64_t>(row_lists_, count, stream);
+  }
   rules::Progress* progress(std::size_t count, Stream stream) {
     return reserve<rules::Progress>(progress_, count, stream);
   }
@@ -55,7 +58,7 @@ class Workspace {
   void* reserve_bytes(Buffer& buffer, std::size_t bytes, Stream stream);
 
   int device_;
-  Buffer sums_, prescaled_sums_, table_, progress_, record_;
+  Buffer sums_, prescaled_sums_, table_, progress_, record_, row_lists_;
   std::vector<void*> all_;
 };
 

@@ -104,7 +104,8 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count, const Cho
     Slot& slot = slots_[i];
     slot.check_is_current();
     if (arrays::is_rows(gradients[i]))
-      updates_.emplace_back(&slot, &group, arrays::from_rows(gradients[i], slot.name()));
+      updates_.emplace_back(&slot, &group,
+                            arrays::from_rows(gradients[i], slot.parameter(), slot.name()));
     else
       updates_.emplace_back(&slot, &group,
                             arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));

@@ -53,6 +53,7 @@ class Optimizer {
   void catch_up(const RowNumbers& numbers);
   void flush();
   Slot& slot(std::size_t i) { return slots_.at(i); }
+  std::size_t size() const { return slots_.size(); }
 
   // Steps that rows have missed are made up for first, with the anchor there was.
   void set_anchor(std::size_t i, double lambda, PyObject* reference, PyObject* importance);

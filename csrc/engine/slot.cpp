@@ -39,9 +39,6 @@ void forget_plan(Work& work) {
 
 void check_has_rows(const Array& array, const std::string& name) {
   if (array.geometry().shape.empty()) throw ValueError(name + " has no dimensions, and so no rows");
-  if (array.device.kind != Device::cpu)
-    throw TypeError(name + " is on " + name_of(array.device) +
-                    ", where this version of fusestep cannot move single rows");
 }
 
 }  // namespace
@@ -312,18 +309,21 @@ void Slot::find_top(const StepOptions& options) {
 void Slot::keep_history() {
   const auto shape = parameter_.geometry().shape;
   if (shape.empty()) return;
-  check_has_rows(parameter_, name_);
+  if (device().kind != Device::cpu)
+    throw TypeError(name_ + " is on " + name_of(device()) +
+                    ", where this version of fusestep has no rows=\"exact\"; expected the CPU, or "
+                    "rows=\"lazy\"");
   history = std::make_unique<rules::RowHistory>(shape[0]);
 }
 
 void Slot::set_anchor(double lambda, Array reference, std::optional<Array> importance) {
-  if (device().kind != Device::cpu)
-    throw TypeError(name_ + " is on " + name_of(device()) +
-                    ", where this version of fusestep has no anchors");
   const auto check = [&](const Array& array, const char* role) {
     if (!same_shape(array, parameter_))
       throw ValueError(role + name_ + " has shape " + shape_text(array) + "; expected " +
                        shape_text(parameter_));
+    if (array.device != device())
+      throw ValueError(role + name_ + " is on " + name_of(array.device) + "; expected " +
+                       name_of(device()));
   };
   check(reference, "the anchor of ");
   if (importance) check(*importance, "the importance of ");

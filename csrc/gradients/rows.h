@@ -57,6 +57,9 @@ class Rows {
     return source_[static_cast<std::size_t>(first_[static_cast<std::size_t>(i)] + k)];
   }
 
+  // What is behind this, for who walks it elsewhere: rows, first sources, sources.
+  std::array<std::span<const std::int64_t>, 3> lists() const { return {row_, first_, source_}; }
+
   // From one row to the next, in bytes, for each operand; those of the gradient are of the values.
   std::array<std::int64_t, kMaxOperands> stride{};
 

@@ -24,8 +24,8 @@ class Anchor(NamedTuple):
     """The anchor of one parameter."""
 
     strength: float
-    reference: npt.NDArray[Any]
-    importance: npt.NDArray[Any] | None  # None: 1 everywhere
+    reference: Any  # arrays, where the parameter is
+    importance: Any  # None: 1 everywhere
 
 
 def add(optimizer: Optimizer, strength: Any, reference: Any, importance: Any) -> None:
@@ -124,10 +124,6 @@ def checked(
     """Return the strength, reference and importance for a parameter, if they are possible."""
     label = optimizer._parameters.labels[i]
     parameter = described(optimizer, i)
-    if parameter.device != "cpu":
-        raise TypeError(
-            f"{label} is on {parameter.device}, where this version of fusestep has no anchors"
-        )
     if reference is not None:
         reference = _check(reference, parameter, f"the anchor of {label}")
         if (np.abs(reference) > np.finfo(_dtype(optimizer, parameter)).max).any():
@@ -158,7 +154,11 @@ def _present(optimizer: Optimizer, i: int) -> npt.NDArray[np.float64]:
 
 
 def _as_array(value: Any) -> npt.NDArray[Any]:
-    return _arrays.backend_of(value).to_numpy(value)
+    return _arrays.on_host(value)
+
+
+def _as_floats(value: Any) -> npt.NDArray[np.float64]:
+    return _as_array(value).astype(np.float64)
 
 
 def _finite(weights: Any) -> Any:
@@ -169,7 +169,7 @@ def _finite(weights: Any) -> Any:
 def _weight(anchor: Anchor) -> Any:
     if anchor.importance is None:
         return np.float64(anchor.strength)
-    return _finite(anchor.strength * anchor.importance.astype(np.float64))
+    return _finite(anchor.strength * _as_floats(anchor.importance))
 
 
 @np.errstate(over="ignore")
@@ -177,7 +177,7 @@ def _merged(present: Anchor, task: Anchor) -> Anchor:
     """Return the one anchor that pulls as both do."""
     weights = [_weight(anchor) for anchor in (present, task)]
     total = _finite(weights[0] + weights[1])
-    old, new = present.reference.astype(np.float64), task.reference.astype(np.float64)
+    old, new = _as_floats(present.reference), _as_floats(task.reference)
     ratio = np.divide(weights[1], total, out=np.ones_like(total), where=total > 0)
     share = np.minimum(ratio, 1)
     reference = (1 - share) * old + share * new
@@ -198,14 +198,16 @@ def _dtype(optimizer: Optimizer, parameter: _arrays.ArrayDescription) -> str:
     return _state.state_dtype_for(optimizer._state_dtype, parameter)
 
 
-def _stored(optimizer: Optimizer, i: int, array: Any, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _stored(optimizer: Optimizer, i: int, array: Any, values: npt.NDArray[Any]) -> Any:
     """Return a copy that a kernel can walk in step with the parameter, in the state's dtype.
 
     An importance that the dtype cannot hold becomes the largest that it can, which pulls as hard.
     """
     parameter = described(optimizer, i, array)
     dtype = _dtype(optimizer, parameter)
-    copy: npt.NDArray[Any] = _arrays.backend_for_state(array, parameter).new(parameter, dtype, 0)
     most = np.finfo(dtype).max
-    copy[...] = np.clip(values.astype(np.float64), -most, most)
+    fitting = np.clip(values.astype(np.float64), -most, most).astype(dtype)
+    backend = _arrays.backend_for_state(array, parameter)
+    copy = backend.new(parameter, dtype, 0)
+    backend.assign(copy, backend.from_numpy(fitting, copy))
     return copy

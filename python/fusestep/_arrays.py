@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _CACHE_LINE = 64  # bytes
+_DLPACK_CUDA = (2, 13)  # memory of one GPU, and memory that moves between it and the CPU
 
 
 class ArrayDescription(NamedTuple):
@@ -56,6 +57,9 @@ class Backend(Protocol):
     def from_numpy(self, array: npt.NDArray[Any], like: Any) -> Any:
         """Return an array of the dtype and on the device of `like`."""
 
+    def adopt(self, array: Any) -> Any:
+        """Return the library's view of an array of a library unknown."""
+
 
 class _NumPy:
     def new(self, parameter: ArrayDescription, dtype: str, fill: float) -> npt.NDArray[Any]:
@@ -87,6 +91,9 @@ class _NumPy:
     def from_numpy(self, array: npt.NDArray[Any], like: Any) -> npt.NDArray[Any]:
         return array.astype(like.dtype, copy=False)
 
+    def adopt(self, array: Any) -> Any:
+        return array
+
 
 class _CuPy:
     def new(self, parameter: ArrayDescription, dtype: str, fill: float) -> Any:
@@ -110,6 +117,10 @@ class _CuPy:
     def from_numpy(self, array: npt.NDArray[Any], like: Any) -> Any:
         with like.device:
             return importlib.import_module("cupy").asarray(array, like.dtype)
+
+    def adopt(self, array: Any) -> Any:
+        cupy = importlib.import_module("cupy")
+        return cupy.asarray(array) if _has_interface(array) else cupy.from_dlpack(array)
 
 
 class _Torch:
@@ -137,6 +148,12 @@ class _Torch:
         torch = importlib.import_module("torch")
         return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, like.dtype)
 
+    def adopt(self, array: Any) -> Any:
+        torch = importlib.import_module("torch")
+        if _has_interface(array):
+            return torch.as_tensor(array, device="cuda")
+        return torch.from_dlpack(array)
+
 
 _NUMPY = _NumPy()
 _OTHERS: dict[str, Backend] = {"cupy": _CuPy(), "torch": _Torch()}
@@ -151,16 +168,43 @@ def backend_for_state(parameter: Any, description: ArrayDescription) -> Backend:
     """Return the library whose arrays a parameter's state is kept in."""
     if description.device == "cpu":
         return _NUMPY
-    backend = backend_of(parameter)
-    if backend is not _NUMPY:
+    backend = _of_a_gpu(parameter)
+    if backend is not None:
         return backend
-    for name, other in _OTHERS.items():
-        if importlib.util.find_spec(name) is not None:
-            return other
     raise TypeError(
         f"a {type(parameter).__module__}.{type(parameter).__qualname__} on {description.device} "
         "needs CuPy or PyTorch for the optimizer's state: install one of them"
     )
+
+
+def on_host(array: Any) -> npt.NDArray[Any]:
+    """Return an array of any library, wherever it is, on the CPU; it may share memory."""
+    backend = _of_a_gpu(array) if is_on_gpu(array) else None
+    if backend is None:
+        return backend_of(array).to_numpy(array)
+    return backend.to_numpy(array if backend is backend_of(array) else backend.adopt(array))
+
+
+def is_on_gpu(array: Any) -> bool:
+    """Return whether an array says of itself that it is in the memory of a GPU."""
+    if isinstance(array, np.ndarray):
+        return False
+    if hasattr(array, "__dlpack_device__"):
+        return int(array.__dlpack_device__()[0]) in _DLPACK_CUDA
+    return _has_interface(array)
+
+
+def _has_interface(array: Any) -> bool:
+    return hasattr(array, "__cuda_array_interface__")
+
+
+def _of_a_gpu(array: Any) -> Backend | None:
+    """Return the library of an array on a GPU, or one that can take part in its memory."""
+    backend = backend_of(array)
+    if backend is not _NUMPY:
+        return backend
+    installed = (x for name, x in _OTHERS.items() if importlib.util.find_spec(name) is not None)
+    return next(installed, None)
 
 
 def _memory_order(parameter: ArrayDescription) -> tuple[list[int], Sequence[int]]:

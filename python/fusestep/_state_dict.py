@@ -80,7 +80,7 @@ def _anchor(optimizer: Optimizer, i: int, *, copy: bool) -> dict[str, Any]:
     arrays = {"anchor": anchor.reference, "anchor_importance": anchor.importance}
     return {
         "anchor_strength": anchor.strength,
-        **{x: a.copy(order="K") if copy else a for x, a in arrays.items() if a is not None},
+        **{x: backend_of(a).copy(a) if copy else a for x, a in arrays.items() if a is not None},
     }
 
 
@@ -320,7 +320,7 @@ def _check_anchor(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _ancho
     if strength is None or reference is None:
         raise ValueError(f"the state of {label} has an anchor without its strength or reference")
     checked = _anchors.checked(optimizer, i, strength, reference, importance)
-    return _anchors.Anchor(*checked)  # type: ignore[arg-type]
+    return _anchors.Anchor(*checked)
 
 
 def _check_missed_steps(

@@ -23,10 +23,12 @@ class Rows:
     ----------
     indices
         Which rows: int32 or int64, of shape [N], in any order; N may be 0. An array of NumPy, or of
-        another library in the CPU's memory; a list of int. The gradients of a row that is listed
+        another library in the CPU's memory; a list of int. For a parameter on a GPU also an array
+        on a GPU, which is fetched and therefore waited for. The gradients of a row that is listed
         several times are added up, in the order of the list.
     values
-        Their gradients: a float array of shape [N, *rest], where the parameter's is [rows, *rest].
+        Their gradients: a float array of shape [N, *rest], where the parameter's is [rows, *rest],
+        on the parameter's device.
 
     Raises
     ------
@@ -38,6 +40,9 @@ class Rows:
     The arrays are kept, not copied. ``step`` raises ``IndexError`` for an index that is not a row
     (negative ones are not), and has changed nothing then; and ``TypeError`` or ``ValueError`` for
     arrays of the wrong dtype or shape. With ``zero_grad=True`` it sets `values` to zero.
+
+    While a CUDA graph is captured, indices on a GPU raise ``RuntimeError``; those on the CPU become
+    part of the graph, and every replay moves these rows.
 
     Examples
     --------

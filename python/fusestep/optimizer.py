@@ -197,9 +197,9 @@ class Optimizer:
             A float array of the parameter's shape for each parameter, in the form that `params`
             had: a list or tuple, a dict with any subset of the names, or one array. The dtype
             (float64, float32, float16, bfloat16) and the strides may differ from the parameter's.
-            In place of an array, :class:`fusestep.Rows` with the gradients of some rows (of a
-            parameter on the CPU). A parameter whose gradient is None, or not in the dict, does not
-            move, and its state does not age.
+            In place of an array, :class:`fusestep.Rows` with the gradients of some rows. A
+            parameter whose gradient is None, or not in the dict, does not move, and its state does
+            not age.
         lr
             Learning rate of this step, in place of :attr:`lr`.
         grad_scale
@@ -305,8 +305,7 @@ class Optimizer:
         Raises
         ------
         TypeError
-            Something is not an array of floats, or not in the form that `params` had; a parameter
-            is on a GPU.
+            Something is not an array of floats, or not in the form that `params` had.
         ValueError
             A shape differs; a number is negative or not finite. Nothing has been changed then.
 

@@ -368,7 +368,7 @@ class RowwiseAdagrad(Optimizer):
     Parameters
     ----------
     params, lr, weight_decay, **common
-        As in :class:`SGD`. Parameters must have at least one dimension, and be on the CPU.
+        As in :class:`SGD`. Parameters must have at least one dimension.
     eps
         ε, added to the denominator.
 

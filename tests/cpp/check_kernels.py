@@ -2,9 +2,9 @@
 
     nvcc ... --ptx csrc/cuda/step.cu -o step.ptx && python check_kernels.py step.ptx
 
-A kernel that moves dense parameters must read and write four float32 of each operand at once: where
-the compiler splits that up, results stay right, and the step becomes slower. And no operation may
-be another than the one that the CPU does: no fused multiply-add, no approximation.
+A kernel that moves dense parameters or rows must read and write four float32 of each operand at
+once: where the compiler splits that up, results stay right, and the step becomes slower. And no
+operation may be another than the one that the CPU does: no fused multiply-add, no approximation.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# Update<Loop<Rule, states>, T, List<items, axes>> as it is mangled; no axes: dense parameters.
-ENTRY = re.compile(r"\.entry\s+(\w*UpdateI\w*LoopI\w+?ELi(\d)EEE[fd]\w*ListILi\d+ELi0E\w*)")
+# Update<Loop<Rule, states>, T, List<items, axes, item>> as it is mangled; no axes: dense ones.
+ENTRY = re.compile(
+    r"\.entry\s+(\w*UpdateI\w*LoopI\w+?ELi(\d)EEE[fd]\w*ListILi\d+E(?:Li0E|\w*RowsItem)\w*)"
+)
 WIDE_LOAD = re.compile(r"ld\.(?:global\.)?(?:nc\.)?v4\.\w32")
 WIDE_STORE = re.compile(r"st\.(?:global\.)?v4\.\w32")
 INEXACT = re.compile(r"\b(?:fma|mad)\.\w+\.f(?:32|64)|\.approx|\.ftz")
 
 
 class Kernel(NamedTuple):
-    """A kernel of dense parameters."""
+    """A kernel of dense parameters, or of rows."""
 
     name: str
     states: int
@@ -35,7 +37,7 @@ class Kernel(NamedTuple):
 
 
 def kernels(ptx: str) -> list[Kernel]:
-    """Return the kernels of dense parameters."""
+    """Return the kernels of dense parameters and of rows."""
     starts = [match.start() for match in re.finditer(r"\.entry\s", ptx)] + [len(ptx)]
     found = []
     for match in ENTRY.finditer(ptx):
@@ -51,7 +53,8 @@ def main(path: str) -> int:
     narrow = [kernel.name for kernel in dense if not kernel.has_wide_access()]
     inexact = sorted(set(INEXACT.findall(ptx)))
     sys.stdout.write(
-        f"{len(dense)} kernels of dense parameters; without 16-byte access: {narrow or 'none'}; "
+        f"{len(dense)} kernels of dense parameters and rows; "
+        f"without 16-byte access: {narrow or 'none'}; "
         f"inexact operations: {inexact or 'none'}\n"
     )
     return int(not dense or bool(narrow) or bool(inexact))

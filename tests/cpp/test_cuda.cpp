@@ -393,6 +393,8 @@ struct Spec {
   double lr = 1e-2;
   Rate rate = Rate::host;
   Copies copies = Copies::none;
+  std::optional<std::vector<std::int64_t>> rows{};  // those that the gradient has, if not all
+  bool is_anchored = false, has_importance = false;
 
   Spec(const RuleCase& rule_, const DTypes& dtypes_, const View& parameter_, const View& gradient_)
       : rule(&rule_),
@@ -404,13 +406,17 @@ struct Spec {
       : Spec(rule_, dtypes_, View::of(shape), View::of(shape)) {}
 };
 
+// The whole row is looked at first.
+const RuleCase kRowwise{"rowwise_adagrad", {{"lr", 0.1}, {"weight_decay", 0.1}}};
+
 const RuleCase& kAdam = rule_cases()[4];
 const RuleCase& kAmsgrad = rule_cases()[7];
 
 struct Parameter {
   Spec spec;
   std::unique_ptr<rules::AnyRule> rule;
-  std::deque<Array> arrays;
+  std::deque<Array> arrays;  // parameter, gradient, state, anchor
+  gradients::Rows rows;
   Work on_host{}, on_device{};
   Progress progress, next;
   std::optional<NumberOnDevice> step_copy, product_copy;
@@ -420,12 +426,17 @@ struct Parameter {
     progress = {spec.count, spec.count == 0 ? 1.0 : 0.625};
     add_arrays();
     fill(random);
+    if (spec.rows)
+      rows.plan(*spec.rows, spec.parameter.shape[0]);
+    else if (rule->is_rowwise())
+      rows.plan_all(spec.parameter.shape[0]);
     plan(on_host, [](Array& array) { return array.on_host(); });
     plan(on_device, [](Array& array) { return array.on_device(); });
     if (spec.copies != Copies::none) add_copies();
   }
 
-  std::size_t states() const { return arrays.size() - 2; }
+  std::size_t states() const { return rule->state_names().size(); }
+  bool has_rows() const { return spec.rows || rule->is_rowwise(); }
 
   void fill(Random& random) {
     for (std::size_t i = 0; i < arrays.size(); ++i)
@@ -462,18 +473,37 @@ struct Parameter {
     const DTypes& dtypes = spec.dtypes;
     arrays.emplace_back(spec.parameter, dtypes.parameter, spec.misaligned[kParameter]);
     arrays.emplace_back(spec.gradient, dtypes.gradient, spec.misaligned[kGradient]);
-    for (std::size_t s = 0; s < rule->state_names().size(); ++s)
-      arrays.emplace_back(spec.state, dtypes.state, spec.misaligned[kState + s]);
+    const View state = rule->is_rowwise() ? View::of({spec.parameter.shape[0]}) : spec.state;
+    for (std::size_t s = 0; s < states(); ++s)
+      arrays.emplace_back(state, dtypes.state, spec.misaligned[kState + s]);
+    for (int i = 0; i < spec.is_anchored + spec.has_importance; ++i)
+      arrays.emplace_back(spec.state, dtypes.state, spec.misaligned[arrays.size()]);
   }
 
   template <class OperandOf>
   void plan(Work& work, OperandOf operand_of) {
     std::vector<Geometry> geometry;
     for (std::size_t i = 0; i < arrays.size(); ++i) {
-      work.iteration.operand[i] = operand_of(arrays[i]);
-      geometry.push_back(arrays[i].geometry());
+      auto [shape, strides] = arrays[i].geometry();
+      if (rule->is_rowwise() && i == kState) {
+        work.row_state = operand_of(arrays[i]);
+        work.row_state_stride = strides[0];
+        continue;
+      }
+      work.iteration.operand[geometry.size()] = operand_of(arrays[i]);
+      if (has_rows()) {
+        rows.stride[geometry.size()] = strides[0];
+        shape = shape.subspan(1), strides = strides.subspan(1);
+      }
+      geometry.push_back({shape, strides});
     }
     work.iteration.plan(geometry);
+    work.rows = has_rows() ? &rows : nullptr;
+    work.is_rowwise = rule->is_rowwise();
+    if (spec.is_anchored) {
+      const int reference = kState + (rule->is_rowwise() ? 0 : static_cast<int>(states()));
+      work.anchor = {0.7, 0, reference, spec.has_importance ? reference + 1 : 0};
+    }
     const bool in_double =
         spec.dtypes.parameter == DType::float64 || spec.dtypes.state == DType::float64;
     work.compute = in_double ? DType::float64 : DType::float32;
@@ -644,6 +674,8 @@ class Problem {
             one.rule->coefficients(one.next, one.on_host.compute, rate_of(one.spec), one.states()));
       last = &one;
       one.on_host.rule = &coefficients_.back();
+      one.on_host.anchor.lr = rate_of(one.spec);
+      one.on_device.anchor.lr = tracked_.empty() ? rate_of(one.spec) : std::nan("");
       if (tracked_.empty()) one.on_device.rule = &coefficients_.back();
     }
   }
@@ -773,6 +805,128 @@ void check_large() {
     Problem problem({Spec(kAdam, dtypes, Shape{1'200'007})});
     problem.check_sums();
     problem.take({{0.5, true}, 3.0, true});
+  }
+}
+
+// ---- anchors and rows --------------------------------------------------------------------------
+
+std::vector<RuleCase> all_rules() {
+  std::vector<RuleCase> all = rule_cases();
+  all.push_back(kRowwise);
+  return all;
+}
+
+// More than a launch takes, dense and strided, each operand aligned and not.
+void check_anchors(bool quick) {
+  scene() = "anchors";
+  const std::vector<RuleCase> rules = all_rules();
+  for (const RuleCase& rule : rules) {
+    for (const DTypes& dtypes : quick ? std::vector{kSingle, kDouble} : all_dtypes()) {
+      std::vector<Spec> specs;
+      for (std::size_t i = 0; i < 2 * kMaxOperands; ++i) {
+        for (const std::int64_t size : {0, 5, 1027}) specs.emplace_back(rule, dtypes, Shape{size});
+        specs.back().misaligned[i / 2] = 1;
+        specs.emplace_back(rule, dtypes, View::of({9, 40}), View::transposed({9, 40}));
+      }
+      for (std::size_t i = 0; i < specs.size(); ++i) {
+        specs[i].is_anchored = i % 5 != 0;
+        specs[i].has_importance = specs[i].is_anchored && i % 3 == 0;
+      }
+      check_steps(specs);
+    }
+  }
+  std::vector<Spec> many(300, Spec(kAdam, kSingle, Shape{3}));
+  for (Spec& spec : many) spec.is_anchored = true;
+  check_steps(many);
+}
+
+// Some rows of a table, listed in any order and several times, or each once and ascending.
+Spec rows_of(const RuleCase& rule, const DTypes& dtypes, const View& table, std::int64_t count,
+             Random& random) {
+  std::vector<std::int64_t> numbers;
+  for (std::int64_t i = 0; i < count; ++i) numbers.push_back(random.below(table.shape[0]));
+  if (random.below(3) == 0) {
+    std::ranges::sort(numbers);
+    numbers.erase(std::ranges::unique(numbers).begin(), numbers.end());
+  }
+  Shape shape = table.shape;
+  shape[0] = std::ssize(numbers);
+  View values = View::of(shape);
+  if (random.below(4) == 0) values = View::transposed(shape);
+  if (random.below(4) == 0) values = values.stepped(2);
+  Spec spec(rule, dtypes, table, values);
+  spec.rows = std::move(numbers);
+  spec.is_anchored = random.below(3) == 0;
+  spec.has_importance = spec.is_anchored && random.below(2) == 0;
+  return spec;
+}
+
+std::vector<Spec> some_tables(const RuleCase& rule, const DTypes& dtypes, Random& random) {
+  std::vector<Spec> specs;
+  for (const std::int64_t width : kSizes) {
+    const std::int64_t count = random.below(width < 200 ? 40 : 6);
+    specs.push_back(rows_of(rule, dtypes, View::of({7, width}), count, random));
+    if (random.below(2)) specs.back().misaligned[kParameter] = 1;
+  }
+  for (const View& view : {View::transposed({6, 40}), View::of({5, 6, 7}).stepped(2),
+                           View::transposed({4, 33, 40}), View::of({9})})
+    specs.push_back(rows_of(rule, dtypes, view, random.below(20), random));
+  return specs;
+}
+
+void check_rows(bool quick) {
+  scene() = "rows";
+  Random random(5);
+  const std::vector<RuleCase> rules = all_rules();
+  for (const RuleCase& rule : rules) {
+    for (const DTypes& dtypes : quick ? std::vector{kSingle, kHalf, kDouble} : all_dtypes()) {
+      std::vector<Spec> specs = some_tables(rule, dtypes, random);
+      specs.insert(specs.begin() + 3, Spec(rule, dtypes, Shape{4, 30}));  // dense, in between
+      check_steps(specs);
+    }
+  }
+}
+
+// Norms, steps that are left out, counts on the device, and lists that take several launches.
+void check_decisions_on_rows() {
+  scene() = "decisions on rows";
+  Random random(6);
+  for (const RuleCase& rule : {kAdam, kRowwise}) {
+    for (const bool tracked : {false, true}) {
+      std::vector<Spec> specs = some_tables(rule, kSingle, random);
+      specs.push_back(rows_of(rule, kDouble, View::of({3000, 3}), 9000, random));
+      specs.emplace_back(rule, kSingle, Shape{50, 20});
+      for (Spec& spec : specs) spec.rate = tracked ? Rate::workspace : Rate::host;
+      Problem problem(specs);
+      if (tracked) problem.keep_progress_on_device();
+      problem.take({{0.5, false}, 0.1});
+      problem.set_rate(0.3);
+      for (Spec& spec : specs) spec.lr = 0.3;
+      problem.take({{0.5, true}, 0.1, true});
+      problem.fill_gradients();
+      problem[problem.size() - 2].arrays[kGradient].write_one(8, HUGE_VAL);
+      problem.take({{1, true}, {}, true});
+      problem.clear_gradients();
+    }
+  }
+}
+
+// A graph brings the lists that it was captured with, whatever has been listed since.
+void check_captured_rows() {
+  scene() = "captured rows";
+  Random random(7);
+  Problem problem({rows_of(rule_cases()[0], kSingle, View::of({400, 20}), 500, random)});
+  const auto step = [&](cuda::Stream stream) {
+    problem.take_on_device({}, problem.workspace(), stream);
+  };
+  check_that(is_refused_in_capture(step), "a list for which there is no room");
+  problem.take({});
+  const Graph graph(step);
+  for (int i = 0; i < 3; ++i) {
+    problem.take_on_host({});
+    graph.launch();
+    problem.check();
+    problem.take({});
   }
 }
 
@@ -1400,6 +1554,10 @@ void run(bool quick) {
   check_rules(quick);
   check_alignment(quick);
   check_special_numbers(quick);
+  check_anchors(quick);
+  check_rows(quick);
+  check_decisions_on_rows();
+  check_captured_rows();
   if (!quick) check_large();
   check_all_strided(quick);
   check_many_axes(quick);
