@@ -1,9 +1,7 @@
 #include "engine/optimizer.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include "arrays/rows.h"
 #include "bind/register.h"
 #include "core/errors.h"
 
@@ -69,32 +67,22 @@ void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& l
 void catch_up(Optimizer& optimizer, const py::sequence& indices) {
   Optimizer::RowNumbers numbers;
   for (const py::handle array : indices) {
-    static const std::string kName = "catch_up";
     auto& rows = numbers.emplace_back();
-    if (!array.is_none())
-      rows = arrays::read_row_numbers(array.ptr(), {"the row indices for ", kName});
+    if (!array.is_none()) rows = read_row_numbers(array);
   }
   optimizer.catch_up(numbers);
 }
 
-// What rows of parameter i have missed: (steps missed, for each row; what is known of each step),
-// or None where all are up to date.
-py::object missed_steps(Optimizer& optimizer, std::size_t i) {
+py::object missed_steps_of(Optimizer& optimizer, std::size_t i) {
   const rules::RowHistory* history = optimizer.slot(i).history.get();
-  if (!history || history->rows_behind().empty()) return py::none();
-  const std::vector<std::int64_t> missed = history->all_missed();
-  return py::make_tuple(
-      py::array_t<std::int64_t>(static_cast<py::ssize_t>(missed.size()), missed.data()),
-      history->steps());
+  return history ? missed_steps(*history) : py::none();
 }
 
-void set_missed_steps(Optimizer& optimizer, std::size_t i,
-                      const py::array_t<std::int64_t, py::array::c_style>& missed,
+void set_missed_steps(Optimizer& optimizer, std::size_t i, const RowNumbers& missed,
                       const std::vector<std::vector<double>>& steps) {
   engine::Slot& slot = optimizer.slot(i);
   if (!slot.history) return;  // no rows
-  slot.history->restore(*optimizer.group.rule, slot.work.compute, slot.states(), steps,
-                        {missed.data(), static_cast<std::size_t>(missed.size())});
+  restore(*slot.history, *optimizer.group.rule, slot.work.compute, slot.states(), missed, steps);
 }
 
 // (names of state arrays, names of scalars, initial value of the state) with these options.
@@ -159,7 +147,7 @@ void register_optimizer(py::module_& module) {
           },
           "index"_a, "strength"_a, "reference"_a, "importance"_a)
       .def("release_anchor", &Optimizer::release_anchor, "index"_a)
-      .def("missed_steps", &missed_steps, "index"_a)
+      .def("missed_steps", &missed_steps_of, "index"_a)
       .def("set_missed_steps", &set_missed_steps, "index"_a, "missed"_a, "steps"_a)
       .def("make_capturable", &Optimizer::make_capturable)
       .def("set_rate", &Optimizer::set_rate, "lr"_a)

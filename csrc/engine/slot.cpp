@@ -149,7 +149,7 @@ void Slot::keep_history() {
   const auto shape = parameter_.geometry().shape;
   if (shape.empty()) return;
   check_has_rows(parameter_, name_);
-  history = std::make_unique<rules::RowHistory>(shape[0]);
+  history = std::make_shared<rules::RowHistory>(shape[0]);
 }
 
 void Slot::set_anchor(double lambda, Array reference, std::optional<Array> importance) {
