@@ -131,8 +131,7 @@ def storable(values: Any, dtype: str) -> npt.NDArray[np.float64]:
     An importance that is too large becomes the largest that there is, which pulls as hard.
     """
     most = np.finfo(dtype).max
-    result: npt.NDArray[np.float64] = np.clip(_as_array(values).astype(np.float64), -most, most)
-    return result
+    return np.asarray(np.clip(_as_array(values).astype(np.float64), -most, most))
 
 
 def taken(entry: dict[Any, Any], target: Target) -> Anchor | None:

@@ -35,12 +35,17 @@ def add(optimizer: Optimizer, strength: Any, reference: Any, importance: Any) ->
     optimizer.flush()  # the present values are those of rows that are up to date
     found = {i: of(optimizer.state.get(p, {})) for i, (p, _) in enumerate(parameters)}
     present = {i: anchor for i, anchor in found.items() if anchor is not None}
-    ready = {
-        parameters[i][0]: entries(anchor, parameters[i][0], optimizer._state_dtype)
-        for i, anchor in _penalties.added(targets, present, tasks).items()
-    }
+    ready = {}
+    for i, anchor in _penalties.added(targets, present, tasks).items():
+        parameter = parameters[i][0]
+        new = entries(anchor, parameter, optimizer._state_dtype)
+        # torch takes for granted that state which is not empty has all that its rule needs.
+        ready[parameter] = {**optimizer._first_state(parameter), **new}
+    nothing_had_state = not optimizer.state
     for parameter, new in ready.items():
         _attach(optimizer, parameter, new)
+    if nothing_had_state:
+        optimizer._adopt_scalars()
 
 
 def release_all(optimizer: Optimizer) -> None:

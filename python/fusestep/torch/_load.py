@@ -102,7 +102,9 @@ def _fitted_entry(
     }
     anchor = _anchors.taken(present, parameter, label, state_dtype)
     needed = {*rule.scalars, *rule.states}
-    if rule.scalars and present:  # a rule without scalars knows a first step by its lack of state
+    if rule.scalars and (
+        present or anchor
+    ):  # a rule without scalars knows a first step by its lack of state
         expect_keys(present, f"the state of {label}", needed, {*present})
     elif present and needed and not needed & present.keys():
         expect_keys(present, f"the state of {label}", needed, set())

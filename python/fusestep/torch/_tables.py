@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> None:
     """Give a parameter, and its state, `n_rows` rows; see :meth:`Optimizer.resize`."""
-    label, states = _find(optimizer, parameter)
+    label = _find(optimizer, parameter)
+    states = optimizer._rule_for(parameter).states
     count = check_count(tuple(parameter.shape), label, n_rows)
     new_rows = (count - parameter.shape[0], *parameter.shape[1:])
     values = torch.from_numpy(check_init(init, new_rows, label).astype("float64"))
@@ -47,8 +48,8 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
         history.resize(count)
 
 
-def _find(optimizer: Optimizer, parameter: Tensor) -> tuple[str, list[str]]:
-    """Return what error messages call a parameter that can be resized, and the names of its state.
+def _find(optimizer: Optimizer, parameter: Tensor) -> str:
+    """Return what error messages call a parameter, if it can be resized.
 
     Raises
     ------
@@ -69,9 +70,7 @@ def _find(optimizer: Optimizer, parameter: Tensor) -> tuple[str, list[str]]:
         raise TypeError(
             f"{label} is a {type(parameter).__name__}; only plain parameters can be resized"
         )
-    groups = optimizer.param_groups
-    group = next(g for g in groups if any(each is parameter for each in g["params"]))
-    return label, optimizer._rule_of(group).states
+    return label
 
 
 def _grown(old: Tensor, new: Tensor) -> Tensor:

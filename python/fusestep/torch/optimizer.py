@@ -568,6 +568,26 @@ class Optimizer(torch.optim.Optimizer):
             for name in rule.states
         }
 
+    def _first_state(self, parameter: Tensor) -> dict[str, Any]:
+        """Return what the state of a parameter lacks, as it is before the first step.
+
+        Nothing where the rule keeps no step count: to these, state means that there was a step.
+        """
+        rule, entry = self._rule_for(parameter), self.state.get(parameter, {})
+        if not rule.scalars:
+            return {}
+        dtype = _state.dtype_for(self._state_dtype, parameter)
+        count = functools.partial(torch.tensor, dtype=_state.scalar_dtype())
+        scalars = {name: count(_state.initial_scalar(name)) for name in rule.scalars}
+        states = {name: _state.new(parameter, dtype, self._initial_state()) for name in rule.states}
+        first = {**scalars, **states}
+        return {name: x for name, x in first.items() if not _state.is_there(entry.get(name))}
+
+    def _rule_for(self, parameter: Tensor) -> Rule:
+        """Return the rule by which one of the parameters moves."""
+        groups = self.param_groups
+        return self._rule_of(next(g for g in groups if any(p is parameter for p in g["params"])))
+
     def _initial_state(self) -> float:
         """Return what new state is filled with."""
         return 0.0
