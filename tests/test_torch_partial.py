@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusestep as fs
+from concurrency import in_threads
 from rules import PLAIN, RULES, Rule
 
 torch = pytest.importorskip("torch")
@@ -809,7 +810,7 @@ def test_options_that_decide_about_state_while_rows_are_behind(
     before = snapshot(opt, [p])
     for attempt in (opt.step, opt.flush):
         group.update(change)
-        with pytest.raises(ValueError, match=r"call flush\\(\\) before|lacks the state"):
+        with pytest.raises(ValueError, match=r"call flush\(\) before|lacks the state"):
             attempt()
         group.update(was)
         assert_same(snapshot(opt, [p]), before)
@@ -1474,3 +1475,33 @@ def test_autograd_does_not_take_an_old_graph_for_a_new_one() -> None:
     assert p.grad is None
     (p * p).sum().backward()
     opt.step()
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def test_steps_and_readers_at_the_same_time() -> None:
+    """Each waits for its turn; in the end, every step has been taken in every row."""
+    p = table(300, 40, dtype=torch.float64)
+    q = nn.Parameter(p.detach().clone())
+    opt, other = exact_adam([p]), torch.optim.AdamW([q], lr=0.01)
+
+    def work(thread: int) -> None:
+        for _ in range(30):
+            if thread == 0:
+                for _ in range(3):
+                    opt.step()
+            elif thread == 1:
+                opt.catch_up(torch.arange(0, 300, 7))
+                opt.state_dict()
+            else:
+                opt.flush()
+                opt.resize(p, 300)
+
+    p.grad = rows_of(p, torch.arange(100), torch.ones(100, 40, dtype=torch.float64))
+    q.grad = p.grad.to_dense()
+    in_threads(3, work)
+    opt.flush()
+    for _ in range(90):
+        other.step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
