@@ -894,6 +894,8 @@ def test_autograd_is_told_that_rows_have_moved() -> None:
 
 def test_parameters_are_not_kept_alive() -> None:
     opt, p = behind()
+    assert weakref.getweakrefcount(p) == 0  # or torch.utils.swap_tensors would refuse it
+    opt.flush()
     seen = weakref.ref(p)
     del opt.param_groups[0]["params"][:]
     opt.state.clear()

@@ -472,15 +472,17 @@ void TorchOptimizer::follow_history(FollowedParameter& parameter) {
   rules::RowHistory& history = *slot.history;
   const auto shape = slot.parameter().geometry().shape;
   const std::int64_t rows = shape.empty() ? 0 : shape[0];
-  if (!history.has_missed_steps())
+  if (!history.has_missed_steps()) {
+    history.mark_all();
     history.resize(rows);
-  else if (slot.device().kind != Device::cpu)
+  } else if (slot.device().kind != Device::cpu) {
     throw TypeError(slot.name() + " is on " + name_of(slot.device()) +
                     ", and has rows that have missed steps: call flush() before it is moved");
-  else if (history.rows() != rows)
+  } else if (history.rows() != rows) {
     throw ValueError(slot.name() + " has been given " + std::to_string(rows) +
                      " rows where it had " + std::to_string(history.rows()) +
                      ", of which some have missed steps: use resize(), or call flush() before");
+  }
   try {
     history.compute_in(slot.work.compute, slot.states());
   } catch (const ValueError& error) {

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _cpu
 from .._hyperparameters import flag, max_norm, one_of
@@ -21,7 +20,7 @@ from ..gradients import as_indices
 from . import _anchors, _distributed, _load, _state, _tables, _tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from .. import Optimizer as ArrayOptimizer
 
@@ -107,9 +106,9 @@ class Optimizer(torch.optim.Optimizer):
     _scalars: _state.Scalars | None
     _rules: list[Rule]
     _counts_on_gpu: bool  # of parameters that are on one
-    _rows = "lazy"
+    _rows = "lazy"  # while torch's constructor adds the first groups
     _native: _cpu.TorchOptimizer
-    _histories: MutableMapping[Tensor, _cpu.RowHistory]
+    _histories: dict[Tensor, _cpu.RowHistory]
     _step_supports_amp_scaling = False  # torch's constructors set it where fused=True
 
     # ---- stepping -------------------------------------------------------------------------------
@@ -418,6 +417,14 @@ class Optimizer(torch.optim.Optimizer):
             history = self._histories[parameter] = _cpu.RowHistory(len(parameter))
         return history
 
+    def _drop_unused_histories(self, present: set[int]) -> None:
+        """Drop the histories of parameters that have left their groups and owe nothing."""
+        self._histories = {
+            p: history
+            for p, history in self._histories.items()
+            if id(p) in present or history.has_missed_steps
+        }
+
     def _missed_steps(self) -> list[MissedSteps]:
         """Return the parameters with rows that have missed steps, and these."""
         found = ((p, self._histories.get(p)) for p, _ in self._parameters())
@@ -426,10 +433,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _histories_of(
         self, groups: Sequence[Mapping[str, Any]], missed: Iterable[MissedSteps]
-    ) -> MutableMapping[Tensor, _cpu.RowHistory]:
+    ) -> dict[Tensor, _cpu.RowHistory]:
         """Return the histories that say this of parameters in these groups."""
         options = {id(p): self._rule_of(group).told[0] for group in groups for p in group["params"]}
-        histories: MutableMapping[Tensor, _cpu.RowHistory] = WeakTensorKeyDictionary()
+        histories: dict[Tensor, _cpu.RowHistory] = {}
         for parameter, rows, steps in missed:
             history = histories[parameter] = _cpu.RowHistory(len(rows))
             history.restore(self._array_class._rule, options[id(parameter)], rows, steps)
@@ -453,6 +460,7 @@ class Optimizer(torch.optim.Optimizer):
         self._native.set_resident(self._counts_on_gpu)
         parameters = list(_labelled(self.param_groups))
         scalars = self._scalars = self._scalars_for([parameter for parameter, _ in parameters])
+        self._drop_unused_histories({id(parameter) for parameter, _ in parameters})
         column = 0
         for group, rule in zip(self.param_groups, self._rules, strict=True):
             self._native.add_group(group, self._array_class._rule, *rule.told)
@@ -828,10 +836,9 @@ class Optimizer(torch.optim.Optimizer):
         self._state_dtype = _state.checked_dtype(state_dtype)
         self._rows = one_of("rows", rows, ("lazy", "exact"))
         self._check_rows()
-        # By parameter, for as long as there is one: the native half is told of them anew whenever
-        # groups or state change, and what rows have missed must outlast that. A parameter that
-        # nobody has any more owes nothing.
-        self._histories = WeakTensorKeyDictionary()
+        # By parameter: the native half is told anew whenever groups or state change, and what rows
+        # have missed must outlast that.
+        self._histories = {}
         self._native = _cpu.TorchOptimizer(_tensors, _tensors.USE_EXCHANGE_TABLE)
         self._native.skipped_steps = skipped_steps
         self._changes: list[tuple[Tensor, dict[str, Any] | None]] = []
