@@ -122,7 +122,7 @@ def test_tables_move_as_in_the_dense_optimizer(rule: Rule, pointers: str) -> Non
     opt = make(rule, groups, rows="exact")
     other = torchs(rule, their_groups)
     schedules = [lr_scheduler.CosineAnnealingWarmRestarts(each, 37) for each in (opt, other)]
-    for step in range(400):
+    for step in range(250):
         for i, (p, q) in enumerate(zip(params, others, strict=True)):
             p.grad = some_rows(p, 2 * step + i, 1 + step % 4)
             if step % 50 > 25:  # only some rows for a while
@@ -358,7 +358,7 @@ DISTURBANCES = [
 ]
 
 
-def go_on(opt: Any, start: int, steps: int = 300) -> list[Tensor]:
+def go_on(opt: Any, start: int, steps: int = 60) -> list[Tensor]:
     p = opt.param_groups[0]["params"][0]
     for step in range(start, start + steps):
         p.grad = some_rows(p, step, 1 + step % 2)
