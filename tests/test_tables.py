@@ -913,7 +913,7 @@ def test_new_rows_of_an_anchored_table_may_be_filled_later(init: float) -> None:
 
 def test_an_anchor_that_could_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     """If memory for the larger anchor is not to be had, nothing has happened."""
-    from fusestep import _anchors
+    from fusestep import _penalties
 
     opt = fs.SGD(np.ones((3, 2)), lr=0.5)
     opt.anchor(1.0)
@@ -922,7 +922,7 @@ def test_an_anchor_that_could_not_follow(monkeypatch: pytest.MonkeyPatch) -> Non
     def full(*arguments: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(_anchors, "grown", full)
+    monkeypatch.setattr(_penalties, "grown", full)
     with pytest.raises(MemoryError):
         opt.resize(0, 5)
     np.testing.assert_equal(snapshot(opt), before)

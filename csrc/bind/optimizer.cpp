@@ -1,9 +1,7 @@
 #include "engine/optimizer.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include "arrays/rows.h"
 #include "bind/register.h"
 #include "core/errors.h"
 #include "selections/blocks.h"
@@ -98,35 +96,26 @@ void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& l
 void catch_up(Optimizer& optimizer, const py::sequence& indices) {
   Optimizer::RowNumbers numbers;
   for (const py::handle array : indices) {
-    static const std::string kName = "catch_up";
     auto& rows = numbers.emplace_back();
     if (array.is_none()) continue;
     static const arrays::Array kNone;  // of one array too many, which is refused later
     const std::size_t i = numbers.size() - 1;
     const arrays::Array& parameter = i < optimizer.size() ? optimizer.slot(i).parameter() : kNone;
-    rows = arrays::read_row_numbers(array.ptr(), parameter, {"the row indices for ", kName});
+    rows = read_row_numbers(array, parameter);
   }
   optimizer.catch_up(numbers);
 }
 
-// What rows of parameter i have missed: (steps missed, for each row; what is known of each step),
-// or None where all are up to date.
-py::object missed_steps(Optimizer& optimizer, std::size_t i) {
+py::object missed_steps_of(Optimizer& optimizer, std::size_t i) {
   const rules::RowHistory* history = optimizer.slot(i).history.get();
-  if (!history || history->rows_behind().empty()) return py::none();
-  const std::vector<std::int64_t> missed = history->all_missed();
-  return py::make_tuple(
-      py::array_t<std::int64_t>(static_cast<py::ssize_t>(missed.size()), missed.data()),
-      history->steps());
+  return history ? missed_steps(*history) : py::none();
 }
 
-void set_missed_steps(Optimizer& optimizer, std::size_t i,
-                      const py::array_t<std::int64_t, py::array::c_style>& missed,
+void set_missed_steps(Optimizer& optimizer, std::size_t i, const RowNumbers& missed,
                       const std::vector<std::vector<double>>& steps) {
   engine::Slot& slot = optimizer.slot(i);
   if (!slot.history) return;  // no rows
-  slot.history->restore(*optimizer.group.rule, slot.work.compute, slot.states(), steps,
-                        {missed.data(), static_cast<std::size_t>(missed.size())});
+  restore(*slot.history, *optimizer.group.rule, slot.work.compute, slot.states(), missed, steps);
 }
 
 // How many updates each block of parameter i has had: (elements of a block, updates, products of
@@ -246,7 +235,7 @@ void register_optimizer(py::module_& module) {
           },
           "index"_a, "strength"_a, "reference"_a, "importance"_a)
       .def("release_anchor", &Optimizer::release_anchor, "index"_a)
-      .def("missed_steps", &missed_steps, "index"_a)
+      .def("missed_steps", &missed_steps_of, "index"_a)
       .def("block_progress", &block_progress, "index"_a)
       .def("set_block_progress", &set_block_progress, "index"_a, "block"_a, "steps"_a, "products"_a)
       .def_readwrite("seed", &Optimizer::seed)

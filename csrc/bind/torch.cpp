@@ -19,7 +19,9 @@ class PythonTeller final : public engine::Teller {
 
   py::object groups() override { return optimizer_.attr("param_groups"); }
   py::object state() override { return optimizer_.attr("state"); }
-  void tell_everything() override { optimizer_.attr("_tell_everything")(); }
+  void tell_everything(bool is_for_a_step) override {
+    optimizer_.attr("_tell_everything")(is_for_a_step);
+  }
   bool tell_options() override { return optimizer_.attr("_tell_options")().cast<bool>(); }
   void undo() override { optimizer_.attr("_undo")(); }
   void keep() override { optimizer_.attr("_keep")(); }
@@ -45,6 +47,18 @@ void step(TorchOptimizer& self, const py::handle& optimizer, const py::handle& g
             {loss_scale, found_inf}, teller);
 }
 
+// `indices` are an array of row numbers, or None, for each parameter; or None for all rows of all.
+void catch_up(TorchOptimizer& self, const py::handle& optimizer,
+              const std::optional<py::list>& indices) {
+  std::optional<TorchOptimizer::RowNumbers> numbers;
+  if (indices) numbers.emplace();
+  if (indices)
+    for (const py::handle array : *indices)
+      numbers->push_back(array.is_none() ? std::nullopt : std::optional(read_row_numbers(array)));
+  PythonTeller teller(optimizer);
+  self.catch_up(numbers, teller);
+}
+
 // id(parameter) -> ids of its state, for parameters that no step has moved yet.
 std::map<std::uintptr_t, std::vector<std::uintptr_t>> unused(TorchOptimizer& self) {
   const auto id = [](PyObject* object) { return reinterpret_cast<std::uintptr_t>(object); };
@@ -60,14 +74,20 @@ TorchOptimizer::GroupOptions group_options(const py::dict& group, const std::str
   return {group, make_rule(rule, options), maximize, watched, is_mutable};
 }
 
-// `states` are a list of tensors, or None where the parameter lacks state that it will need.
+// `states` are a list of tensors, or None where the parameter lacks state that it will need; an
+// anchor is its strength, reference, and importance or None.
+using Anchor = std::tuple<double, py::object, py::object>;
 void add_parameter(TorchOptimizer& self, const py::object& tensor, std::string name,
                    const std::optional<std::vector<py::object>>& states,
                    const std::vector<py::object>& scalars,
                    const std::vector<std::pair<py::object, std::size_t>>& places, bool is_first,
-                   bool is_sharded) {
+                   bool is_sharded, std::shared_ptr<rules::RowHistory> history,
+                   const std::optional<Anchor>& anchor) {
+  std::optional<TorchOptimizer::Anchor> pull;
+  if (anchor) std::apply([&](auto... parts) { pull = TorchOptimizer::Anchor{parts...}; }, *anchor);
   self.add_parameter({tensor, std::move(name), states.value_or(std::vector<py::object>{}), scalars,
-                      places, states.has_value(), is_first, is_sharded});
+                      places, states.has_value(), is_first, is_sharded, std::move(history),
+                      std::move(pull)});
 }
 
 }  // namespace
@@ -102,7 +122,16 @@ void register_torch(py::module_& module) {
           },
           "index"_a, "group"_a, "rule"_a, "options"_a, "maximize"_a, "watched"_a, "is_mutable"_a)
       .def("add_parameter", &add_parameter, "tensor"_a, "name"_a, "states"_a, "scalars"_a,
-           "places"_a, "is_first"_a, "is_sharded"_a)
+           "places"_a, "is_first"_a, "is_sharded"_a, "history"_a, "anchor"_a)
+      .def("catch_up", &catch_up, "optimizer"_a, "indices"_a)
+      .def("ask_again", &TorchOptimizer::ask_again)
+      .def(
+          "exclusively",
+          [](TorchOptimizer& self, const py::function& function) {
+            const engine::Turnstile::Turn turn(self.turnstile);
+            return function();
+          },
+          "function"_a)
       .def("seal", &TorchOptimizer::seal, "state"_a)
       .def_property(
           "skip_nonfinite",

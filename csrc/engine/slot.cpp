@@ -313,7 +313,7 @@ void Slot::keep_history() {
     throw TypeError(name_ + " is on " + name_of(device()) +
                     ", where this version of fusestep has no rows=\"exact\"; expected the CPU, or "
                     "rows=\"lazy\"");
-  history = std::make_unique<rules::RowHistory>(shape[0]);
+  history = std::make_shared<rules::RowHistory>(shape[0]);
 }
 
 void Slot::set_anchor(double lambda, Array reference, std::optional<Array> importance) {

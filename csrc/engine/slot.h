@@ -76,6 +76,8 @@ class Slot {
   // every element is 1. Throws and changes nothing where the arrays do not fit.
   void set_anchor(double lambda, arrays::Array reference, std::optional<arrays::Array> importance);
   void release_anchor();
+  const arrays::Array& anchor_reference() const { return anchor_->reference; }
+  const arrays::Array& anchor_importance() const { return *anchor_->importance; }
 
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
@@ -91,7 +93,7 @@ class Slot {
 
   Work work;  // what prepare() found; its coefficients are the caller's to add
   rules::Progress progress;
-  std::unique_ptr<rules::RowHistory> history;            // where missed steps are made up for
+  std::shared_ptr<rules::RowHistory> history;            // where missed steps are made up for
   std::shared_ptr<rules::BlockProgress> block_progress;  // where blocks have come differently far
 
   // Where progress is kept on a GPU, and what is here may be old; see Gpu.

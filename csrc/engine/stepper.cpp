@@ -185,7 +185,8 @@ void Stepper::finish_parts(bool clears_gradients) {
 // Before a dense gradient moves all rows.
 void Stepper::catch_up_whole_tables(const std::vector<Update>& updates) {
   for (const Update& update : updates)
-    if (update.slot->history && !update.row_numbers) catch_up(*update.slot, *update.group->rule);
+    if (update.slot->history && update.slot->history->has_missed_steps() && !update.row_numbers)
+      catch_up(*update.slot, *update.group->rule);
 }
 
 void Stepper::record(const Update& update, const rules::Progress& progress) {

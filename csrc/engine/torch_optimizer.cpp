@@ -95,7 +95,7 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
   FollowedGroup& group = groups_.back();
   FollowedParameter& followed = parameters_.emplace_back(FollowedParameter{
       .tensor = parameter.tensor.ptr(),
-      .states = {},
+      .anchor_strength = {},
       .slot = Slot(std::move(parameter.name), *group.group.rule),
       .scalars = {},
       .is_ready = parameter.is_ready,
@@ -103,10 +103,17 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
       .index = parameters_.size(),
       .told = parameter.states,
   });
-  if (parameter.states.size() > followed.states.size())
+  if (parameter.states.size() > kMaxStates)
     throw ValueError(followed.slot.name() + " has too many state tensors");
-  for (const py::object& state : parameter.states)
-    followed.states[followed.state_count++] = state.ptr();
+  followed.state_count = parameter.states.size();
+  if (parameter.anchor) {
+    followed.anchor_strength = parameter.anchor->strength;
+    for (const py::object& tensor : {parameter.anchor->reference, parameter.anchor->importance})
+      if (!tensor.is_none()) followed.told.push_back(tensor);
+  }
+  for (const py::object& tensor : followed.told)
+    followed.tensors.at(followed.tensor_count++) = tensor.ptr();
+  followed.slot.history = std::move(parameter.history);
   followed.told.insert(followed.told.end(), parameter.scalars.begin(), parameter.scalars.end());
   followed.slot.progress.step = parameter.is_first ? 0 : 1;
   for (const auto& [tensor, element] : parameter.places)
@@ -124,7 +131,7 @@ std::size_t TorchOptimizer::follow_scalar(const py::object& tensor) {
 }
 
 void TorchOptimizer::seal(const py::dict& state) {
-  std::vector<std::string_view> names, scalar_names;
+  std::vector<std::string_view> names{"anchor", "anchor_importance"}, scalar_names;
   for (const FollowedGroup& followed : groups_) {
     for (const auto name : followed.group.rule->state_names()) names.push_back(name);
     for (const auto name : followed.group.rule->scalar_names()) scalar_names.push_back(name);
@@ -135,6 +142,7 @@ void TorchOptimizer::seal(const py::dict& state) {
   const auto watch = [&](PyObject* key) {
     // A scalar's tensor is not asked for its address: it is told apart for certain.
     if (is_among(key, scalar_names)) return Watch::kept_value;
+    if (is_text(key, "anchor_strength")) return Watch::kept_value;
     return is_among(key, names) ? Watch::value : Watch::key;
   };
   Py_ssize_t position = 0;
@@ -152,7 +160,7 @@ void TorchOptimizer::seal(const py::dict& state) {
         parameter.is_ready && std::ranges::all_of(parameter.told, [&](const py::object& object) {
           return found != entries.end() && found->second->watches(object.ptr());
         });
-    if (!parameter.is_ready) parameter.state_count = 0;  // nothing holds what it was told with
+    if (!parameter.is_ready) parameter.state_count = parameter.tensor_count = 0;  // nothing holds
     parameter.told.clear();
   }
 }
@@ -212,21 +220,27 @@ struct TorchOptimizer::StepUnderWay {
 
 void TorchOptimizer::step(py::handle groups, py::handle state, StepArguments arguments,
                           const ScalingTensors& scaling, Teller& teller) {
-  const Turnstile::Turn turn(turnstile_);
+  const Turnstile::Turn turn(turnstile);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   const cpu::BorrowedThreads threads;
   if (updates_.capacity() >= kManyTensors) cpu::announce(stepper.elements());
   arguments.scaling = find_scaling(scaling);
   Outcome outcome = attempt(groups, state, arguments, false);
   if (outcome == Outcome::done || outcome == Outcome::skipped) return;
+  settle(outcome, true, teller, [&](Outcome before) {
+    if (before == Outcome::needs_norm) arguments.norm = teller.global_norm(local_norms_);
+    return attempt(teller.groups(), teller.state(), arguments, true);
+  });
+}
 
+// Attempts something until all is as it was told.
+template <class Attempt>
+void TorchOptimizer::settle(Outcome outcome, bool is_for_a_step, Teller& teller, Attempt attempt) {
   try {
     for (int attempts = 0; attempts < kMostAttempts; ++attempts) {
-      if (outcome == Outcome::needs_norm)
-        arguments.norm = teller.global_norm(local_norms_);
-      else if (outcome == Outcome::stale || !teller.tell_options())
-        teller.tell_everything();
-      outcome = attempt(teller.groups(), teller.state(), arguments, true);
+      if (outcome == Outcome::stale || (outcome == Outcome::new_options && !teller.tell_options()))
+        teller.tell_everything(is_for_a_step);
+      outcome = attempt(outcome);
       if (outcome == Outcome::done) return teller.keep();
       if (outcome == Outcome::skipped) return teller.undo();
     }
@@ -270,6 +284,61 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
   if (moved) write_progress();
   if (arguments.zero_grad) clear_unusual_gradients();
   return moved ? Outcome::done : Outcome::skipped;
+}
+
+// ---- rows that have missed steps ----
+
+void TorchOptimizer::catch_up(const std::optional<RowNumbers>& numbers, Teller& teller) {
+  const Turnstile::Turn turn = turnstile.turn_or_own();
+  const cpu::IeeeEnvironment ieee;
+  const cpu::BorrowedThreads threads;
+  const auto attempt = [&](Outcome) {
+    return attempt_to_catch_up(teller.groups(), teller.state(), numbers);
+  };
+  if (!alive_.empty())
+    throw std::runtime_error("an optimizer cannot be used from inside its own step");
+  const Outcome outcome = attempt(Outcome::done);
+  if (outcome != Outcome::done) settle(outcome, false, teller, attempt);
+}
+
+// Like a step, wholly or not at all; but no state is made for it, and options do not matter: each
+// missed step has had its own.
+TorchOptimizer::Outcome TorchOptimizer::attempt_to_catch_up(
+    py::handle groups, py::handle state, const std::optional<RowNumbers>& numbers) {
+  const StepUnderWay under_way(*this);
+  if (is_outdated_) return Outcome::stale;
+  if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
+  tensors_.has_run_code = false;
+  keep_alive();
+  std::vector<std::pair<FollowedParameter*, const rules::AnyRule*>> behind;
+  py::list tensors;
+  for (const FollowedGroup& group : groups_) {
+    for (std::size_t i = group.begin; i < group.end; ++i) {
+      FollowedParameter& parameter = parameters_[i];
+      const Slot& slot = parameter.slot;
+      if (!slot.history || !slot.history->has_missed_steps()) continue;
+      if (numbers && !numbers->at(i)) continue;
+      if (!parameter.is_ready)
+        throw ValueError(slot.name() + " has rows that have missed steps, and lacks the state " +
+                         "that is needed to make up for these");
+      follow_memory(parameter);
+      if (is_outdated_) return Outcome::stale;
+      follow_history(parameter);
+      behind.emplace_back(&parameter, group.group.rule.get());
+      tensors.append(py::handle(parameter.tensor));
+    }
+  }
+  if (tensors_.has_run_code)
+    if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
+
+  for (const auto& [parameter, rule] : behind) {
+    if (numbers)
+      stepper.catch_up(parameter->slot, *rule, *numbers->at(parameter->index));
+    else
+      stepper.catch_up(parameter->slot, *rule);
+  }
+  tensors_.increment_versions(tensors.ptr());
+  return Outcome::done;
 }
 
 void TorchOptimizer::fetch_rate(FollowedGroup& followed) {
@@ -317,6 +386,7 @@ bool TorchOptimizer::collect() {
       if (!parameter.is_ready) return false;
       follow_memory(parameter);
       if (is_outdated_) return false;
+      if (parameter.slot.history) follow_history(parameter);
       read_progress(parameter);
       if (is_outdated_) return false;
       Slot& slot = parameter.slot;
@@ -346,11 +416,16 @@ void TorchOptimizer::view_unusual_gradient(FollowedParameter& parameter, const p
 bool TorchOptimizer::is_where_it_was(const FollowedParameter& parameter) const {
   if (!parameter.is_bound || !tensors_.is_at(parameter.tensor, parameter.slot.parameter()))
     return false;
-  for (std::size_t i = 0; i < parameter.state_count; ++i) {
-    const bool is_ours = parameter.state_memory[i] && parameter.state_memory[i]->is_in_use();
-    if (!is_ours && !tensors_.is_at(parameter.states[i], parameter.slot.state(i))) return false;
+  for (std::size_t i = 0; i < parameter.tensor_count; ++i) {
+    const bool is_ours = parameter.memory[i] && parameter.memory[i]->is_in_use();
+    if (!is_ours && !tensors_.is_at(parameter.tensors[i], parameter.view(i))) return false;
   }
   return true;
+}
+
+const arrays::Array& TorchOptimizer::FollowedParameter::view(std::size_t i) const {
+  if (i < state_count) return slot.state(i);
+  return i == state_count ? slot.anchor_reference() : slot.anchor_importance();
 }
 
 // Notices where the parameter or its state has been given other memory, shape or dtype.
@@ -370,10 +445,18 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
   };
   std::vector<arrays::Array> states;
   for (std::size_t i = 0; i < parameter.state_count; ++i)
-    states.push_back(view(parameter.states[i], slot.state_label(i)));
+    states.push_back(view(parameter.tensors[i], slot.state_label(i)));
   slot.bind(view(parameter.tensor, slot.name()), std::move(states));
-  for (std::size_t i = 0; i < parameter.state_count; ++i)
-    parameter.state_memory[i] = arrays::StateMemory::at(slot.state(i).data);
+  if (parameter.anchor_strength) {
+    const auto anchor = [&](std::size_t i) {
+      return view(parameter.tensors[parameter.state_count + i], "the anchor of " + slot.name());
+    };
+    std::optional<arrays::Array> importance;
+    if (parameter.tensor_count > parameter.state_count + 1) importance = anchor(1);
+    slot.set_anchor(*parameter.anchor_strength, anchor(0), std::move(importance));
+  }
+  for (std::size_t i = 0; i < parameter.tensor_count; ++i)
+    parameter.memory[i] = arrays::StateMemory::at(parameter.view(i).data);
   parameter.is_bound = true;
   is_placed_ = false;
   // Where state has been moved, the step count may have been, too; and it may have to be.
@@ -381,6 +464,31 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
   for (std::size_t i = 0; was_bound && i < parameter.state_count; ++i)
     has_moved = has_moved || states_before[i] != slot.state(i).data;
   is_outdated_ = is_outdated_ || has_moved;
+}
+
+// Rows that have missed steps must be where they were, with the state that they had.
+void TorchOptimizer::follow_history(FollowedParameter& parameter) {
+  const Slot& slot = parameter.slot;
+  rules::RowHistory& history = *slot.history;
+  const auto shape = slot.parameter().geometry().shape;
+  const std::int64_t rows = shape.empty() ? 0 : shape[0];
+  if (!history.has_missed_steps()) {
+    history.mark_all();
+    history.resize(rows);
+  } else if (slot.device().kind != Device::cpu) {
+    throw TypeError(slot.name() + " is on " + name_of(slot.device()) +
+                    ", and has rows that have missed steps: call flush() before it is moved");
+  } else if (history.rows() != rows) {
+    throw ValueError(slot.name() + " has been given " + std::to_string(rows) +
+                     " rows where it had " + std::to_string(history.rows()) +
+                     ", of which some have missed steps: use resize(), or call flush() before");
+  }
+  try {
+    history.compute_in(slot.work.compute, slot.states());
+  } catch (const ValueError& error) {
+    throw ValueError(slot.name() + " has " + error.what() +
+                     ": call flush() before options are changed that decide which state is kept");
+  }
 }
 
 // Parameters without a gradient are not asked where they lie now.
@@ -505,8 +613,8 @@ std::vector<TorchOptimizer::Unused> TorchOptimizer::unused() {
     if (parameter.is_bound && is_resident(parameter) && parameter.slot.progress.step == 0)
       unused.push_back(
           {parameter.tensor,
-           {parameter.states.begin(),
-            parameter.states.begin() + static_cast<std::ptrdiff_t>(parameter.state_count)}});
+           {parameter.tensors.begin(),
+            parameter.tensors.begin() + static_cast<std::ptrdiff_t>(parameter.state_count)}});
   return unused;
 }
 
@@ -559,7 +667,7 @@ Scaling TorchOptimizer::find_scaling(const ScalingTensors& scaling) const {
 }
 
 void TorchOptimizer::pull() {
-  const Turnstile::Turn turn = turnstile_.turn_or_own();
+  const Turnstile::Turn turn = turnstile.turn_or_own();
   stepper.pull([&](const Device& device) { return tensors_.current_stream(device); });
 }
 
@@ -605,8 +713,8 @@ void TorchOptimizer::clear_unusual_gradients() noexcept {
 void TorchOptimizer::keep_alive() {
   for (const FollowedParameter& parameter : parameters_) {
     alive_.push_back(py::reinterpret_borrow<py::object>(parameter.tensor));
-    for (std::size_t i = 0; i < parameter.state_count; ++i)
-      alive_.push_back(py::reinterpret_borrow<py::object>(parameter.states[i]));
+    for (std::size_t i = 0; i < parameter.tensor_count; ++i)
+      alive_.push_back(py::reinterpret_borrow<py::object>(parameter.tensors[i]));
   }
 }
 

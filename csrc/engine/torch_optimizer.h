@@ -40,8 +40,8 @@ class Teller {
   virtual pybind11::object groups() = 0;
   virtual pybind11::object state() = 0;
 
-  // Describe everything, making what state is missing.
-  virtual void tell_everything() = 0;
+  // Describe everything; for a step, making what state is missing.
+  virtual void tell_everything(bool is_for_a_step) = 0;
 
   // Describe the options of all groups; false where they ask for other state.
   virtual bool tell_options() = 0;
@@ -72,6 +72,14 @@ class TorchOptimizer {
   void step(pybind11::handle groups, pybind11::handle state, StepArguments arguments,
             const ScalingTensors& scaling, Teller& teller);
 
+  // Brings rows that have missed steps up to date: these of each parameter, or all. The numbers are
+  // those of rows that there are.
+  using RowNumbers = std::vector<std::optional<std::vector<std::int64_t>>>;
+  void catch_up(const std::optional<RowNumbers>& numbers, Teller& teller);
+
+  // Has Python tell everything again: there is something else to be told of the same objects.
+  void ask_again() { is_outdated_ = true; }
+
   // On a GPU it decides where the step counts are: Python is asked to tell again.
   void set_skip_nonfinite(bool value) {
     is_outdated_ = is_outdated_ || value != stepper.settings.skip_nonfinite;
@@ -95,6 +103,10 @@ class TorchOptimizer {
   void add_group(GroupOptions options);
   void set_options(std::size_t group, GroupOptions options);
 
+  struct Anchor {
+    double strength;
+    pybind11::object reference, importance;  // the latter may be None
+  };
   struct Parameter {
     pybind11::object tensor;
     std::string name;
@@ -105,6 +117,9 @@ class TorchOptimizer {
     bool is_ready;    // has all the state that it needs
     bool is_first;    // its next update is the first, if no scalar counts them
     bool is_sharded;  // this process holds a part of it
+    // Where rows that a step does not touch miss it: it outlives what is told here.
+    std::shared_ptr<rules::RowHistory> history;
+    std::optional<Anchor> anchor;
   };
   void add_parameter(Parameter parameter);  // to the last group
 
@@ -127,6 +142,7 @@ class TorchOptimizer {
   void seal(const pybind11::dict& state);
 
   Stepper stepper;
+  Turnstile turnstile;
 
  private:
   enum class Outcome { done, skipped, stale, new_options, needs_norm };
@@ -148,18 +164,23 @@ class TorchOptimizer {
   struct ScalarPlace {
     std::size_t tensor, element;  // in scalars_
   };
+  static constexpr std::size_t kMostTensors = kMaxStates + 2;
   struct FollowedParameter {
     PyObject* tensor;
-    std::array<PyObject*, kMaxStates> states;
-    std::array<std::shared_ptr<const arrays::StateMemory>, kMaxStates> state_memory{};  // if ours
-    std::size_t state_count = 0;
+    // Its state, and then the reference and importance of its anchor, if it has them.
+    std::array<PyObject*, kMostTensors> tensors{};
+    std::array<std::shared_ptr<const arrays::StateMemory>, kMostTensors> memory{};  // if ours
+    std::size_t state_count = 0, tensor_count = 0;
+    std::optional<double> anchor_strength;
     Slot slot;
     std::vector<ScalarPlace> scalars;
     bool is_ready, is_sharded;
     bool is_bound = false;  // the slot has been told where they lie
     bool had_sparse_gradient = false;
     std::size_t index;
-    std::vector<pybind11::object> told;  // until seal(): states and scalars
+    std::vector<pybind11::object> told;  // until seal(): states, scalars and anchor
+
+    const arrays::Array& view(std::size_t i) const;  // of tensors[i]
   };
   struct FollowedState {
     PyObject* key;
@@ -172,6 +193,10 @@ class TorchOptimizer {
   };
   struct StepUnderWay;
 
+  template <class Attempt>
+  void settle(Outcome outcome, bool is_for_a_step, Teller& teller, Attempt attempt);
+  Outcome attempt_to_catch_up(pybind11::handle groups, pybind11::handle state,
+                              const std::optional<RowNumbers>& numbers);
   Outcome attempt(pybind11::handle groups, pybind11::handle state, const StepArguments& arguments,
                   bool options_are_new);
   Outcome compare(pybind11::handle groups, pybind11::handle state);
@@ -194,6 +219,7 @@ class TorchOptimizer {
   bool is_where_it_was(const FollowedParameter& parameter) const;
   void follow_memory(FollowedParameter& parameter);
   void follow_all_memory();
+  void follow_history(FollowedParameter& parameter);
   void prepare(const StepArguments& arguments);
   std::vector<Teller::Norm> gradient_norms();
   void find_scalars();
@@ -206,14 +232,13 @@ class TorchOptimizer {
   void keep_alive();
   const OccupiedMemory& occupied_memory();
 
-  Turnstile turnstile_;
   arrays::TorchTensors tensors_;
   std::deque<FollowedGroup> groups_;
   std::deque<FollowedParameter> parameters_;
   std::vector<FollowedState> state_;
   std::vector<FollowedScalar> scalars_;
   std::optional<OccupiedMemory> memory_;
-  bool is_outdated_ = false;  // what was told, because of a setting
+  bool is_outdated_ = false;  // what was told
   bool is_resident_ = false;
   bool is_placed_ = false;  // the stepper knows which slots are resident
 

@@ -3,7 +3,21 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/errors.h"
+
 namespace fusestep::rules {
+
+// The numbers of a loop are those of a rule with so many state arrays.
+void RowHistory::compute_in(DType compute, std::size_t states) {
+  if (!replay_.empty() && replay_.back().coefficients.loop != rules_.back()->loop(states))
+    throw ValueError(
+        "rows that have missed steps, which are to be made up for with the state of that time");
+  if (compute == compute_) return;
+  compute_ = compute;
+  for (std::size_t i = 0; i < replay_.size(); ++i)
+    replay_[i].coefficients =
+        rules_[i]->coefficients(steps_[i].progress, compute, steps_[i].lr, states);
+}
 
 void RowHistory::record(const AnyRule& rule, const Step& step, const Coefficients& coefficients) {
   const IdleBytes idle = rule.idle(step.progress, step.lr);

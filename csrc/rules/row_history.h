@@ -20,6 +20,10 @@ class RowHistory {
  public:
   explicit RowHistory(std::int64_t rows) : current_at_(static_cast<std::size_t>(rows), 0) {}
 
+  // From now on the rows' missed steps are made up for in this type. Throws ValueError where some
+  // were missed with another number of state arrays than `states`.
+  void compute_in(DType compute, std::size_t states);
+
   // One step that has been taken: to be called before the rows that it moved are marked.
   struct Step {
     double lr;
@@ -32,6 +36,9 @@ class RowHistory {
 
   std::int64_t rows() const { return static_cast<std::int64_t>(current_at_.size()); }
   void resize(std::int64_t rows);  // new rows are up to date
+
+  // Whether any row is behind.
+  bool has_missed_steps() const { return behind_ > 0; }
 
   bool is_behind(std::int64_t row) const { return missed(row) > 0; }
 
@@ -76,6 +83,7 @@ class RowHistory {
     return behind < size() ? behind : size();
   }
 
+  DType compute_ = DType::float32;
   std::int64_t behind_ = 0;  // rows that have missed any
   std::int64_t now_ = 0;     // steps ever recorded
   std::vector<std::int64_t>

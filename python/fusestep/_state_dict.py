@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _anchors, _cpu
+from . import _anchors, _cpu, _penalties
 from ._arrays import backend_of
 from ._hyperparameters import check_seed, number
 from ._state import as_state
@@ -77,11 +77,9 @@ def _anchor(optimizer: Optimizer, i: int, *, copy: bool) -> dict[str, Any]:
     anchor = optimizer._anchors.get(i)
     if anchor is None:
         return {}
-    arrays = {"anchor": anchor.reference, "anchor_importance": anchor.importance}
-    return {
-        "anchor_strength": anchor.strength,
-        **{x: backend_of(a).copy(a) if copy else a for x, a in arrays.items() if a is not None},
-    }
+    strength, *arrays = anchor
+    copies = [backend_of(a).copy(a) if copy and a is not None else a for a in arrays]
+    return _penalties.entries(_penalties.Anchor(strength, *copies))
 
 
 @dataclass
@@ -93,7 +91,7 @@ class _Entry:
     arrays: list[Any]  # None: the rule's initial value
     missed: npt.NDArray[np.int64]  # by each row, of the steps in `recent`
     recent: npt.NDArray[np.float64]
-    anchor: _anchors.Anchor | None = None
+    anchor: _penalties.Anchor | None = None
     blocks: _Blocks | None = None
 
 
@@ -255,7 +253,7 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
 
     entry = {name: value for name, value in entry.items() if value is not None}
     missed, recent = _check_missed_steps(optimizer, i, entry)
-    anchor = _check_anchor(optimizer, i, entry)
+    anchor = _penalties.taken(entry, _anchors.target_of(optimizer, i))
     blocks = _check_blocks(optimizer, i, entry)
     scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry
@@ -310,48 +308,50 @@ def _check_blocks(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _Block
     return _Blocks(block, found.astype(np.uint32), momenta)
 
 
-def _check_anchor(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _anchors.Anchor | None:
-    """Take a parameter's anchor from an entry, and return it."""
-    names = ("anchor_strength", "anchor", "anchor_importance")
-    strength, reference, importance = (entry.pop(name, None) for name in names)
-    if strength is None and reference is None and importance is None:
-        return None
-    label = optimizer._parameters.labels[i]
-    if strength is None or reference is None:
-        raise ValueError(f"the state of {label} has an anchor without its strength or reference")
-    checked = _anchors.checked(optimizer, i, strength, reference, importance)
-    return _anchors.Anchor(*checked)
-
-
 def _check_missed_steps(
     optimizer: Optimizer, i: int, entry: dict[Any, Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Take from an entry what rows have missed, and return it; zeros where it has none."""
     label = f"the missed steps of {optimizer._parameters.labels[i]}"
     shape = _anchors.described(optimizer, i).shape
-    columns = 3 + len(_cpu.option_names(optimizer._rule))
+    return taken_missed_steps(entry, label, shape[:1], optimizer._rule, optimizer.rows)
+
+
+def taken_missed_steps(
+    entry: dict[Any, Any], label: str, rows_shape: tuple[int, ...], rule: str, rows: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Take from an entry what rows have missed, and return it; zeros where it has none.
+
+    `rows_shape` is (rows,), or () of a parameter that has none; `rows` is what the optimizer does
+    about missed steps.
+    """
+    columns = 3 + len(_cpu.option_names(rule))
     if "missed_steps" not in entry and "recent_steps" not in entry:
-        return np.zeros(shape[:1], np.int64), np.zeros((0, columns))
-    if optimizer.rows != "exact":
+        return np.zeros(rows_shape, np.int64), np.zeros((0, columns))
+    if rows != "exact":
         raise ValueError(
             f"{label} are still to be made up for, which this optimizer does not do: create it "
             "with rows='exact', or call flush() before state_dict()"
         )
     try:
-        missed = np.asarray(entry.pop("missed_steps")).astype(np.int64, casting="safe")
-        recent = np.asarray(entry.pop("recent_steps")).astype(np.float64, casting="safe")
-    except (KeyError, TypeError, ValueError) as error:
+        missed = _popped(entry, "missed_steps").astype(np.int64, casting="safe")
+        recent = _popped(entry, "recent_steps").astype(np.float64, casting="safe")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{label} cannot be read: {error}") from None
-    if missed.shape != shape[:1] or recent.ndim != 2 or recent.shape[1] != columns:
+    if missed.shape != rows_shape or recent.ndim != 2 or recent.shape[1] != columns:
         raise ValueError(
-            f"{label} have shapes {missed.shape} and {recent.shape}; expected {shape[:1]} and "
+            f"{label} have shapes {missed.shape} and {recent.shape}; expected {rows_shape} and "
             f"(steps, {columns})"
         )
-    names = _cpu.option_names(optimizer._rule)
+    names = _cpu.option_names(rule)
     possible = all(map(partial(_can_have_been, names), recent))
     if not (possible and (missed >= 0).all() and (missed <= len(recent)).all()):
         raise ValueError(f"{label} are not steps that can have been missed")
     return missed, recent
+
+
+def _popped(entry: dict[Any, Any], name: str) -> npt.NDArray[Any]:
+    array = entry.pop(name)
+    return np.asarray(backend_of(array).to_numpy(array))
 
 
 def _can_have_been(names: list[str], step: npt.NDArray[np.float64]) -> bool:

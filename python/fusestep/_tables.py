@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _anchors
+from . import _anchors, _penalties
+from ._arrays import backend_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -22,9 +23,11 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
     """Give a parameter, and its state, `n_rows` rows; see :meth:`Optimizer.resize`."""
     i = _index_of(optimizer, name)
     old, label = optimizer._parameters.arrays[i], optimizer._parameters.labels[i]
-    count = _check_count(old, label, n_rows)
+    if not isinstance(old, np.ndarray):
+        raise TypeError(f"{label} is a {type(old).__name__}; only NumPy arrays can be resized")
+    count = check_count(old.shape, label, n_rows)
     new_rows = (count - old.shape[0], *old.shape[1:])
-    values = _check_init(init(new_rows) if callable(init) else init, new_rows, label)
+    values = check_init(init, new_rows, label)
 
     if i in optimizer._anchors:  # which is about to change: rows that are behind need the old one
         optimizer._native.flush()
@@ -40,7 +43,7 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
 
     anchor = optimizer._anchors.get(i)
     if anchor is not None:
-        anchor = _anchors.stored(optimizer, i, _anchors.grown(anchor, new_rows), table)
+        anchor = _anchors.stored(optimizer, i, _penalties.grown(anchor, new_rows), table)
         _anchors.release(optimizer, i)  # it has the old shape
     optimizer._native.move(i, table, list(states.values()))
     optimizer._arrays[i] = states
@@ -57,21 +60,22 @@ def _index_of(optimizer: Optimizer, name: str | int) -> int:
     return [*keys].index(name)
 
 
-def _check_count(old: Any, label: str, n_rows: int) -> int:
-    if not isinstance(old, np.ndarray):
-        raise TypeError(f"{label} is a {type(old).__name__}; only NumPy arrays can be resized")
-    if old.ndim == 0:
+def check_count(shape: tuple[int, ...], label: str, n_rows: Any) -> int:
+    """Return how many rows a table is to have, if it can."""
+    if not shape:
         raise ValueError(f"{label} has no dimensions, and so no rows")
     count = operator.index(n_rows)
-    if count < old.shape[0]:
-        raise ValueError(f"{label} has {old.shape[0]} rows; it cannot be resized to {count}")
+    if count < shape[0]:
+        raise ValueError(f"{label} has {shape[0]} rows; it cannot be resized to {count}")
     return count
 
 
-def _check_init(init: Any, shape: tuple[int, ...], label: str) -> npt.NDArray[Any]:
-    values = np.asarray(init)
+def check_init(init: Any, shape: tuple[int, ...], label: str) -> npt.NDArray[Any]:
+    """Return what new rows of this shape are to be filled with; `init` may be a callable."""
+    given = init(shape) if callable(init) else init
+    values = np.asarray(backend_of(given).to_numpy(given))
     if values.dtype.kind not in "fiubV":
-        raise TypeError(f"init is {init!r}; expected a number, an array or a callable")
+        raise TypeError(f"init is {given!r}; expected a number, an array or a callable")
     if values.ndim > 0 and values.shape != shape:
         raise ValueError(
             f"the new rows of {label} have shape {shape}; init has shape {values.shape}"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from ._penalties import Anchor
+
 
 class CommonOptions(TypedDict, total=False):
     """The keyword arguments that every rule takes; see :class:`Optimizer`."""
@@ -161,7 +163,7 @@ class Optimizer:
             self._new_state(array, label, fill)
             for array, label in zip(self._parameters.arrays, self._parameters.labels, strict=True)
         ]
-        self._anchors: dict[int, _anchors.Anchor] = {}
+        self._anchors: dict[int, Anchor] = {}
         self._growing: dict[tuple[int, str | None], Any] = {}
         self._native = _cpu.Optimizer(
             self._rule,

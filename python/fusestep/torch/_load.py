@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._hyperparameters import flag, max_norm, number
-from .._state_dict import count, expect_keys, mapping
-from . import _state
+from .._state_dict import count, expect_keys, mapping, taken_missed_steps
+from . import _anchors, _state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from .optimizer import Rule
+    from .optimizer import MissedSteps, Rule
 
 _EXTRAS: dict[str, Callable[[str, Any], Any]] = {
     "max_norm": max_norm,
@@ -65,18 +65,46 @@ def fitted_state(
     for key, parameter, label, rule in places:
         if key in saved:
             entry = mapping(saved[key], f"the state of {label}")
-            state[parameter] = _fitted_entry(entry, parameter, label, rule, state_dtype)
+            fitted = _fitted_entry(entry, parameter, label, rule, state_dtype)
+            if fitted or not entry:  # there may have been nothing but missed steps
+                state[parameter] = fitted
     keys = {key for key, *_ in places}
     state.update({key: value for key, value in saved.items() if key not in keys})
     return state
 
 
+def missed_steps(
+    saved: Mapping[Any, Any], places: Sequence[tuple[Any, Tensor, str, Rule]], rule: str, rows: str
+) -> list[MissedSteps]:
+    """Return the parameters of which rows have missed steps, with what these are, checked.
+
+    `rows` is what the optimizer does about them; the rest is as for :func:`fitted_state`.
+    """
+    result = []
+    for key, parameter, label, _ in places:
+        entry = dict(mapping(saved.get(key, {}), f"the state of {label}"))
+        shape = tuple(parameter.shape[:1])
+        missed, recent = taken_missed_steps(
+            entry, f"the missed steps of {label}", shape, rule, rows
+        )
+        if missed.any():
+            result.append((parameter, missed, recent.tolist()))
+    return result
+
+
 def _fitted_entry(
     entry: Mapping[str, Any], parameter: Tensor, label: str, rule: Rule, state_dtype: str | None
 ) -> dict[str, Any]:
-    present = {name: value for name, value in entry.items() if value is not None}
+    present = {
+        name: value
+        for name, value in entry.items()
+        if value is not None and name not in ("missed_steps", "recent_steps")
+    }
+    anchor = _anchors.taken(present, parameter, label, state_dtype)
     needed = {*rule.scalars, *rule.states}
-    if rule.scalars and present:  # a rule without scalars knows a first step by its lack of state
+    if rule.scalars and (
+        present or anchor
+    ):  # a rule without scalars knows a first step by its lack of state
         expect_keys(present, f"the state of {label}", needed, {*present})
     elif present and needed and not needed & present.keys():
         expect_keys(present, f"the state of {label}", needed, set())
@@ -92,7 +120,7 @@ def _fitted_entry(
             fitted[name] = _state.copied(value.to(parameter.device))
         else:
             fitted[name] = deepcopy(value)
-    return fitted
+    return {**fitted, **anchor}
 
 
 def checked_extras(state_dict: Mapping[str, Any]) -> dict[str, Any]:

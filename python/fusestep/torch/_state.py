@@ -92,6 +92,11 @@ def scalar_dtype(values: Iterable[Any] = ()) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
+def initial_scalar(name: str) -> float:
+    """Return what a scalar is before the first step."""
+    return 1.0 if name == "mu_product" else 0.0
+
+
 def is_there(state: Any) -> bool:
     """Return whether a piece of state exists, and not only as a promise on the meta device."""
     return state is not None and not getattr(state, "is_meta", False)
@@ -174,8 +179,8 @@ class Scalars:
 
     def _put(self, name: str, value: Any, column: int, what: str) -> Tensor:
         self._given.add(column)
-        initial = 1.0 if name == "mu_product" else 0.0
-        return self._place(name, column).fill_(number(what, value) if is_there(value) else initial)
+        there = number(what, value) if is_there(value) else initial_scalar(name)
+        return self._place(name, column).fill_(there)
 
     def _is_usable(self, value: Any, column: int) -> bool:
         return _is_scalar(value) and _tensors.device_of(value) == self._devices[column]

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
 from .. import _cpu
-from .._hyperparameters import flag, max_norm
-from . import _distributed, _load, _state, _tensors
+from .._hyperparameters import flag, max_norm, one_of
+from ..gradients import as_indices
+from . import _anchors, _distributed, _load, _state, _tables, _tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    from torch import Tensor
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from .. import Optimizer as ArrayOptimizer
 
@@ -40,6 +42,10 @@ _META_AND_FUSED = (
     "`fused=True` requires all the params to be floating point Tensors of supported devices: {} is "
     "on the meta device"
 )
+
+
+# A parameter, how many of its recent steps each row has missed, and what is known of these steps.
+MissedSteps: TypeAlias = tuple[Tensor, Any, list[list[float]]]
 
 
 class Rule(NamedTuple):
@@ -69,6 +75,12 @@ class Optimizer(torch.optim.Optimizer):
     state_dtype
         Dtype of new state: None (float64 for float64 parameters, float32 for all others),
         ``torch.float32`` or ``torch.float64``.
+    rows
+        What a step with a sparse gradient means for the rows that it does not have. ``"lazy"``:
+        nothing, they and their state stay as they are, as with ``torch.optim.SparseAdam``.
+        ``"exact"``: a gradient of zero, as if it were dense. They are brought up to date when they
+        next have a gradient; before a forward pass reads rows, call :meth:`catch_up`, before
+        anything reads the whole table, :meth:`flush`. For parameters on the CPU.
 
     Notes
     -----
@@ -81,8 +93,8 @@ class Optimizer(torch.optim.Optimizer):
     torch), ``skip_nonfinite`` or a learning rate on the GPU, on the parameter's device.
 
     Parameters on the CPU may have sparse gradients, coalesced or not, of the form that
-    ``torch.nn.Embedding(sparse=True)`` makes. Rows without a gradient do not move and their state
-    stays, as with ``torch.optim.SparseAdam``; the parameter's step is counted.
+    ``torch.nn.Embedding(sparse=True)`` makes. The parameter's step is counted, whichever rows have
+    a gradient.
     """
 
     _array_class: ClassVar[type[ArrayOptimizer]]
@@ -94,6 +106,9 @@ class Optimizer(torch.optim.Optimizer):
     _scalars: _state.Scalars | None
     _rules: list[Rule]
     _counts_on_gpu: bool  # of parameters that are on one
+    _rows = "lazy"  # while torch's constructor adds the first groups
+    _native: _cpu.TorchOptimizer
+    _histories: dict[Tensor, _cpu.RowHistory]
     _step_supports_amp_scaling = False  # torch's constructors set it where fused=True
 
     # ---- stepping -------------------------------------------------------------------------------
@@ -224,6 +239,209 @@ class Optimizer(torch.optim.Optimizer):
     # The profiler range and the hooks, global and our own, in torch's order.
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
+    # ---- rows that have missed steps, anchors, tables that grow ---------------------------------
+
+    @_not_compiled
+    def catch_up(self, indices: Any) -> None:
+        """Bring rows up to date that have missed steps, so that they may be read.
+
+        To be called before a forward pass that reads these rows. Does nothing unless the optimizer
+        was created with ``rows="exact"``.
+
+        Parameters
+        ----------
+        indices
+            A dict from parameters to rows, or the rows themselves where the optimizer has but one
+            parameter. Rows are a tensor or array of int32 or int64, of any shape (what
+            ``nn.Embedding`` is called with), or a list of int; in any order, and as often as you
+            like.
+
+        Raises
+        ------
+        TypeError
+            Rows are not whole numbers; or not in a dict, where there are several parameters.
+        ValueError
+            The dict has something that is not a parameter; a parameter has no rows; or it has been
+            given another number of rows while some had missed steps.
+        IndexError
+            There is no such row. Nothing has been changed then.
+        """
+        rows = self._checked_rows(indices)
+        if self._rows == "exact":
+            self._native.catch_up(self, rows)
+
+    @_not_compiled
+    def flush(self) -> None:
+        """Bring all rows up to date that have missed steps, so that the parameters may be read.
+
+        To be called before an evaluation, before the parameters are saved, and before anybody
+        writes to a parameter, gives it other memory or takes it out of its group. Does nothing
+        unless the optimizer was created with ``rows="exact"``. Costs about as much as a dense step.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A parameter with rows that have missed steps is no longer where they can be made up for.
+            Nothing has been changed then.
+        """
+        if self._rows != "exact":
+            return
+        self._native.catch_up(self, None)
+        if any(history.has_missed_steps for history in self._histories.values()):
+            warnings.warn(
+                "a parameter that is in no group of this optimizer has rows that have missed "
+                "steps, which can only be made up for in a group",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @_not_compiled
+    def anchor(self, strength: Any, reference: Any = None, importance: Any = None) -> None:
+        r"""Keep parameters near where they have been: L2-SP, or with `importance` EWC.
+
+        From now on each step that moves a parameter pulls it, after the rule and in the same pass,
+
+        .. math:: w ← \frac{w + κ w^*}{1 + κ}, \qquad κ = lr · λ · F
+
+        as :meth:`fusestep.Optimizer.anchor` describes. Anchors add up: after another task, call it
+        again, and both pull, in the memory and time of one.
+
+        Parameters
+        ----------
+        strength
+            λ >= 0: one number, or a dict from parameters to numbers, or a list in the order of the
+            parameters in all groups. A parameter that is None, or not in the dict, is left as it
+            is.
+        reference
+            :math:`w^*`: such a dict or list of tensors or arrays of the parameters' shapes. A
+            parameter that it leaves out is left as it is: a new head, say. Without it, the
+            parameters' present values. Copied.
+        importance
+            F >= 0, likewise: the diagonal of the Fisher information (:class:`fusestep.Fisher`).
+            Without it, 1. Copied.
+
+        Raises
+        ------
+        TypeError
+            Something is not a tensor or array of floats; a parameter is on a GPU, complex, or a
+            DTensor.
+        ValueError
+            A shape differs; a number is negative or not finite; something is not a parameter.
+            Nothing has been changed then.
+
+        References
+        ----------
+        Li, Grandvalet & Davoine (2018), "Explicit inductive bias for transfer learning with
+        convolutional networks", equation 2 (L2-SP); Kirkpatrick et al. (2017), "Overcoming
+        catastrophic forgetting in neural networks", equation 3 (EWC).
+        """
+        self._native.exclusively(lambda: _anchors.add(self, strength, reference, importance))
+
+    @_not_compiled
+    def release_anchor(self) -> None:
+        """Let all parameters go where their gradients lead."""
+        self._native.exclusively(lambda: _anchors.release_all(self))
+
+    @property
+    def anchors(self) -> dict[Tensor, dict[str, Any]]:
+        """The anchor of each parameter that has one: ``strength``, ``reference``, ``importance``.
+
+        They are in :attr:`state`, too: ``anchor_strength``, ``anchor`` and ``anchor_importance``.
+        """
+        return {p: anchor._asdict() for p, anchor in _anchors.all_of(self).items()}
+
+    @_not_compiled
+    def resize(self, parameter: Tensor, n_rows: int, init: Any = 0.0) -> None:
+        """Give a table more rows: there are new users, or new items.
+
+        The parameter stays the same object, and its module goes on using it; what else a module
+        notes of its size (``num_embeddings`` of an ``nn.Embedding``) is yours to set. Old rows and
+        their state keep their bits; new ones start fresh. A gradient grows, too: new rows have
+        none. Call it between a step and the next forward pass. The table moves to other memory,
+        each time: ask for many rows at once.
+
+        Parameters
+        ----------
+        parameter
+            One of this optimizer's, on the CPU.
+        n_rows
+            Its new extent along the first axis; not less than the present one.
+        init
+            What new rows are filled with: a number, a tensor or array of shape [new rows, *rest],
+            or a callable that returns such, given the shape.
+
+        Raises
+        ------
+        KeyError
+            It is not a parameter of this optimizer.
+        TypeError
+            `n_rows` is not an int; the parameter is not a plain tensor on the CPU.
+        ValueError
+            It has more rows already, or no dimensions; `init` does not have the shape of the new
+            rows. Nothing has been changed then.
+        """
+        self._native.exclusively(lambda: _tables.resize(self, parameter, n_rows, init))
+
+    @property
+    def rows(self) -> str:
+        """What a step with a sparse gradient means for the rows that it does not have."""
+        return self._rows
+
+    def _checked_rows(self, indices: Any) -> list[Any]:
+        """Return the rows of each parameter that :meth:`catch_up` was given; None of the others."""
+        parameters = self._parameters()
+        if isinstance(indices, Mapping):
+            given = _anchors.from_mapping(parameters, indices, "indices")
+        elif len(parameters) == 1:
+            given = [indices]
+        else:
+            raise TypeError(
+                f"indices are a {type(indices).__name__}; expected a dict from parameters to "
+                f"rows, since there are {len(parameters)} parameters"
+            )
+        rows = [None if each is None else _flat(as_indices(each)) for each in given]
+        for (parameter, label), each in zip(parameters, rows, strict=True):
+            if each is None or self._rows != "exact":
+                continue
+            if parameter.ndim == 0:
+                raise ValueError(f"{label} has no dimensions, and so no rows")
+            _cpu.check_row_numbers(each, len(parameter))
+        return rows
+
+    def _history_of(self, parameter: Tensor) -> _cpu.RowHistory | None:
+        """Return where the steps are noted that rows of a parameter miss; None without need."""
+        if self._rows != "exact" or parameter.ndim == 0:
+            return None
+        history = self._histories.get(parameter)
+        if history is None:
+            history = self._histories[parameter] = _cpu.RowHistory(len(parameter))
+        return history
+
+    def _drop_unused_histories(self, present: set[int]) -> None:
+        """Drop the histories of parameters that have left their groups and owe nothing."""
+        self._histories = {
+            p: history
+            for p, history in self._histories.items()
+            if id(p) in present or history.has_missed_steps
+        }
+
+    def _missed_steps(self) -> list[MissedSteps]:
+        """Return the parameters with rows that have missed steps, and these."""
+        found = ((p, self._histories.get(p)) for p, _ in self._parameters())
+        missed = ((p, history.missed_steps()) for p, history in found if history is not None)
+        return [(p, *steps) for p, steps in missed if steps is not None]
+
+    def _histories_of(
+        self, groups: Sequence[Mapping[str, Any]], missed: Iterable[MissedSteps]
+    ) -> dict[Tensor, _cpu.RowHistory]:
+        """Return the histories that say this of parameters in these groups."""
+        options = {id(p): self._rule_of(group).told[0] for group in groups for p in group["params"]}
+        histories: dict[Tensor, _cpu.RowHistory] = {}
+        for parameter, rows, steps in missed:
+            history = histories[parameter] = _cpu.RowHistory(len(rows))
+            history.restore(self._array_class._rule, options[id(parameter)], rows, steps)
+        return histories
+
     @property
     def skipped_steps(self) -> int:
         """Steps left out because ``skip_nonfinite`` found a NaN or an infinity."""
@@ -232,9 +450,9 @@ class Optimizer(torch.optim.Optimizer):
     # ---- telling the native half what there is, when it asks, inside a step ---------------------
 
     @_not_compiled
-    def _tell_everything(self) -> None:
-        """Describe all groups, parameters and state, making what state is missing."""
-        self._drop_unused_state(for_a_step=True)
+    def _tell_everything(self, is_for_a_step: bool) -> None:
+        """Describe all groups, parameters and state; for a step, making what state is missing."""
+        self._drop_unused_state(for_a_step=is_for_a_step)
         self._native.forget()
         self.param_groups = _in_lists(self.param_groups)
         self._rules = [self._rule_of(group) for group in self.param_groups]
@@ -242,6 +460,7 @@ class Optimizer(torch.optim.Optimizer):
         self._native.set_resident(self._counts_on_gpu)
         parameters = list(_labelled(self.param_groups))
         scalars = self._scalars = self._scalars_for([parameter for parameter, _ in parameters])
+        self._drop_unused_histories({id(parameter) for parameter, _ in parameters})
         column = 0
         for group, rule in zip(self.param_groups, self._rules, strict=True):
             self._native.add_group(group, self._array_class._rule, *rule.told)
@@ -249,7 +468,8 @@ class Optimizer(torch.optim.Optimizer):
                 parameter, label = parameters[column]
                 if parameter.is_meta and parameter.grad is not None and group.get("fused"):
                     raise RuntimeError(_META_AND_FUSED.format(label))
-                self._tell_parameter(parameter, label, rule, scalars, column)
+                needs_state = is_for_a_step and parameter.grad is not None
+                self._tell_parameter(parameter, label, rule, scalars, column, needs_state)
                 column += 1
         self._native.seal(self.state)
 
@@ -309,18 +529,26 @@ class Optimizer(torch.optim.Optimizer):
         ]
 
     def _tell_parameter(
-        self, parameter: Tensor, label: str, rule: Rule, scalars: _state.Scalars, column: int
+        self,
+        parameter: Tensor,
+        label: str,
+        rule: Rule,
+        scalars: _state.Scalars,
+        column: int,
+        needs_state: bool,
     ) -> None:
         entry = self.state.get(parameter, {})
         needed = [*rule.scalars, *rule.states]
         is_first = not all(_state.is_there(entry.get(name)) for name in needed)
-        is_ready = not is_first or parameter.grad is not None
-        if needed and is_ready:
+        is_ready = not is_first or needs_state
+        anchor = _anchors.of(entry) if is_ready else None
+        if is_ready and (needed or anchor):
             if parameter.layout is not torch.strided:  # there would be no such state either
                 raise TypeError(f"{label} {_tensors.refusal(parameter)}")
             complete = {
                 **scalars.completed(entry, column, label),
                 **self._completed_states(parameter, entry, label, rule),
+                **_anchors.fitted(entry, parameter, label, self._state_dtype),
             }
             rest = {name: value for name, value in entry.items() if name not in complete}
             entry = self._change(parameter, {**complete, **rest})
@@ -332,6 +560,8 @@ class Optimizer(torch.optim.Optimizer):
             scalars.places(entry) if is_ready else [],
             is_first,
             _tensors.is_sharded(parameter),
+            self._history_of(parameter),
+            _anchors.of(entry) if is_ready else None,
         )
 
     def _completed_states(
@@ -345,6 +575,26 @@ class Optimizer(torch.optim.Optimizer):
             else _state.new(parameter, dtype, self._initial_state())
             for name in rule.states
         }
+
+    def _first_state(self, parameter: Tensor) -> dict[str, Any]:
+        """Return what the state of a parameter lacks, as it is before the first step.
+
+        Nothing where the rule keeps no step count: to these, state means that there was a step.
+        """
+        rule, entry = self._rule_for(parameter), self.state.get(parameter, {})
+        if not rule.scalars:
+            return {}
+        dtype = _state.dtype_for(self._state_dtype, parameter)
+        count = functools.partial(torch.tensor, dtype=_state.scalar_dtype())
+        scalars = {name: count(_state.initial_scalar(name)) for name in rule.scalars}
+        states = {name: _state.new(parameter, dtype, self._initial_state()) for name in rule.states}
+        first = {**scalars, **states}
+        return {name: x for name, x in first.items() if not _state.is_there(entry.get(name))}
+
+    def _rule_for(self, parameter: Tensor) -> Rule:
+        """Return the rule by which one of the parameters moves."""
+        groups = self.param_groups
+        return self._rule_of(next(g for g in groups if any(p is parameter for p in g["params"])))
 
     def _initial_state(self) -> float:
         """Return what new state is filled with."""
@@ -393,7 +643,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _global_norm(self, norms: list[tuple[int, float, bool]]) -> tuple[float, bool]:
         """Return norm and finiteness over all processes, from those of this process's parts."""
-        parameters = [parameter for parameter, _ in _labelled(self.param_groups)]
+        parameters = [parameter for parameter, _ in self._parameters()]
         return _distributed.global_norm(
             [(parameters[i], norm, is_finite) for i, norm, is_finite in norms]
         )
@@ -453,13 +703,15 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         TypeError, ValueError
-            As torch; and where it asks for ``differentiable`` or, on the CPU, ``capturable``.
+            As torch; and where it asks for ``differentiable`` or, on the CPU, ``capturable``. With
+            ``rows="exact"``, a parameter is on a GPU.
         """
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
             _refuse_capturable(self.param_groups[-1])
-        except ValueError:
+            self._check_rows()
+        except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
 
@@ -467,12 +719,35 @@ class Optimizer(torch.optim.Optimizer):
         """Return the state and the groups in torch's form; see ``torch.optim.Optimizer``.
 
         What is ours is added under ``"fusestep"`` where it is not the default.
+
+        Where rows have missed steps (``rows="exact"``), the state says which and what
+        (``missed_steps``, ``recent_steps``): it belongs to the parameters as they are now, not up
+        to date. After :meth:`flush` there is no such entry, and the state is what ``torch.optim``
+        would have.
         """
         self._drop_unused_state()
-        state_dict: dict[str, Any] = super().state_dict()
+        # As a hook, so that hooks of others see it.
+        hook: Any = Optimizer._add_missed_steps
+        handle = self.register_state_dict_post_hook(hook, prepend=True)
+        try:
+            state_dict: dict[str, Any] = super().state_dict()
+        finally:
+            handle.remove()
         if extras := self._extras():
             state_dict["fusestep"] = extras
         return state_dict
+
+    def _add_missed_steps(self, state_dict: dict[str, Any]) -> None:
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        key_of = {id(p): key for (p, _), key in zip(self._parameters(), keys, strict=True)}
+        state = state_dict["state"]
+        for parameter, rows, steps in self._missed_steps():
+            key = key_of[id(parameter)]
+            state[key] = {  # a copy: it is the optimizer's own
+                **state.get(key, {}),
+                "missed_steps": torch.from_numpy(rows),
+                "recent_steps": torch.tensor(steps, dtype=torch.float64),
+            }
 
     @_not_compiled
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -505,8 +780,13 @@ class Optimizer(torch.optim.Optimizer):
             for key, (parameter, label), rule in zip(keys, _labelled(groups), rules, strict=True)
         ]
         state = _load.fitted_state(loaded["state"], places, self._state_dtype)
+        rule = self._array_class._rule
+        missed = _load.missed_steps(loaded["state"], places, rule, self._rows)
+        histories = self._histories_of(groups, missed)
         extras = _load.checked_extras(loaded)
         self.__setstate__({"state": state, "param_groups": groups})
+        self._histories = histories
+        self._native.ask_again()  # for these, which it cannot see
         self._adopt_scalars()
         for name, value in extras.items():
             setattr(self._native, name, value)
@@ -518,14 +798,17 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._drop_unused_state()
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "fusestep": {"state_dtype": self._state_dtype, **self._extras()}}
+        ours = {"state_dtype": self._state_dtype, "rows": self._rows, **self._extras()}
+        return {**state, "fusestep": ours, "missed_steps": self._missed_steps()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         extras = state.pop("fusestep", None)
+        missed = state.pop("missed_steps", ())
         super().__setstate__(state)
         if extras is not None:
             self._attach(**extras)
+            self._histories = self._histories_of(self.param_groups, missed)
             self._adopt_scalars()
             self._follow_fused()
 
@@ -545,11 +828,17 @@ class Optimizer(torch.optim.Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
+        rows: Literal["lazy", "exact"] = "lazy",
         skipped_steps: int = 0,
     ) -> None:
         """Create what is neither torch's nor pickled."""
         _keep_compiler_out()
         self._state_dtype = _state.checked_dtype(state_dtype)
+        self._rows = one_of("rows", rows, ("lazy", "exact"))
+        self._check_rows()
+        # By parameter: the native half is told anew whenever groups or state change, and what rows
+        # have missed must outlast that.
+        self._histories = {}
         self._native = _cpu.TorchOptimizer(_tensors, _tensors.USE_EXCHANGE_TABLE)
         self._native.skipped_steps = skipped_steps
         self._changes: list[tuple[Tensor, dict[str, Any] | None]] = []
@@ -559,9 +848,25 @@ class Optimizer(torch.optim.Optimizer):
         self.max_norm = max_norm
         self.skip_nonfinite = skip_nonfinite
 
+    def _check_rows(self) -> None:
+        """Raise TypeError for tables on a GPU, where rows do not miss steps."""
+        if self._rows != "exact":
+            return
+        for parameter, label in self._parameters():
+            device = _tensors.device_of(parameter)
+            if parameter.ndim > 0 and device.type not in ("cpu", "meta"):
+                raise TypeError(
+                    f"{label} is on {device}, where this version of fusestep cannot move single "
+                    "rows: leave out rows='exact'"
+                )
+
+    def _parameters(self) -> list[tuple[Tensor, str]]:
+        """Return all parameters, each with what error messages call it."""
+        return list(_labelled(getattr(self, "param_groups", [])))
+
     def _adopt_scalars(self) -> None:
         """Keep the scalars of the state, which nobody else has a hold on yet, all in one place."""
-        parameters = [parameter for parameter, _ in _labelled(self.param_groups)]
+        parameters = [parameter for parameter, _ in self._parameters()]
         entries = [self.state.get(parameter, {}) for parameter in parameters]
         self._counts_on_gpu = self._should_count_on_gpu()
         devices = self._scalar_devices(parameters)
@@ -588,6 +893,7 @@ class Optimizer(torch.optim.Optimizer):
         optimizer._attach(**extras)
         torch.optim.Optimizer.__init__(optimizer, [{"params": []}], dict(other.defaults))
         optimizer.__setstate__({"state": other.state, "param_groups": other.param_groups})
+        optimizer._check_rows()
         optimizer._follow_fused()
         return optimizer
 
@@ -628,6 +934,11 @@ def _labelled(groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
         for k, parameter in enumerate(group["params"]):
             name = names[k] if len(names) == len(group["params"]) else k
             yield parameter, f"parameter {name!r}{of_group}"
+
+
+def _flat(rows: Any) -> Any:
+    """Return row numbers of any shape as a list of them."""
+    return rows.reshape(-1) if hasattr(rows, "reshape") else rows
 
 
 def _in_lists(groups: Any) -> list[dict[str, Any]]:

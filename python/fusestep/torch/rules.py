@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -39,7 +39,7 @@ class SGD(Optimizer, torch.optim.SGD):
         As in torch; shapes and dtypes of parameters are free.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype
+    max_norm, skip_nonfinite, state_dtype, rows
         See :class:`Optimizer`.
 
     Raises
@@ -71,6 +71,7 @@ class SGD(Optimizer, torch.optim.SGD):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
+        rows: Literal["lazy", "exact"] = "lazy",
     ) -> None:
         super().__init__(
             params,
@@ -84,7 +85,7 @@ class SGD(Optimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
 
 
 class NAG(SGD):
@@ -96,7 +97,7 @@ class NAG(SGD):
         As in :class:`SGD`.
     momentum
         Greater than 0.
-    max_norm, skip_nonfinite, state_dtype
+    max_norm, skip_nonfinite, state_dtype, rows
         See :class:`Optimizer`.
 
     Raises
@@ -125,6 +126,7 @@ class NAG(SGD):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
+        rows: Literal["lazy", "exact"] = "lazy",
     ) -> None:
         super().__init__(
             params,
@@ -139,6 +141,7 @@ class NAG(SGD):
             max_norm=max_norm,
             skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
+            rows=rows,
         )
 
     @classmethod
@@ -162,7 +165,7 @@ class Adam(Optimizer, torch.optim.Adam):
         Refused when True for parameters on the CPU.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype
+    max_norm, skip_nonfinite, state_dtype, rows
         See :class:`Optimizer`.
 
     Raises
@@ -196,6 +199,7 @@ class Adam(Optimizer, torch.optim.Adam):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
+        rows: Literal["lazy", "exact"] = "lazy",
     ) -> None:
         decoupled = {"decoupled_weight_decay": decoupled_weight_decay} if _ADAM_DECOUPLES else {}
         super().__init__(
@@ -215,7 +219,7 @@ class Adam(Optimizer, torch.optim.Adam):
         if decoupled_weight_decay and not _ADAM_DECOUPLES:
             for options in (self.defaults, *self.param_groups):
                 options.setdefault("decoupled_weight_decay", True)
-        self._attach(max_norm, skip_nonfinite, state_dtype)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
@@ -229,7 +233,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
         Refused when True for parameters on the CPU.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype
+    max_norm, skip_nonfinite, state_dtype, rows
         See :class:`Optimizer`.
 
     Raises
@@ -262,6 +266,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
+        rows: Literal["lazy", "exact"] = "lazy",
     ) -> None:
         super().__init__(
             params,
@@ -276,7 +281,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
 
 
 class NAdam(Optimizer, torch.optim.NAdam):
@@ -290,7 +295,7 @@ class NAdam(Optimizer, torch.optim.NAdam):
         Refused when True for parameters on the CPU.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype
+    max_norm, skip_nonfinite, state_dtype, rows
         See :class:`Optimizer`.
 
     Raises
@@ -322,6 +327,7 @@ class NAdam(Optimizer, torch.optim.NAdam):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
+        rows: Literal["lazy", "exact"] = "lazy",
     ) -> None:
         super().__init__(
             params,
@@ -336,7 +342,7 @@ class NAdam(Optimizer, torch.optim.NAdam):
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
 
 
 class Adagrad(Optimizer, torch.optim.Adagrad):
@@ -348,7 +354,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         As in torch.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype
+    max_norm, skip_nonfinite, state_dtype, rows
         See :class:`Optimizer`.
 
     Raises
@@ -380,6 +386,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
+        rows: Literal["lazy", "exact"] = "lazy",
     ) -> None:
         super().__init__(
             params,
@@ -393,7 +400,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
         self._make_state_ours()
 
     def _make_state_ours(self) -> None:

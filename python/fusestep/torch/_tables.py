@@ -1,0 +1,110 @@
+"""Tables that get more rows, in the same ``nn.Parameter``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import _penalties
+from .._tables import check_count, check_init
+from . import _anchors, _state, _tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .optimizer import Optimizer
+
+
+def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> None:
+    """Give a parameter, and its state, `n_rows` rows; see :meth:`Optimizer.resize`."""
+    label = _find(optimizer, parameter)
+    states = optimizer._rule_for(parameter).states
+    count = check_count(tuple(parameter.shape), label, n_rows)
+    new_rows = (count - parameter.shape[0], *parameter.shape[1:])
+    values = torch.from_numpy(check_init(init, new_rows, label).astype("float64"))
+
+    anchor = _anchors.of(optimizer.state.get(parameter, {}))
+    if anchor is not None:  # it is about to change: rows that are behind need the old one
+        optimizer.flush()
+    table = _grown(parameter.detach(), torch.empty((count, *new_rows[1:]), dtype=parameter.dtype))
+    table[parameter.shape[0] :] = values
+    entry = {**optimizer.state.get(parameter, {})}
+    dtype = _state.dtype_for(optimizer._state_dtype, parameter)
+    for name in states:
+        if _state.is_there(entry.get(name)):
+            old = _state.fitted(entry[name], f"the {name} of {label}", parameter, dtype)
+            entry[name] = _grown(old, _state.new(table, old.dtype, optimizer._initial_state()))
+    if anchor is not None:
+        grown = _penalties.grown(anchor, new_rows)
+        entry.update(_anchors.entries(grown, table, optimizer._state_dtype))
+    gradient = _grown_gradient(parameter.grad, table)
+
+    _give_memory(parameter, table)
+    parameter.grad = gradient
+    if entry:
+        optimizer.state[parameter] = entry
+    if history := optimizer._history_of(parameter):
+        history.resize(count)
+
+
+def _find(optimizer: Optimizer, parameter: Tensor) -> str:
+    """Return what error messages call a parameter, if it can be resized.
+
+    Raises
+    ------
+    KeyError
+        It is not a parameter of this optimizer.
+    TypeError
+        It is not a plain tensor on the CPU.
+    """
+    found = [label for each, label in optimizer._parameters() if each is parameter]
+    if not found:
+        what = type(parameter).__name__
+        raise KeyError(f"this {what} is not a parameter of this optimizer")
+    label = found[0]
+    device = _tensors.device_of(parameter)
+    if device.type != "cpu":
+        raise TypeError(f"{label} is on {device}, where this version of fusestep cannot resize it")
+    if not _tensors.is_plain(parameter):
+        raise TypeError(
+            f"{label} is a {type(parameter).__name__}; only plain parameters can be resized"
+        )
+    return label
+
+
+def _grown(old: Tensor, new: Tensor) -> Tensor:
+    """Return `new`, which has more rows, with the old ones at its beginning."""
+    new[: old.shape[0]] = old
+    return new
+
+
+def _grown_gradient(gradient: Tensor | None, table: Tensor) -> Tensor | None:
+    """Return a gradient of a table with more rows, none of which have had a part in the loss."""
+    if gradient is None:
+        return None
+    if not gradient.is_sparse:
+        zeros = torch.zeros_like(table, dtype=gradient.dtype)
+        return _grown(gradient.detach(), zeros)
+    shape = (len(table), *gradient.shape[1:])
+    return torch.sparse_coo_tensor(
+        gradient._indices(),
+        gradient._values(),
+        shape,
+        is_coalesced=gradient.is_coalesced(),
+        check_invariants=False,
+    )
+
+
+def _give_memory(parameter: Tensor, table: Tensor) -> None:
+    """Have a parameter lie elsewhere, with another shape.
+
+    As long as anything holds the graph of an earlier loss, autograd goes on expecting gradients of
+    the shape that the parameter had then; unless it has had another dtype in between.
+    """
+    with torch.no_grad():
+        parameter.grad = None
+        other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+        parameter.data = torch.empty(0, dtype=other)
+        parameter.data = table
+    _tensors.increment_versions([parameter])
