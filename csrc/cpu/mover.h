@@ -11,8 +11,6 @@
 
 namespace fusestep::cpu {
 
-inline constexpr std::uintptr_t kCacheLine = 64;
-
 // The importance of all elements of a tile where none is given. A loop for that case would know
 // beforehand how strong the pull is; g++ 12 then makes two loops of it and vectorises neither.
 template <class T>

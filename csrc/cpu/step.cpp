@@ -7,12 +7,13 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/fp_environment.h"
-#include "cpu/part_updater.h"
+#include "cpu/part_step.h"
 #include "cpu/row_tile.h"
 #include "cpu/thread_pool.h"
 #include "cpu/tile_access.h"
 #include "cpu/updater.h"
 #include "rules/registry.h"
+#include "selections/part.h"
 
 namespace fusestep::cpu {
 namespace {
@@ -95,11 +96,7 @@ double sum_of_squares(const KernelTable& table, const Work& work, std::int64_t t
   const Kernels<T>& kernels = table.of<T>();
   alignas(kCacheLine) T buffer[kTileSize];
   const TileAccess<T> access(kernels);
-  if (work.part) {
-    const PartReader<T> reader(kernels, *work.part);
-    const std::int64_t size = reader.moved_gradient(work.part->tile(tile), buffer);
-    return kernels.sum_of_squares(buffer, size, prescale);
-  }
+  if (work.part) return sum_of_moved_squares(table, work, tile, prescale);
   if (work.rows) {
     const RowTile at(work, tile);
     return kernels.sum_of_squares(at.gradient(access, buffer), at.size(), prescale);
@@ -131,12 +128,9 @@ void update(WorkList list, const StepOptions& options, const Errand& errand) {
   for_each_tile_range(
       list,
       [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
-        in_compute_type(work, [&](auto type) {
-          if (work.part)
-            PartUpdater<decltype(type)>(kernels, work, options)(first, last);
-          else
-            Updater<decltype(type)>(kernels, work, options)(first, last);
-        });
+        if (work.part) return update_part(kernels, work, options, first, last);
+        in_compute_type(
+            work, [&](auto type) { Updater<decltype(type)>(kernels, work, options)(first, last); });
       },
       errand, &Work::pieces);
 }

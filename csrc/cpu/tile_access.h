@@ -6,6 +6,8 @@
 
 namespace fusestep::cpu {
 
+inline constexpr std::uintptr_t kCacheLine = 64;
+
 template <class T>
 class TileAccess {
  public:

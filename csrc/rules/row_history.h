@@ -43,7 +43,7 @@ class RowHistory {
   bool is_behind(std::int64_t row) const { return missed(row) > 0; }
 
   // Asks for the memory that tells what a row has missed.
-  void prefetch(std::int64_t row) const {
+  [[gnu::always_inline]] void prefetch(std::int64_t row) const {
     __builtin_prefetch(&current_at_[static_cast<std::size_t>(row)]);
   }
   std::vector<std::int64_t> rows_behind() const;
