@@ -68,7 +68,7 @@ def test_the_torch_classes(name: str) -> None:
     if name == "NAG":
         return
     theirs = inspect.signature(getattr(torch.optim, name).__init__).parameters
-    assert list(ours) == [*theirs, "max_norm", "skip_nonfinite", "state_dtype", "rows"]
+    assert list(ours) == [*theirs, "max_norm", "skip_nonfinite", "state_dtype", "rows", "seed"]
     for argument, parameter in theirs.items():
         assert ours[argument].kind == parameter.kind
         assert ours[argument].default == parameter.default

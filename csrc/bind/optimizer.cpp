@@ -3,8 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "bind/register.h"
+#include "bind/selections.h"
 #include "core/errors.h"
-#include "selections/blocks.h"
 
 namespace py = pybind11;
 
@@ -45,22 +45,6 @@ bool flag(const char* name, PyObject* object) {
   if (type == "numpy.bool" || type == "numpy.bool_") return PyObject_IsTrue(object) == 1;
   throw TypeError(std::string(name) + " is a " + Py_TYPE(object)->tp_name +
                   "; expected True or False");
-}
-
-// A selection, and the memory of its mask.
-struct Where {
-  selections::Choice choice;
-  py::object mask;
-};
-
-// `mask` is an array of booleans.
-Where select_mask(const py::array& mask, bool tracks) {
-  Where where{{.kind = selections::Choice::Kind::mask, .tracks = tracks}, mask};
-  auto& seen = where.choice.mask;
-  seen.data = static_cast<std::byte*>(const_cast<void*>(mask.data()));
-  seen.shape.assign(mask.shape(), mask.shape() + mask.ndim());
-  seen.strides.assign(mask.strides(), mask.strides() + mask.ndim());
-  return where;
 }
 
 // One selection for each parameter (None: all of it), or None for all of all. `keep` owns them.
@@ -118,17 +102,8 @@ void set_missed_steps(Optimizer& optimizer, std::size_t i, const RowNumbers& mis
   restore(*slot.history, *optimizer.group.rule, slot.work.compute, slot.states(), missed, steps);
 }
 
-// How many updates each block of parameter i has had: (elements of a block, updates, products of
-// momenta or an empty array), or None where they do not differ.
-py::object block_progress(Optimizer& optimizer, std::size_t i) {
-  const engine::Slot& slot = optimizer.slot(i);
-  if (!slot.has_split_progress()) return py::none();
-  const rules::BlockProgress& progress = *slot.block_progress;
-  const auto array = [](const auto& values) {
-    using Value = typename std::decay_t<decltype(values)>::value_type;
-    return py::array_t<Value>(static_cast<py::ssize_t>(values.size()), values.data());
-  };
-  return py::make_tuple(progress.block(), array(progress.steps()), array(progress.products()));
+py::object block_progress_of(Optimizer& optimizer, std::size_t i) {
+  return block_progress(optimizer.slot(i).block_progress.get());
 }
 
 void set_block_progress(Optimizer& optimizer, std::size_t i, std::int64_t block,
@@ -175,39 +150,6 @@ std::unique_ptr<rules::AnyRule> make_rule(const std::string& name, const Options
 
 void register_optimizer(py::module_& module) {
   using namespace py::literals;
-  py::class_<Where>(module, "Where")
-      .def_static("mask", &select_mask, "mask"_a, "tracks"_a)
-      .def_static(
-          "random_blocks",
-          [](double fraction, std::int64_t block, bool tracks) {
-            return Where{{.kind = selections::Choice::Kind::random_blocks,
-                          .tracks = tracks,
-                          .fraction = fraction,
-                          .block = block},
-                         {}};
-          },
-          "fraction"_a, "block"_a, "tracks"_a)
-      .def_static(
-          "cyclic_blocks",
-          [](std::int64_t blocks, bool tracks) {
-            return Where{{.kind = selections::Choice::Kind::cyclic_blocks,
-                          .tracks = tracks,
-                          .blocks = blocks},
-                         {}};
-          },
-          "blocks"_a, "tracks"_a)
-      .def_static(
-          "top",
-          [](double fraction, bool by_update, bool tracks) {
-            using Size = selections::Choice::Size;
-            return Where{{.kind = selections::Choice::Kind::top,
-                          .tracks = tracks,
-                          .fraction = fraction,
-                          .by = by_update ? Size::of_update : Size::of_gradient},
-                         {}};
-          },
-          "fraction"_a, "by_update"_a, "tracks"_a);
-
   py::class_<Optimizer>(module, "Optimizer")
       .def(py::init(&make_optimizer), "rule"_a, "options"_a, "names"_a, "parameters"_a, "states"_a)
       .def("step", &step, "gradients"_a, "lr"_a, "grad_scale"_a, "zero_grad"_a,
@@ -236,7 +178,7 @@ void register_optimizer(py::module_& module) {
           "index"_a, "strength"_a, "reference"_a, "importance"_a)
       .def("release_anchor", &Optimizer::release_anchor, "index"_a)
       .def("missed_steps", &missed_steps_of, "index"_a)
-      .def("block_progress", &block_progress, "index"_a)
+      .def("block_progress", &block_progress_of, "index"_a)
       .def("set_block_progress", &set_block_progress, "index"_a, "block"_a, "steps"_a, "products"_a)
       .def_readwrite("seed", &Optimizer::seed)
       .def("set_missed_steps", &set_missed_steps, "index"_a, "missed"_a, "steps"_a)
@@ -285,13 +227,6 @@ void register_optimizer(py::module_& module) {
         return std::vector<std::string>(names.begin(), names.end());
       },
       "rule"_a);
-  module.def(
-      "draw_blocks",
-      [](std::int64_t blocks, double fraction, std::uint64_t seed, std::int64_t step,
-         std::size_t parameter) {
-        return selections::draw_blocks(blocks, fraction, {seed, step, parameter});
-      },
-      "blocks"_a, "fraction"_a, "seed"_a, "step"_a, "parameter"_a);
   module.def("describe_rule", &describe_rule, "rule"_a, "options"_a);
   module.def("apply", &apply, "rule"_a, "options"_a, "parameter"_a, "gradient"_a, "states"_a,
              "step"_a, "momentum_product"_a, "lr"_a, "grad_scale"_a, "maximize"_a);

@@ -21,6 +21,7 @@ void register_errors(pybind11::module_& module);
 void register_arrays(pybind11::module_& module);
 void register_optimizer(pybind11::module_& module);
 void register_row_history(pybind11::module_& module);
+void register_selections(pybind11::module_& module);
 void register_runtime(pybind11::module_& module);
 void register_torch(pybind11::module_& module);
 

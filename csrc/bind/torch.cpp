@@ -2,6 +2,7 @@
 
 #include "arrays/state_memory.h"
 #include "bind/register.h"
+#include "bind/selections.h"
 #include "engine/torch_optimizer.h"
 
 namespace py = pybind11;
@@ -41,10 +42,14 @@ class PythonTeller final : public engine::Teller {
 
 void step(TorchOptimizer& self, const py::handle& optimizer, const py::handle& groups,
           const py::handle& state, double grad_scale, bool zero_grad, const py::object& loss_scale,
-          const py::object& found_inf) {
+          const py::object& found_inf,
+          const std::vector<std::pair<py::object, py::object>>& where) {
+  TorchOptimizer::Selections selections;
+  for (const auto& [tensor, selection] : where)
+    selections.choices.emplace(tensor.ptr(), &selection.cast<const Where&>().choice);
   PythonTeller teller(optimizer);
   self.step(groups, state, {.grad_scale = grad_scale, .zero_grad = zero_grad},
-            {loss_scale, found_inf}, teller);
+            {loss_scale, found_inf}, selections, teller);
 }
 
 // `indices` are an array of row numbers, or None, for each parameter; or None for all rows of all.
@@ -82,12 +87,13 @@ void add_parameter(TorchOptimizer& self, const py::object& tensor, std::string n
                    const std::vector<py::object>& scalars,
                    const std::vector<std::pair<py::object, std::size_t>>& places, bool is_first,
                    bool is_sharded, std::shared_ptr<rules::RowHistory> history,
-                   const std::optional<Anchor>& anchor) {
+                   const std::optional<Anchor>& anchor,
+                   std::shared_ptr<rules::BlockProgress> block_progress) {
   std::optional<TorchOptimizer::Anchor> pull;
   if (anchor) std::apply([&](auto... parts) { pull = TorchOptimizer::Anchor{parts...}; }, *anchor);
   self.add_parameter({tensor, std::move(name), states.value_or(std::vector<py::object>{}), scalars,
                       places, states.has_value(), is_first, is_sharded, std::move(history),
-                      std::move(pull)});
+                      std::move(pull), std::move(block_progress)});
 }
 
 }  // namespace
@@ -101,7 +107,7 @@ void register_torch(py::module_& module) {
            }),
            "tensors"_a, "use_exchange_table"_a)
       .def("step", &step, "optimizer"_a, "groups"_a, "state"_a, "grad_scale"_a, "zero_grad"_a,
-           "loss_scale"_a = py::none(), "found_inf"_a = py::none())
+           "loss_scale"_a = py::none(), "found_inf"_a = py::none(), "where"_a = py::list())
       .def("set_resident", &TorchOptimizer::set_resident, "value"_a)
       .def("unused", &unused)
       .def("forget", &TorchOptimizer::forget)
@@ -122,8 +128,12 @@ void register_torch(py::module_& module) {
           },
           "index"_a, "group"_a, "rule"_a, "options"_a, "maximize"_a, "watched"_a, "is_mutable"_a)
       .def("add_parameter", &add_parameter, "tensor"_a, "name"_a, "states"_a, "scalars"_a,
-           "places"_a, "is_first"_a, "is_sharded"_a, "history"_a, "anchor"_a)
+           "places"_a, "is_first"_a, "is_sharded"_a, "history"_a, "anchor"_a, "block_progress"_a)
       .def("catch_up", &catch_up, "optimizer"_a, "indices"_a)
+      .def_property(
+          "steps", [](const TorchOptimizer& self) { return self.stepper.steps; },
+          [](TorchOptimizer& self, std::int64_t steps) { self.stepper.steps = steps; })
+      .def_readwrite("seed", &TorchOptimizer::seed)
       .def("ask_again", &TorchOptimizer::ask_again)
       .def(
           "exclusively",

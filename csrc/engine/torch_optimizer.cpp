@@ -114,6 +114,7 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
   for (const py::object& tensor : followed.told)
     followed.tensors.at(followed.tensor_count++) = tensor.ptr();
   followed.slot.history = std::move(parameter.history);
+  followed.slot.block_progress = std::move(parameter.block_progress);
   followed.told.insert(followed.told.end(), parameter.scalars.begin(), parameter.scalars.end());
   followed.slot.progress.step = parameter.is_first ? 0 : 1;
   for (const auto& [tensor, element] : parameter.places)
@@ -219,17 +220,18 @@ struct TorchOptimizer::StepUnderWay {
 };
 
 void TorchOptimizer::step(py::handle groups, py::handle state, StepArguments arguments,
-                          const ScalingTensors& scaling, Teller& teller) {
+                          const ScalingTensors& scaling, const Selections& selections,
+                          Teller& teller) {
   const Turnstile::Turn turn(turnstile);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   const cpu::BorrowedThreads threads;
   if (updates_.capacity() >= kManyTensors) cpu::announce(stepper.elements());
   arguments.scaling = find_scaling(scaling);
-  Outcome outcome = attempt(groups, state, arguments, false);
+  Outcome outcome = attempt(groups, state, arguments, selections, false);
   if (outcome == Outcome::done || outcome == Outcome::skipped) return;
   settle(outcome, true, teller, [&](Outcome before) {
     if (before == Outcome::needs_norm) arguments.norm = teller.global_norm(local_norms_);
-    return attempt(teller.groups(), teller.state(), arguments, true);
+    return attempt(teller.groups(), teller.state(), arguments, selections, true);
   });
 }
 
@@ -255,6 +257,7 @@ void TorchOptimizer::settle(Outcome outcome, bool is_for_a_step, Teller& teller,
 // changed nothing then. From there on nothing throws.
 TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle state,
                                                 const StepArguments& arguments,
+                                                const Selections& selections,
                                                 bool options_are_new) {
   const StepUnderWay under_way(*this);
   const auto is_mutable = [](const FollowedGroup& group) { return group.dict.is_mutable; };
@@ -266,7 +269,7 @@ TorchOptimizer::Outcome TorchOptimizer::attempt(py::handle groups, py::handle st
   if (tensors_.has_run_code)
     if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
   tensors_.has_run_code = false;
-  if (!collect()) return Outcome::stale;
+  if (!collect(selections)) return Outcome::stale;
   complete_rates();
   find_streams();
   if (tensors_.has_run_code)
@@ -374,7 +377,7 @@ void TorchOptimizer::complete_rates() {
 }
 
 // Finds the parameters that have a gradient. False where one of them lacks state.
-bool TorchOptimizer::collect() {
+bool TorchOptimizer::collect(const Selections& selections) {
   keep_alive();
   find_scalars();
   for (const FollowedGroup& group : groups_) {
@@ -387,10 +390,13 @@ bool TorchOptimizer::collect() {
       follow_memory(parameter);
       if (is_outdated_) return false;
       if (parameter.slot.history) follow_history(parameter);
+      if (parameter.slot.has_split_progress()) check_blocks(parameter.slot);
       read_progress(parameter);
       if (is_outdated_) return false;
       Slot& slot = parameter.slot;
       Update& update = updates_.emplace_back(&slot, &group.group);
+      update.choice = selections.of(parameter.tensor);
+      update.draw = {seed, stepper.steps, parameter.index};
       // The next is likely to be sparse, too, and torch takes long to say that it cannot be read.
       if (parameter.had_sparse_gradient ||
           !tensors_.view_usual_gradient(parameter.tensor, slot.parameter(), gradient.ptr(),
@@ -489,6 +495,19 @@ void TorchOptimizer::follow_history(FollowedParameter& parameter) {
     throw ValueError(slot.name() + " has " + error.what() +
                      ": call flush() before options are changed that decide which state is kept");
   }
+}
+
+// Blocks that have come differently far must be where they were.
+void TorchOptimizer::check_blocks(const Slot& slot) const {
+  const std::int64_t size = slot.parameter().size, expected = slot.block_progress->size();
+  if (slot.device().kind != Device::cpu)
+    throw TypeError(slot.name() + " is on " + name_of(slot.device()) +
+                    ", and has blocks with step counts of their own (where=), which this version " +
+                    "of fusestep cannot go on with there");
+  if (size != expected)
+    throw ValueError(slot.name() + " has been given " + std::to_string(size) +
+                     " elements where it had " + std::to_string(expected) +
+                     ", in blocks with step counts of their own (where=): use resize()");
 }
 
 // Parameters without a gradient are not asked where they lie now.

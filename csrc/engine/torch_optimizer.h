@@ -20,6 +20,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "arrays/state_memory.h"
@@ -69,8 +70,17 @@ class TorchOptimizer {
 
   // Returns when parameters have moved, or none had a gradient, or one was not finite and the step
   // is to be skipped then. `groups` and `state` are the Teller's: fetching them costs time.
+  // `selections` are what moves of each parameter, by tensor: of those that are not there, all.
+  struct Selections {
+    std::unordered_map<PyObject*, const selections::Choice*> choices;
+
+    const selections::Choice* of(PyObject* tensor) const {
+      const auto found = choices.empty() ? choices.end() : choices.find(tensor);
+      return found == choices.end() ? nullptr : found->second;
+    }
+  };
   void step(pybind11::handle groups, pybind11::handle state, StepArguments arguments,
-            const ScalingTensors& scaling, Teller& teller);
+            const ScalingTensors& scaling, const Selections& selections, Teller& teller);
 
   // Brings rows that have missed steps up to date: these of each parameter, or all. The numbers are
   // those of rows that there are.
@@ -120,6 +130,8 @@ class TorchOptimizer {
     // Where rows that a step does not touch miss it: it outlives what is told here.
     std::shared_ptr<rules::RowHistory> history;
     std::optional<Anchor> anchor;
+    // Where blocks have come differently far: likewise.
+    std::shared_ptr<rules::BlockProgress> block_progress;
   };
   void add_parameter(Parameter parameter);  // to the last group
 
@@ -140,6 +152,8 @@ class TorchOptimizer {
   // Takes note of the state. What is no longer what it was when its parameter was told (another
   // thread has changed it) will be found stale.
   void seal(const pybind11::dict& state);
+
+  std::uint64_t seed = 0;  // of random selections
 
   Stepper stepper;
   Turnstile turnstile;
@@ -198,7 +212,7 @@ class TorchOptimizer {
   Outcome attempt_to_catch_up(pybind11::handle groups, pybind11::handle state,
                               const std::optional<RowNumbers>& numbers);
   Outcome attempt(pybind11::handle groups, pybind11::handle state, const StepArguments& arguments,
-                  bool options_are_new);
+                  const Selections& selections, bool options_are_new);
   Outcome compare(pybind11::handle groups, pybind11::handle state);
   std::size_t follow_scalar(const pybind11::object& tensor);
   bool holds_its_parameters(const FollowedGroup& group) const;
@@ -213,13 +227,14 @@ class TorchOptimizer {
   bool has_scalars_here(const FollowedParameter& parameter) const;
   bool is_resident(const FollowedParameter& parameter) const;
   void find_resident_scalars(FollowedParameter& parameter) const;
-  bool collect();
+  bool collect(const Selections& selections);
   void view_unusual_gradient(FollowedParameter& parameter, const pybind11::object& gradient,
                              Update& update);
   bool is_where_it_was(const FollowedParameter& parameter) const;
   void follow_memory(FollowedParameter& parameter);
   void follow_all_memory();
   void follow_history(FollowedParameter& parameter);
+  void check_blocks(const Slot& slot) const;
   void prepare(const StepArguments& arguments);
   std::vector<Teller::Norm> gradient_norms();
   void find_scalars();

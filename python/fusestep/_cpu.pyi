@@ -15,6 +15,13 @@ class Where:
     @staticmethod
     def top(fraction: float, by_update: bool, tracks: bool) -> Where: ...
 
+class BlockProgress:
+    @property
+    def is_split(self) -> bool: ...
+    def counts(self) -> tuple[int, Any, Any] | None: ...
+    def restore(self, size: int, block: int, steps: Any, products: Any) -> None: ...
+    def resize(self, size: int) -> None: ...
+
 class Optimizer:
     seed: int
     maximize: bool
@@ -67,6 +74,8 @@ class RowHistory:
     def resize(self, rows: int) -> None: ...
 
 class TorchOptimizer:
+    steps: int
+    seed: int
     skip_nonfinite: bool
     max_norm: float | None
     skipped_steps: int
@@ -80,6 +89,7 @@ class TorchOptimizer:
         zero_grad: bool,
         loss_scale: Any = None,
         found_inf: Any = None,
+        where: Sequence[tuple[Any, Where]] = ...,
     ) -> None: ...
     def catch_up(self, optimizer: Any, indices: list[Any] | None) -> None: ...
     def ask_again(self) -> None: ...
@@ -117,6 +127,7 @@ class TorchOptimizer:
         is_sharded: bool,
         history: RowHistory | None,
         anchor: tuple[float, Any, Any] | None,
+        block_progress: BlockProgress | None,
     ) -> None: ...
     def seal(self, state: dict[Any, Any]) -> None: ...
 

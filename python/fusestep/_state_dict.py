@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Entries of a group that are not hyper-parameters of ours.
 _IGNORED_OPTIONS = frozenset({"params", "state_dtype"})
 
+# How far the blocks of a parameter have come, where they differ.
+BLOCK_ENTRIES = ("block_size", "block_steps", "block_mu_products")
+
 # The largest count that a float64 holds exactly, and more steps than anybody takes.
 _MOST = 2**53
 
@@ -67,9 +70,15 @@ def _block_progress(optimizer: Optimizer, i: int) -> dict[str, Any]:
     progress = optimizer._native.block_progress(i)
     if progress is None:
         return {}
-    block, steps, products = progress
-    entry = {"block_size": block, "block_steps": steps.astype(np.int64)}
-    return entry | ({"block_mu_products": products} if len(products) else {})
+    return block_entries(*progress)
+
+
+def block_entries(block: int, steps: Any, products: Any) -> dict[str, Any]:
+    """Return what the progress of blocks adds to a parameter's state."""
+    values = (block, steps.astype(np.int64), products if len(products) else None)
+    return {
+        name: value for name, value in zip(BLOCK_ENTRIES, values, strict=True) if value is not None
+    }
 
 
 def _anchor(optimizer: Optimizer, i: int, *, copy: bool) -> dict[str, Any]:
@@ -92,16 +101,8 @@ class _Entry:
     missed: npt.NDArray[np.int64]  # by each row, of the steps in `recent`
     recent: npt.NDArray[np.float64]
     anchor: _penalties.Anchor | None = None
-    blocks: _Blocks | None = None
-
-
-@dataclass
-class _Blocks:
-    """How many updates each block of a parameter has had."""
-
-    size: int
-    steps: npt.NDArray[np.uint32]
-    products: npt.NDArray[np.float64]  # of momenta; empty for rules that have none
+    # Elements of a block, and updates and products of momenta of each, where they differ.
+    blocks: tuple[int, npt.NDArray[np.uint32], npt.NDArray[np.float64]] | None = None
 
 
 @dataclass
@@ -120,9 +121,11 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
     mapping(state_dict, "the state dict")
     expect_keys(state_dict, "the state dict", {"state", "param_groups"}, {"fusestep"})
     counters = mapping(state_dict.get("fusestep", {}), "'fusestep'")
-    expect_keys(
-        counters, "'fusestep'", set(), {"version", "rule", "steps", "skipped_steps", "seed"}
-    )
+    # fusestep.torch names no rule, and keeps here what torch's groups have no place for.
+    is_torchs = "rule" not in counters
+    settings = {"max_norm", "skip_nonfinite"} if is_torchs else set()
+    known = {"version", "rule", "steps", "skipped_steps", "seed"}
+    expect_keys(counters, "'fusestep'", set(), known | settings)
     rule = counters.get("rule")
     if rule is not None and rule not in {cls.__name__ for cls in type(optimizer).__mro__}:
         raise ValueError(
@@ -138,7 +141,8 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
             "each group)"
         )
     group = mapping(groups[0], "the parameter group")
-    hyperparameters = _check_group(optimizer, group, ours="fusestep" in state_dict)
+    group = {**group, **{name: counters[name] for name in settings & counters.keys()}}
+    hyperparameters = _check_group(optimizer, group, ours=not is_torchs)
 
     saved_keys = _match_keys(optimizer, group)
     state = mapping(state_dict["state"], "'state'")
@@ -170,8 +174,7 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
             _anchors.attach(optimizer, i, _anchors.stored(optimizer, i, entry.anchor))
         if optimizer.rows == "exact":
             optimizer._native.set_missed_steps(i, entry.missed, entry.recent)
-        blocks = entry.blocks or _Blocks(0, np.zeros(0, np.uint32), np.zeros(0))
-        optimizer._native.set_block_progress(i, blocks.size, blocks.steps, blocks.products)
+        optimizer._native.set_block_progress(i, *(entry.blocks or (0, [], [])))
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)
     optimizer.seed = plan.seed
 
@@ -254,7 +257,14 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     entry = {name: value for name, value in entry.items() if value is not None}
     missed, recent = _check_missed_steps(optimizer, i, entry)
     anchor = _penalties.taken(entry, _anchors.target_of(optimizer, i))
-    blocks = _check_blocks(optimizer, i, entry)
+    elements = int(np.prod(_anchors.described(optimizer, i).shape, dtype=np.int64))
+    blocks = taken_blocks(
+        entry,
+        optimizer._parameters.labels[i],
+        elements,
+        "mu_product" in optimizer._scalar_names,
+        optimizer.rows,
+    )
     scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry
     # Where torch keeps no step (SGD), state says that there was one, and no more is needed.
@@ -277,23 +287,25 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     return _Entry(step, product, arrays, missed, recent, anchor, blocks)
 
 
-def _check_blocks(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _Blocks | None:
-    """Take from an entry how many updates each block has had, and return it."""
-    names = ("block_size", "block_steps", "block_mu_products")
-    size, steps, products = (entry.pop(name, None) for name in names)
+def taken_blocks(
+    entry: dict[Any, Any], label: str, elements: int, has_products: bool, rows: str
+) -> tuple[int, npt.NDArray[np.uint32], npt.NDArray[np.float64]] | None:
+    """Take from an entry how many updates each block has had, and return it.
+
+    `label` is the parameter's; `rows` is what the optimizer does about missed steps.
+    """
+    size, steps, products = (entry.pop(name, None) for name in BLOCK_ENTRIES)
     if size is None and steps is None and products is None:
         return None
-    label = f"the block_steps of {optimizer._parameters.labels[i]}"
-    if optimizer.rows == "exact":
+    label = f"the block_steps of {label}"
+    if rows == "exact":
         raise ValueError(f"{label} differ, which rows='exact' cannot go on from: use rows='lazy'")
     block = count("block_size", size)
-    elements = int(np.prod(_anchors.described(optimizer, i).shape, dtype=np.int64))
     blocks = -(-elements // block) if block else 0
-    has_products = "mu_product" in optimizer._scalar_names
     try:
-        found = np.asarray(steps).astype(np.int64, casting="safe")
-        momenta = np.asarray(products if has_products else []).astype(np.float64, casting="safe")
-    except (TypeError, ValueError) as error:
+        found = _as_array(steps).astype(np.int64, casting="safe")
+        momenta = _as_array(products if has_products else ()).astype(np.float64, casting="safe")
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{label} cannot be read: {error}") from None
     if blocks == 0 or found.shape != (blocks,) or momenta.shape != (blocks * has_products,):
         raise ValueError(
@@ -305,7 +317,7 @@ def _check_blocks(optimizer: Optimizer, i: int, entry: dict[Any, Any]) -> _Block
     possible = (found >= 0).all() and (found < 2**32).all()
     if not (possible and (momenta >= 0).all() and (momenta <= 1).all()):
         raise ValueError(f"{label} are not numbers of updates")
-    return _Blocks(block, found.astype(np.uint32), momenta)
+    return block, found.astype(np.uint32), momenta
 
 
 def _check_missed_steps(
@@ -350,8 +362,11 @@ def taken_missed_steps(
 
 
 def _popped(entry: dict[Any, Any], name: str) -> npt.NDArray[Any]:
-    array = entry.pop(name)
-    return np.asarray(backend_of(array).to_numpy(array))
+    return _as_array(entry.pop(name))
+
+
+def _as_array(value: Any) -> npt.NDArray[Any]:
+    return np.asarray(backend_of(value).to_numpy(value))
 
 
 def _can_have_been(names: list[str], step: npt.NDArray[np.float64]) -> bool:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._hyperparameters import flag, max_norm, number
-from .._state_dict import count, expect_keys, mapping, taken_missed_steps
-from . import _anchors, _state
+from .._hyperparameters import check_seed, flag, max_norm, number
+from .._state_dict import BLOCK_ENTRIES, count, expect_keys, mapping, taken_missed_steps
+from . import _anchors, _selections, _state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +23,8 @@ _EXTRAS: dict[str, Callable[[str, Any], Any]] = {
     "max_norm": max_norm,
     "skip_nonfinite": flag,
     "skipped_steps": count,
+    "steps": count,
+    "seed": lambda _, value: check_seed(value),
 }
 
 
@@ -92,13 +94,25 @@ def missed_steps(
     return result
 
 
+def block_counts(
+    saved: Mapping[Any, Any], places: Sequence[tuple[Any, Tensor, str, Rule]], rows: str
+) -> list[_selections.BlockCounts]:
+    """Return the parameters whose blocks have come differently far, and how far, checked."""
+    result = []
+    for key, parameter, label, rule in places:
+        entry = dict(mapping(saved.get(key, {}), f"the state of {label}"))
+        if found := _selections.taken(entry, parameter, label, rule, rows):
+            result.append(found)
+    return result
+
+
 def _fitted_entry(
     entry: Mapping[str, Any], parameter: Tensor, label: str, rule: Rule, state_dtype: str | None
 ) -> dict[str, Any]:
     present = {
         name: value
         for name, value in entry.items()
-        if value is not None and name not in ("missed_steps", "recent_steps")
+        if value is not None and name not in ("missed_steps", "recent_steps", *BLOCK_ENTRIES)
     }
     anchor = _anchors.taken(present, parameter, label, state_dtype)
     needed = {*rule.scalars, *rule.states}

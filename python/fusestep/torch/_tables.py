@@ -46,6 +46,8 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
         optimizer.state[parameter] = entry
     if history := optimizer._history_of(parameter):
         history.resize(count)
+    if (blocks := optimizer._blocks.get(parameter)) and blocks.is_split:
+        blocks.resize(parameter.numel())
 
 
 def _find(optimizer: Optimizer, parameter: Tensor) -> str:

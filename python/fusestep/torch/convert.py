@@ -33,7 +33,8 @@ def convert(optimizer: torch.optim.Optimizer, **extras: Any) -> Optimizer:
     optimizer
         A ``torch.optim.SGD``, ``Adam``, ``AdamW``, ``NAdam`` or ``Adagrad``.
     **extras
-        Our own arguments: ``max_norm``, ``skip_nonfinite``, ``state_dtype``, ``rows``.
+        Our own arguments: ``max_norm``, ``skip_nonfinite``, ``state_dtype``, ``rows``,
+        ``seed``.
 
     Returns
     -------

@@ -15,9 +15,10 @@ from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
 from .. import _cpu
-from .._hyperparameters import flag, max_norm, one_of
+from .._hyperparameters import check_seed, flag, max_norm, one_of
+from .._state_dict import block_entries
 from ..gradients import as_indices
-from . import _anchors, _distributed, _load, _state, _tables, _tensors
+from . import _anchors, _distributed, _load, _selections, _state, _tables, _tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,6 +82,9 @@ class Optimizer(torch.optim.Optimizer):
         ``"exact"``: a gradient of zero, as if it were dense. They are brought up to date when they
         next have a gradient; before a forward pass reads rows, call :meth:`catch_up`, before
         anything reads the whole table, :meth:`flush`. For parameters on the CPU.
+    seed
+        Of every random choice, from 0 to 2**64 - 1: which blocks :class:`fusestep.RandomBlocks`
+        draws.
 
     Notes
     -----
@@ -109,6 +113,8 @@ class Optimizer(torch.optim.Optimizer):
     _rows = "lazy"  # while torch's constructor adds the first groups
     _native: _cpu.TorchOptimizer
     _histories: dict[Tensor, _cpu.RowHistory]
+    _blocks: dict[Tensor, _cpu.BlockProgress]
+    _has_selected: bool  # some step has had where=, and steps have been counted from there on
     _step_supports_amp_scaling = False  # torch's constructors set it where fused=True
 
     # ---- stepping -------------------------------------------------------------------------------
@@ -119,6 +125,7 @@ class Optimizer(torch.optim.Optimizer):
         *,
         grad_scale: float = 1.0,
         zero_grad: bool = False,
+        where: Any = None,
     ) -> Any:
         """Update the parameters that have a gradient, and their state, in place.
 
@@ -131,6 +138,13 @@ class Optimizer(torch.optim.Optimizer):
         zero_grad
             Set the gradients to zero in the same pass, as ``zero_grad(set_to_none=False)`` does.
             Sparse ones have no rows then.
+        where
+            Which part of the parameters may move; None: all. A selection for all of them
+            (:class:`fusestep.RandomBlocks`, :class:`fusestep.CyclicBlocks`,
+            :class:`fusestep.TopK`), or a dict from parameters to selections and boolean tensors (of
+            a parameter's shape or of its first axis), or such a list in the order of the parameters
+            in all groups. See :meth:`fusestep.Optimizer.step`. For parameters on the CPU. Steps are
+            counted, for draws and schedules, from the first one that has it.
 
         Returns
         -------
@@ -155,6 +169,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if (
             closure is not None
+            or where is not None
             or self._step_supports_amp_scaling
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -162,7 +177,7 @@ class Optimizer(torch.optim.Optimizer):
             or _global_post_hooks
             or profiler._is_profiler_enabled
         ):
-            return self._observed_step(closure, grad_scale, zero_grad)
+            return self._observed_step(closure, grad_scale, zero_grad, where)
         self._native.step(self, self.param_groups, self.state, grad_scale, zero_grad)
         return None
 
@@ -187,16 +202,20 @@ class Optimizer(torch.optim.Optimizer):
 
     @_not_compiled
     def _observed_step(
-        self, closure: Callable[[], Any] | None, grad_scale: float, zero_grad: bool
+        self, closure: Callable[[], Any] | None, grad_scale: float, zero_grad: bool, where: Any
     ) -> Any:
         if type(self).step is not Optimizer.step:  # a subclass's, around which torch runs the hooks
-            return self._plain_step(closure, grad_scale=grad_scale, zero_grad=zero_grad)
+            return self._plain_step(
+                closure, grad_scale=grad_scale, zero_grad=zero_grad, where=where
+            )
         args = () if closure is None else (closure,)
         kwargs: dict[str, Any] = {}  # hooks see what the user wrote
         if grad_scale != 1.0:
             kwargs["grad_scale"] = grad_scale
         if zero_grad:
             kwargs["zero_grad"] = zero_grad
+        if where is not None:
+            kwargs["where"] = where
         return self._step_with_hooks(*args, **kwargs)
 
     def _plain_step(
@@ -205,6 +224,7 @@ class Optimizer(torch.optim.Optimizer):
         *,
         grad_scale: float = 1.0,
         zero_grad: bool = False,
+        where: Any = None,
     ) -> Any:
         loss = None
         if closure is not None:
@@ -220,7 +240,18 @@ class Optimizer(torch.optim.Optimizer):
             if loss_scale is not None:
                 grad_scale /= float(loss_scale)
             on_gpu = None, None
-        self._native.step(self, self.param_groups, self.state, grad_scale, zero_grad, *on_gpu)
+        chosen = [] if where is None else _selections.chosen(self, where)
+        scale_there, inf_there = on_gpu
+        self._native.step(
+            self,
+            self.param_groups,
+            self.state,
+            grad_scale,
+            zero_grad,
+            scale_there,
+            inf_there,
+            chosen,
+        )
         return loss
 
     def _on_the_gpu(self, *numbers: Any) -> tuple[Tensor | None, ...] | None:
@@ -418,12 +449,13 @@ class Optimizer(torch.optim.Optimizer):
         return history
 
     def _drop_unused_histories(self, present: set[int]) -> None:
-        """Drop the histories of parameters that have left their groups and owe nothing."""
+        """Drop what is known of parameters that have left their groups and owe nothing."""
         self._histories = {
             p: history
             for p, history in self._histories.items()
             if id(p) in present or history.has_missed_steps
         }
+        self._blocks = {p: blocks for p, blocks in self._blocks.items() if id(p) in present}
 
     def _missed_steps(self) -> list[MissedSteps]:
         """Return the parameters with rows that have missed steps, and these."""
@@ -441,6 +473,15 @@ class Optimizer(torch.optim.Optimizer):
             history = histories[parameter] = _cpu.RowHistory(len(rows))
             history.restore(self._array_class._rule, options[id(parameter)], rows, steps)
         return histories
+
+    @property
+    def seed(self) -> int:
+        """Of every random choice; may be assigned."""
+        return self._native.seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._native.seed = check_seed(value)
 
     @property
     def skipped_steps(self) -> int:
@@ -562,6 +603,7 @@ class Optimizer(torch.optim.Optimizer):
             _tensors.is_sharded(parameter),
             self._history_of(parameter),
             _anchors.of(entry) if is_ready else None,
+            self._blocks.get(parameter),
         )
 
     def _completed_states(
@@ -727,7 +769,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._drop_unused_state()
         # As a hook, so that hooks of others see it.
-        hook: Any = Optimizer._add_missed_steps
+        hook: Any = Optimizer._add_progress
         handle = self.register_state_dict_post_hook(hook, prepend=True)
         try:
             state_dict: dict[str, Any] = super().state_dict()
@@ -737,7 +779,8 @@ class Optimizer(torch.optim.Optimizer):
             state_dict["fusestep"] = extras
         return state_dict
 
-    def _add_missed_steps(self, state_dict: dict[str, Any]) -> None:
+    def _add_progress(self, state_dict: dict[str, Any]) -> None:
+        """Add what rows have missed, and how far blocks have come."""
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         key_of = {id(p): key for (p, _), key in zip(self._parameters(), keys, strict=True)}
         state = state_dict["state"]
@@ -748,6 +791,11 @@ class Optimizer(torch.optim.Optimizer):
                 "missed_steps": torch.from_numpy(rows),
                 "recent_steps": torch.tensor(steps, dtype=torch.float64),
             }
+        for parameter, *counts in _selections.counts(self):
+            key = key_of[id(parameter)]
+            entries = block_entries(*counts).items()
+            tensors = {x: torch.from_numpy(a) if hasattr(a, "shape") else a for x, a in entries}
+            state[key] = {**state.get(key, {}), **tensors}
 
     @_not_compiled
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -783,11 +831,14 @@ class Optimizer(torch.optim.Optimizer):
         rule = self._array_class._rule
         missed = _load.missed_steps(loaded["state"], places, rule, self._rows)
         histories = self._histories_of(groups, missed)
+        blocks = _selections.restored(_load.block_counts(loaded["state"], places, self._rows))
         extras = _load.checked_extras(loaded)
         self.__setstate__({"state": state, "param_groups": groups})
         self._histories = histories
+        self._blocks = blocks
         self._native.ask_again()  # for these, which it cannot see
         self._adopt_scalars()
+        self._has_selected = "steps" in extras
         for name, value in extras.items():
             setattr(self._native, name, value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -799,16 +850,23 @@ class Optimizer(torch.optim.Optimizer):
         self._drop_unused_state()
         state: dict[str, Any] = super().__getstate__()
         ours = {"state_dtype": self._state_dtype, "rows": self._rows, **self._extras()}
-        return {**state, "fusestep": ours, "missed_steps": self._missed_steps()}
+        return {
+            **state,
+            "fusestep": ours,
+            "missed_steps": self._missed_steps(),
+            "block_counts": _selections.counts(self),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         extras = state.pop("fusestep", None)
         missed = state.pop("missed_steps", ())
+        counts = state.pop("block_counts", ())
         super().__setstate__(state)
         if extras is not None:
             self._attach(**extras)
             self._histories = self._histories_of(self.param_groups, missed)
+            self._blocks = _selections.restored(counts)
             self._adopt_scalars()
             self._follow_fused()
 
@@ -829,7 +887,9 @@ class Optimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
         rows: Literal["lazy", "exact"] = "lazy",
+        seed: int = 0,
         skipped_steps: int = 0,
+        steps: int | None = None,
     ) -> None:
         """Create what is neither torch's nor pickled."""
         _keep_compiler_out()
@@ -837,10 +897,14 @@ class Optimizer(torch.optim.Optimizer):
         self._rows = one_of("rows", rows, ("lazy", "exact"))
         self._check_rows()
         # By parameter: the native half is told anew whenever groups or state change, and what rows
-        # have missed must outlast that.
+        # have missed, and how far blocks have come, must outlast that.
         self._histories = {}
+        self._blocks = {}
+        self._has_selected = steps is not None
         self._native = _cpu.TorchOptimizer(_tensors, _tensors.USE_EXCHANGE_TABLE)
         self._native.skipped_steps = skipped_steps
+        self._native.steps = steps or 0
+        self.seed = seed
         self._changes: list[tuple[Tensor, dict[str, Any] | None]] = []
         self._scalars = None
         self._rules = []
@@ -880,6 +944,8 @@ class Optimizer(torch.optim.Optimizer):
             "max_norm": self.max_norm,
             "skip_nonfinite": self.skip_nonfinite,
             "skipped_steps": self.skipped_steps,
+            "seed": self.seed,
+            "steps": self._native.steps if self._has_selected else 0,
         }
         return {name: value for name, value in extras.items() if value}
 

@@ -39,7 +39,7 @@ class SGD(Optimizer, torch.optim.SGD):
         As in torch; shapes and dtypes of parameters are free.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows
+    max_norm, skip_nonfinite, state_dtype, rows, seed
         See :class:`Optimizer`.
 
     Raises
@@ -72,6 +72,7 @@ class SGD(Optimizer, torch.optim.SGD):
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
         rows: Literal["lazy", "exact"] = "lazy",
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -85,7 +86,7 @@ class SGD(Optimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
 
 
 class NAG(SGD):
@@ -97,7 +98,7 @@ class NAG(SGD):
         As in :class:`SGD`.
     momentum
         Greater than 0.
-    max_norm, skip_nonfinite, state_dtype, rows
+    max_norm, skip_nonfinite, state_dtype, rows, seed
         See :class:`Optimizer`.
 
     Raises
@@ -127,6 +128,7 @@ class NAG(SGD):
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
         rows: Literal["lazy", "exact"] = "lazy",
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -142,6 +144,7 @@ class NAG(SGD):
             skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
             rows=rows,
+            seed=seed,
         )
 
     @classmethod
@@ -165,7 +168,7 @@ class Adam(Optimizer, torch.optim.Adam):
         Refused when True for parameters on the CPU.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows
+    max_norm, skip_nonfinite, state_dtype, rows, seed
         See :class:`Optimizer`.
 
     Raises
@@ -200,6 +203,7 @@ class Adam(Optimizer, torch.optim.Adam):
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
         rows: Literal["lazy", "exact"] = "lazy",
+        seed: int = 0,
     ) -> None:
         decoupled = {"decoupled_weight_decay": decoupled_weight_decay} if _ADAM_DECOUPLES else {}
         super().__init__(
@@ -219,7 +223,7 @@ class Adam(Optimizer, torch.optim.Adam):
         if decoupled_weight_decay and not _ADAM_DECOUPLES:
             for options in (self.defaults, *self.param_groups):
                 options.setdefault("decoupled_weight_decay", True)
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
@@ -233,7 +237,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
         Refused when True for parameters on the CPU.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows
+    max_norm, skip_nonfinite, state_dtype, rows, seed
         See :class:`Optimizer`.
 
     Raises
@@ -267,6 +271,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
         rows: Literal["lazy", "exact"] = "lazy",
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -281,7 +286,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
 
 
 class NAdam(Optimizer, torch.optim.NAdam):
@@ -295,7 +300,7 @@ class NAdam(Optimizer, torch.optim.NAdam):
         Refused when True for parameters on the CPU.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows
+    max_norm, skip_nonfinite, state_dtype, rows, seed
         See :class:`Optimizer`.
 
     Raises
@@ -328,6 +333,7 @@ class NAdam(Optimizer, torch.optim.NAdam):
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
         rows: Literal["lazy", "exact"] = "lazy",
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -342,7 +348,7 @@ class NAdam(Optimizer, torch.optim.NAdam):
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
 
 
 class Adagrad(Optimizer, torch.optim.Adagrad):
@@ -354,7 +360,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         As in torch.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows
+    max_norm, skip_nonfinite, state_dtype, rows, seed
         See :class:`Optimizer`.
 
     Raises
@@ -387,6 +393,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         skip_nonfinite: bool = False,
         state_dtype: Any = None,
         rows: Literal["lazy", "exact"] = "lazy",
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -400,7 +407,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows)
+        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
         self._make_state_ours()
 
     def _make_state_ours(self) -> None:
