@@ -216,6 +216,7 @@ void Slot::select(const selections::Choice& choice, const selections::Draw& draw
     case Kind::mask: return select_mask(choice.mask);
     case Kind::random_blocks: {
       const std::int64_t block = std::clamp(size, std::int64_t{1}, choice.block);
+      cpu::announce(static_cast<std::int64_t>(choice.fraction * static_cast<double>(size)));
       auto drawn = draw_blocks(ceil_div(size, block), choice.fraction, draw);
       return part_.selected.select_blocks(size, block, std::move(drawn));
     }

@@ -77,44 +77,28 @@ struct Coefficients {
   }
 };
 
-// A rule's Idle with the type forgotten.
-struct IdleBytes {
-  alignas(8) unsigned char bytes[88];
+// Something small with its type forgotten.
+template <std::size_t size>
+struct Bytes {
+  alignas(8) unsigned char bytes[size];
 
-  template <class Idle>
-  FUSESTEP_HOST_DEVICE static IdleBytes of(const Idle& idle) {
-    static_assert(sizeof(Idle) <= sizeof bytes && std::is_trivially_copyable_v<Idle>);
-    IdleBytes result{};
-    memcpy(result.bytes, &idle, sizeof idle);
+  template <class Value>
+  FUSESTEP_HOST_DEVICE static Bytes of(const Value& value) {
+    static_assert(sizeof(Value) <= size && std::is_trivially_copyable_v<Value>);
+    Bytes result{};
+    memcpy(result.bytes, &value, sizeof value);
     return result;
   }
 
-  template <class Idle>
-  FUSESTEP_HOST_DEVICE Idle as() const {
-    Idle idle;
-    memcpy(&idle, bytes, sizeof idle);
-    return idle;
+  template <class Value>
+  FUSESTEP_HOST_DEVICE Value as() const {
+    Value value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
   }
 };
 
-// A rule's options with the type forgotten: what a GPU is handed to work out coefficients by.
-struct OptionBytes {
-  alignas(8) unsigned char bytes[64];
-
-  template <class Options>
-  static OptionBytes of(const Options& options) {
-    static_assert(sizeof(Options) <= sizeof bytes && std::is_trivially_copyable_v<Options>);
-    OptionBytes result{};
-    memcpy(result.bytes, &options, sizeof options);
-    return result;
-  }
-
-  template <class Options>
-  FUSESTEP_HOST_DEVICE Options as() const {
-    Options options;
-    memcpy(&options, bytes, sizeof options);
-    return options;
-  }
-};
+using IdleBytes = Bytes<88>;    // a rule's Idle
+using OptionBytes = Bytes<64>;  // a rule's options: what a GPU works out coefficients by
 
 }  // namespace fusestep::rules
