@@ -53,10 +53,12 @@ endif()
 
 if(fusestep_choose_architectures)
   # Machine code for what each toolkit knows of these, and PTX of the last one for what comes later.
+  # That of 8.0 is also for 8.6 and 8.9, as all code is for later minor versions: these kernels wait
+  # for memory, so that code of their own would bring nothing but size.
   if(CUDAToolkit_VERSION VERSION_GREATER_EQUAL 12.8)
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90-real 100-real 120)
   else()
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90)
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90)
   endif()
   if(CUDAToolkit_VERSION VERSION_LESS 13)
     list(PREPEND CMAKE_CUDA_ARCHITECTURES 70-real)
