@@ -1517,7 +1517,9 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
 quiet_graphs = pytest.mark.filterwarnings("ignore:.*AccumulateGrad:UserWarning")
 
 
-def replaying(place: Place, name: str, options: dict[str, Any], tensor_lr: bool) -> Any:
+def replaying(
+    place: Place, name: str, options: dict[str, Any], tensor_lr: bool, anchored: bool = False
+) -> Any:
     """Three steps, a graph, three replays, two steps more, two replays."""
     machine = place.machine
     params = leaves(place, (33, 65), (), (7,))
@@ -1527,6 +1529,8 @@ def replaying(place: Place, name: str, options: dict[str, Any], tensor_lr: bool)
     opt = new(name, params, **options)
     for p in params:
         p.grad = torch.zeros_like(p)
+    if anchored:
+        anchor(opt, params)
 
     def load(step: int) -> None:
         generator = torch.Generator().manual_seed(step)
@@ -1555,6 +1559,14 @@ def replaying(place: Place, name: str, options: dict[str, Any], tensor_lr: bool)
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_replays_are_steps(machine: Machine, graph: str, tensor_lr: bool) -> None:
     assert_same_course(machine, replaying, *GRAPHS[graph], tensor_lr)
+
+
+@quiet_graphs
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_anchors_pull_in_replays(machine: Machine, graph: str, tensor_lr: bool) -> None:
+    """By the learning rate of the replay."""
+    assert_same_course(machine, replaying, *GRAPHS[graph], tensor_lr, anchored=True)
 
 
 def loss_of(params: list[Tensor], x: Tensor) -> Tensor:
@@ -2258,6 +2270,430 @@ def test_zeroing_gradients_of_a_step_that_is_skipped(machine: Machine) -> None:
     assert_same_course(machine, course)
 
 
+# ---- sparse gradients ----------------------------------------------------------------------------
+
+
+def give_rows(
+    machine: Machine, tables: list[Tensor], seed: int, skipped: Sequence[bool] = ()
+) -> None:
+    """New gradients of some rows, each where its table is: unsorted, some of them repeated."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    for i, p in enumerate(tables):
+        count = 0 if (seed + i) % 6 == 5 else 12
+        rows = torch.randint(0, max(len(p), 1), (count if len(p) else 0,), generator=generator)
+        values = numbers((len(rows), *p.shape[1:]), p.dtype, generator)
+        if i < len(skipped) and skipped[i]:
+            continue
+        put = place_of(machine, p).put
+        p.grad = None
+        p.grad = torch.sparse_coo_tensor(
+            put(rows[None]), put(values), p.shape, check_invariants=False
+        )
+
+
+def sparse_of(gradient: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return a gradient of these rows, one for each of a dense one's."""
+    indices = torch.tensor([[*rows]], device=gradient.device)
+    return torch.sparse_coo_tensor(
+        indices, gradient.detach(), gradient.shape, check_invariants=False
+    )
+
+
+TABLES = [(40, 3), (17,), (9, 2, 33), (0, 4), (5, 0)]
+
+
+def sparse_steps(place: Place, rule: Rule, dtype: Any) -> Any:
+    machine = place.machine
+    params = leaves(place, *TABLES, (33,), dtype=dtype)
+    opt = make(rule, params)
+    for step in range(8):
+        give(machine, params, step)
+        give_rows(machine, params[:-1], step, skipped=[step == 4])
+        opt.step()
+    return standing(opt, params)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_sparse_gradients(machine: Machine, rule: Rule, dtype: Any) -> None:
+    assert_same_course(machine, sparse_steps, rule, dtype)
+
+
+def sparse_in_mode(place: Place, name: str, mode: str) -> Any:
+    """Steps that are left out where they are not finite; gradients that are cleared."""
+    machine = place.machine
+    params = leaves(place, (40, 3), (17,), (33,))
+    opt = new(name, params, **mode_options(place, name, mode))
+    cleared = []
+    for step in range(8):
+        give(machine, params, step)
+        give_rows(machine, params[:2], step)
+        gradients = [p.grad for p in params]
+        values = [gradient._values() for gradient in gradients[:2]]
+        if step == 3 and opt.skip_nonfinite:
+            values[1][2] = float("inf")
+        opt.step(grad_scale=0.5, zero_grad=step > 4)
+        assert all(p.grad is gradient for p, gradient in zip(params, gradients, strict=True))
+        if step > 4:
+            assert [gradient._nnz() for gradient in gradients[:2]] == [0, 0]
+        cleared.append([*values, gradients[2]])
+    return {**standing(opt, params), "gradients": cleared, "skipped": opt.skipped_steps}
+
+
+@each_class_and_mode()
+def test_sparse_gradients_in_every_mode(machine: Machine, name: str, mode: str) -> None:
+    assert_same_course(machine, sparse_in_mode, name, mode)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_coalesced_or_not(machine: Machine, name: str) -> None:
+    """In float64, in which sums of these few do not depend on the order."""
+    results = []
+    for coalesced in (False, True):
+        params = leaves(machine.gpu, (40, 3), dtype=torch.float64)
+        opt = new(name, params)
+        for step in range(4):
+            rows = torch.tensor([[3, 39, 3, step, 0, 3]])
+            values = torch.arange(18, dtype=torch.float64).reshape(6, 3) / 4 - step
+            gradient = torch.sparse_coo_tensor(
+                machine.gpu.put(rows), machine.gpu.put(values), (40, 3), check_invariants=False
+            )
+            params[0].grad = gradient.coalesce() if coalesced else gradient
+            opt.step()
+        results.append(machine.to_cpu(standing(opt, params)))
+    assert_same(results[1], results[0])
+
+
+def embedded(place: Place, mode: str) -> Any:
+    """What nn.Embedding and nn.EmbeddingBag leave, of a loss whose gradients are exact."""
+    words, bags = leaves(place, (40, 3), (30, 5))
+    opt = new("Adam", [words, bags], **mode_options(place, "Adam", mode))
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(5):
+        chosen = place.put(torch.randint(0, 30, (4, 6), generator=generator))
+        weights = place.put(torch.randint(-8, 8, (4, 6, 3), generator=generator).float())
+        rows = torch.nn.functional.embedding(chosen, words, sparse=True)
+        sums = torch.nn.functional.embedding_bag(chosen, bags, mode="sum", sparse=True)
+        loss = (rows * weights).sum() + (sums * weights[:, :5, 0]).sum()
+        loss.backward()
+        assert words.grad.is_sparse
+        assert bags.grad.is_sparse
+        opt.step()
+        opt.zero_grad()
+    return standing(opt, [words, bags])
+
+
+@pytest.mark.parametrize("mode", ["plain", "all"])
+def test_embeddings(machine: Machine, mode: str) -> None:
+    assert_same_course(machine, embedded, mode)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_scaler_and_sparse_gradients(machine: Machine, name: str, fused: bool) -> None:
+    def course(place: Place) -> Any:
+        params = leaves(place, (40, 3), (33,))
+        opt = new(name, params, fused=fused)
+        scaler = machine.scaler(place, init_scale=64.0, growth_interval=3)
+        for step in range(8):
+            give(machine, params, step)
+            give_rows(machine, params[:1], step)
+            factor = scaler.scale(place.put(torch.ones(())))
+            values = params[0].grad._values(), params[1].grad
+            for each in values:
+                each.mul_(factor)
+            if step in (0, 3):
+                values[step % 2].view(-1)[2] = float("inf")
+            scaler.step(opt)
+            scaler.update()
+        return {**standing(opt, params), "scale": scaler.get_scale()}
+
+    assert_same_course(machine, course)
+
+
+def test_indices_are_waited_for(real: Machine) -> None:
+    """They are written on the GPU while the host is in the step already."""
+    results = []
+    for delay in (0, SLEEP):
+        (p,) = leaves(real.gpu, (40, 3))
+        opt = fst.SGD([p], lr=0.5)
+        rows = torch.zeros((1, 4), dtype=torch.int64, device=real.gpu.device)
+        p.grad = torch.sparse_coo_tensor(rows, torch.ones_like(p[:4]), p.shape)
+        there = torch.tensor([[7, 8, 7, 39]], device=real.gpu.device)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(delay)
+        p.grad._indices().copy_(there)
+        opt.step()
+        results.append(real.to_cpu(p))
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("mode", ["capturable", "all"])
+def test_sparse_gradients_cannot_be_captured(machine: Machine, mode: str) -> None:
+    """The host cannot see their indices then. The optimizer goes on as if nothing had been."""
+
+    def course(place: Place) -> Any:
+        params = leaves(place, (40, 3), (33,))
+        opt = new("Adam", params, **mode_options(place, "Adam", mode))
+        for step in range(5):
+            give(machine, params, step)
+            give_rows(machine, params[:1], step)
+            if place.is_gpu and step in (0, 3):
+                refused(
+                    machine, opt, params, "row indices for parameter 0 would have to be fetched"
+                )
+            opt.step()
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+def test_a_sparse_gradient_on_a_gpu_for_a_table_on_the_cpu(machine: Machine) -> None:
+    (p,) = leaves(machine.cpu, (7,))
+    opt = fst.Adam([p])
+    p.grad = sparse_of(machine.cpu.put(torch.ones(7)), range(7))
+    p.grad.data = sparse_of(machine.gpu.put(torch.ones(7)), range(7))
+    before = machine.to_cpu(p)
+    with pytest.raises(ValueError, match="gradient of parameter 0 is on cuda:0; expected cpu"):
+        opt.step()
+    with pytest.raises(RuntimeError, match="CUDA graph is being captured"), machine.capturing():
+        opt.step()
+    assert_same(machine.to_cpu(p), before)
+    assert not opt.state
+
+
+def test_what_tables_on_a_gpu_do_not_have(machine: Machine) -> None:
+    """Rows that miss steps, selections, more rows."""
+    (p,) = leaves(machine.gpu, (40, 3))
+    with pytest.raises(TypeError, match="parameter 0 is on cuda:0"):
+        fst.Adam([p], rows="exact")
+    opt = fst.Adam([p])
+    give_rows(machine, [p], 0)
+    before = machine.to_cpu(p)
+    with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*no selections"):
+        opt.step(where=torch.ones(40, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*cannot resize"):
+        opt.resize(p, 50)
+    assert_same(machine.to_cpu(p), before)
+    assert not opt.state
+    opt.step()
+
+
+def test_an_exact_table_that_was_moved_to_a_gpu(machine: Machine) -> None:
+    """Nothing is owed, but with a sparse gradient it would be."""
+    (p,) = leaves(machine.cpu, (40, 3))
+    opt = fst.Adam([p], rows="exact")
+    p.data = machine.gpu.put(p.data)
+    give(machine, [p], 0)
+    opt.step()
+    give_rows(machine, [p], 1)
+    before = machine.to_cpu(standing(opt, [p]))
+    with pytest.raises(TypeError, match=r'parameter 0 is on cuda:0.*no rows="exact"'):
+        opt.step()
+    assert_same(machine.to_cpu(standing(opt, [p])), before)
+
+
+# ---- anchors -------------------------------------------------------------------------------------
+
+
+def anchor(opt: Any, params: list[Tensor], strength: float = 3.0, seed: int = 0) -> None:
+    """Tie parameters to values of their own, the second of them with an importance."""
+    generator = torch.Generator().manual_seed(3000 + seed)
+    reference = [numbers(p.shape, torch.float32, generator) for p in params]
+    importance = numbers(params[1].shape, torch.float32, generator).square()
+    opt.anchor(strength, dict(zip(params, reference, strict=True)))
+    opt.anchor(strength, importance={params[1]: importance})
+
+
+def anchored_steps(place: Place, rule: Rule, dtype: Any) -> Any:
+    """Two tasks, and steps after both are forgotten."""
+    machine = place.machine
+    params = leaves(place, *SHAPES, dtype=dtype)
+    opt = make(rule, params)
+    found = []
+    for step in range(10):
+        if step in (0, 3):
+            anchor(opt, params[1:], seed=step)
+        if step == 7:
+            opt.release_anchor()
+        give(machine, params, step, missing=[step % len(params)])
+        opt.step()
+        found.append([dict(each) for each in opt.anchors.values()])
+        for each in opt.anchors.values():
+            assert place.has(each["reference"])
+            assert each["importance"] is None or place.has(each["importance"])
+    assert list(map(len, found)) == [5] * 7 + [0] * 3
+    return {**standing(opt, params), "anchors": found}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_anchors(machine: Machine, rule: Rule, dtype: Any) -> None:
+    assert_same_course(machine, anchored_steps, rule, dtype)
+
+
+def anchored_in_mode(place: Place, name: str, mode: str, start: int) -> Any:
+    """Dense gradients and sparse ones; one that is not finite; other learning rates."""
+    machine = place.machine
+    params = leaves(place, (33, 65), (40, 3), ())
+    opt = new(name, params, **mode_options(place, name, mode))
+    for step in range(8):
+        if step == start:
+            anchor(opt, params)
+        if step == 5:
+            lr = opt.param_groups[0]["lr"]
+            opt.param_groups[0]["lr"] = lr / 4
+        give(machine, params, step)
+        give_rows(machine, params[1:2], step, skipped=[step % 3 == 0])
+        if step in (0, 3) and opt.skip_nonfinite:
+            params[0].grad[0, 0] = float("nan")
+        opt.step(grad_scale=0.5)
+    return {**standing(opt, params), "skipped": opt.skipped_steps}
+
+
+@each_class_and_mode()
+@pytest.mark.parametrize("start", [0, 2])
+def test_anchors_in_every_mode(machine: Machine, name: str, mode: str, start: int) -> None:
+    assert_same_course(machine, anchored_in_mode, name, mode, start)
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("change", [None, copy.deepcopy, through_pickle])
+def test_anchors_outlast_a_first_step_that_is_skipped(
+    machine: Machine, momentum: float, change: Any
+) -> None:
+    """Where there is no step count, state is dropped that says there has been a step."""
+
+    def course(place: Place) -> Any:
+        params = leaves(place, (33,), (7,))
+        opt = fst.SGD(params, lr=0.1, momentum=momentum, dampening=0.5, skip_nonfinite=True)
+        anchor(opt, params)
+        give(machine, params, 0)
+        params[1].grad[0] = float("nan")
+        opt.step()
+        saved = opt.state_dict()
+        assert len(opt.anchors) == 2
+        assert all("momentum_buffer" not in entry for entry in saved["state"].values())
+        if change:
+            opt = change(opt)
+            params = opt.param_groups[0]["params"]
+        train(machine, opt, params, 3, 1)
+        assert len(opt.anchors) == 2
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+def test_references_from_anywhere(machine: Machine) -> None:
+    """On the CPU, on the GPU, part of a graph, of NumPy."""
+    ways = [
+        lambda x: x,
+        lambda x: machine.gpu.put(x),
+        lambda x: machine.gpu.put(x).requires_grad_(),
+        lambda x: x.numpy(),
+    ]
+    results = []
+    for way in ways:
+        params = leaves(machine.gpu, (6, 5), (4,))
+        opt = fst.Adam(params)
+        given = [torch.sin(torch.arange(p.numel()).reshape(p.shape)) for p in params]
+        opt.anchor(2.0, list(map(way, given)), [way(x.square()) for x in given])
+        train(machine, opt, params, 2)
+        results.append(machine.to_cpu(standing(opt, params)))
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, through_pickle, through_a_file])
+@each_class_and_mode(["SGD", "NAdam", "Adam"], ["plain", "skip_nonfinite", "capturable"])
+def test_copies_go_on_anchored(
+    machine: Machine, name: str, through: Callable[[Any], Any], mode: str
+) -> None:
+    params = leaves(machine.gpu, (6, 5), (4,))
+    opt = new(name, params, **mode_options(machine.gpu, name, mode))
+    train(machine, opt, params, 2)
+    anchor(opt, params)
+    twin = through(opt)
+    twins = twin.param_groups[0]["params"]
+    for p, q in zip(params, twins, strict=True):
+        assert machine.gpu.has(twin.anchors[q]["reference"])
+        assert twin.state[q]["anchor"].data_ptr() != opt.state[p]["anchor"].data_ptr()
+    train(machine, opt, params, 2, 2)
+    train(machine, twin, twins, 2, 2)
+    same = standing(opt, params), standing(twin, twins)
+    assert_same(*map(machine.to_cpu, same))
+
+
+@pytest.mark.parametrize("direction", ["to the GPU", "to the CPU"])
+@each_class_and_mode(["SGD", "NAdam", "Adam"], ["plain", "skip_nonfinite", "tensor_lr"])
+def test_anchors_between_the_cpu_and_the_gpu(
+    machine: Machine, name: str, direction: str, mode: str
+) -> None:
+    """With the course of an optimizer that stays on the CPU; sparse gradients too."""
+    first, second = (machine.cpu, machine.gpu) if "GPU" in direction else (machine.gpu, machine.cpu)
+    results = []
+    for start, end in ((machine.cpu, machine.cpu), (first, second)):
+        with nullcontext() if start.is_gpu else machine.without_gpu():
+            params = leaves(start, (40, 3), (4,))
+            opt = new(name, params, **mode_options(start, name, mode))
+            anchor(opt, params)
+            train(machine, opt, params, 2)
+            saved, values = machine.to_cpu(opt.state_dict()), machine.to_cpu(params)
+        with nullcontext() if end.is_gpu else machine.without_gpu():
+            params = [end.put(value).requires_grad_() for value in values]
+            opt = new(name, params, **mode_options(end, name, mode))
+            opt.load_state_dict(saved)
+            assert all(end.has(each["reference"]) for each in opt.anchors.values())
+            for step in range(2, 5):
+                give(machine, params, step)
+                give_rows(machine, params[:1], step)
+                opt.step()
+            results.append(machine.to_cpu(standing(opt, params)))
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (lambda p, q: (-1.0,), ValueError, "strength for parameter 0"),
+        (lambda p, q: (1.0, {p: p, q: torch.zeros(1)}), ValueError, "the anchor of parameter 1"),
+        (lambda p, q: (1.0, {q: q.detach() / 0}), ValueError, "not finite"),
+        (lambda p, q: (1.0, None, {p: p, q: -q.detach().abs()}), ValueError, "negative somewhere"),
+        (lambda p, q: (1.0, {p.clone(): p}), ValueError, "not a parameter"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["plain", "all"])
+def test_anchors_that_are_refused_change_nothing(
+    machine: Machine, mode: str, arguments: Any, error: type[Exception], words: str
+) -> None:
+    params = leaves(machine.gpu, (6, 5), (4,))
+    opt = fst.Adam(params, **mode_options(machine.gpu, "Adam", mode))
+    for _ in range(2):
+        before = machine.to_cpu(standing(opt, params))
+        with pytest.raises(error, match=words):
+            opt.anchor(*arguments(*params))
+        assert_same(machine.to_cpu(standing(opt, params)), before)
+        anchor(opt, params)
+        train(machine, opt, params, 1)
+
+
+def test_an_anchor_on_another_device(machine: Machine) -> None:
+    """Put there behind the step's back."""
+    params = leaves(machine.gpu, (33,), (7,))
+    opt = fst.Adam(params)
+    anchor(opt, params)
+    train(machine, opt, params, 2)
+    value = opt.state[params[1]]["anchor"]
+    there = value.data
+    value.data = machine.cpu.put(there.cpu())
+    before = machine.to_cpu(standing(opt, params))
+    with pytest.raises(ValueError, match="the anchor of parameter 1 is on cpu; expected cuda:0"):
+        opt.step()
+    assert_same(machine.to_cpu(standing(opt, params)), before)
+    value.data = there
+    opt.step()
+
+
 # ---- several devices in one optimizer ------------------------------------------------------------
 
 
@@ -2369,28 +2805,29 @@ def test_several_devices_and_a_scaler(
     assert_same(machine.to_cpu(course(places_of(machine, mixture))), expected)
 
 
+@pytest.mark.parametrize("mixture", ["cpu", "two_gpus"])
 @pytest.mark.parametrize("mode", ["plain", "max_norm,skip_nonfinite", "fused,max_norm"])
 @pytest.mark.parametrize("name", FUSED)
-def test_a_table_on_the_cpu_beside_dense_parameters(machine: Machine, name: str, mode: str) -> None:
-    """A GPU does not take sparse gradients, and the CPU's are none of its business."""
+def test_tables_on_several_devices(machine: Machine, name: str, mode: str, mixture: str) -> None:
+    """With sparse gradients and anchors, beside dense gradients."""
 
     def course(places: list[Place]) -> Any:
-        params = [p for place in places for p in leaves(place, (40, 3))]
+        params = [p for i in range(4) for p in leaves(places[i % len(places)], (40, 3), seed=i)]
         opt = new(name, params, **MODES[mode])
-        for step in range(6):
+        anchor(opt, params[:3])
+        for step in range(8):
             give(machine, params, step)
-            if step != 3:
-                rows = torch.tensor([[3 * step, 1, 3 * step]])
-                values = machine.cpu.put(params[0].grad[:3])
-                params[0].grad = torch.sparse_coo_tensor(
-                    rows, values, (40, 3), check_invariants=False
+            give_rows(machine, params[:2], step, skipped=[step == 3, step == 5])
+            if step == 6:
+                (params[0].grad._values() if opt.skip_nonfinite else params[0].data).mul_(
+                    float("nan") if opt.skip_nonfinite else 0
                 )
             opt.step(zero_grad=step == 4)
-        return standing(opt, params)
+        return {**standing(opt, params), "skipped": opt.skipped_steps}
 
     with machine.without_gpu():
-        expected = machine.to_cpu(course([machine.cpu] * 2))
-    assert_same(machine.to_cpu(course([machine.cpu, machine.gpu])), expected)
+        expected = machine.to_cpu(course([machine.cpu]))
+    assert_same(machine.to_cpu(course(places_of(machine, mixture))), expected)
 
 
 def test_a_failing_gradient_on_another_device_changes_nothing(machine: Machine) -> None:
@@ -2412,8 +2849,21 @@ def misplaced_gradient(machine: Machine, params: list[Tensor]) -> None:
     params[1].grad.data = machine.cpu.put(params[1].grad.data.cpu())
 
 
-def sparse_gradient(machine: Machine, params: list[Tensor]) -> None:
-    params[1].grad = params[1].detach().to_sparse()
+def misplaced_sparse_gradient(machine: Machine, params: list[Tensor]) -> None:
+    gradient = params[1].grad
+    params[1].grad = None
+    params[1].grad = sparse_of(gradient, range(7))
+    params[1].grad.data = sparse_of(machine.cpu.put(gradient.cpu()), range(7))
+
+
+def row_that_is_not_there(machine: Machine, params: list[Tensor]) -> None:
+    gradient = params[1].grad
+    params[1].grad = None
+    params[1].grad = sparse_of(gradient, [0, 1, 2, 3, 3, 7, 2])
+
+
+def sparse_in_two_dimensions(machine: Machine, params: list[Tensor]) -> None:
+    params[0].grad = params[0].detach().to_sparse()
 
 
 def own_memory(machine: Machine, params: list[Tensor]) -> None:
@@ -2422,7 +2872,9 @@ def own_memory(machine: Machine, params: list[Tensor]) -> None:
 
 BAD_GRADIENTS = [
     (misplaced_gradient, ValueError, "gradient of parameter 1 is on cpu; expected cuda:0"),
-    (sparse_gradient, TypeError, "gradient of parameter 1 is sparse and on device 'cuda:0', where"),
+    (misplaced_sparse_gradient, ValueError, "gradient of parameter 1 is on cpu; expected cuda:0"),
+    (row_that_is_not_there, IndexError, "gradient of parameter 1 has .*7"),
+    (sparse_in_two_dimensions, TypeError, "gradient of parameter 0 is sparse in 2 dimensions"),
     (own_memory, ValueError, "gradient of parameter 1 .*shares memory"),
 ]
 
@@ -2448,15 +2900,16 @@ def test_a_step_that_raises_has_changed_nothing(
         train(machine, opt, params, steps_before)
         give(machine, params, 9)
         if place.is_gpu:
-            good = params[1].grad.clone()
+            good = [p.grad.clone() for p in params]
             spoil(machine, params)
             before = machine.to_cpu(standing(opt, params))
             with pytest.raises(error, match=message):
                 opt.step()
             assert_same(machine.to_cpu(standing(opt, params)), before)
             assert opt.skipped_steps == 0
-            params[1].grad = None
-            params[1].grad = place.put(good.cpu())
+            for p, gradient in zip(params, good, strict=True):
+                p.grad = None
+                p.grad = place.put(gradient.cpu())
         opt.step()
         return standing(opt, params)
 

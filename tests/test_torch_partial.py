@@ -764,8 +764,6 @@ def test_tables_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(opt.param_groups) == 1
     with pytest.raises(TypeError, match="is on cuda:0"):
         fst.convert(torch.optim.Adam([q]), rows="exact")
-    with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*has no anchors"):
-        fst.Adam([q]).anchor(1.0)
     with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*cannot resize"):
         fst.Adam([q]).resize(q, 100)
 
@@ -1220,6 +1218,11 @@ def test_complex_parameters_are_not_anchored() -> None:
     p = table(3, dtype=torch.complex64)
     with pytest.raises(TypeError, match=r"parameter 0 is complex.*has no anchors"):
         fst.Adam([p]).anchor(1.0)
+
+
+def test_parameters_without_memory_are_not_anchored() -> None:
+    with pytest.raises(TypeError, match=r"parameter 0 is on meta.*has no anchors"):
+        fst.Adam([nn.Parameter(torch.empty(3, device="meta"))]).anchor(1.0)
 
 
 def test_present_values_that_are_not_finite() -> None:

@@ -36,12 +36,9 @@ py::object of_arrays(const char* name) {
   return py::module_::import("fusestep._arrays").attr(name);
 }
 
-// The host must know which rows there are before anything is written, so it has to wait for them.
 py::array fetched(PyObject* object, const Array& parameter, const Label& label) {
-  if (cuda_driver().is_capturing(parameter.device.index, parameter.current_stream()))
-    throw std::runtime_error("a CUDA graph is being captured, and " + label.text() +
-                             " would have to be fetched from the GPU; expected an array in the "
-                             "memory of the CPU");
+  check_can_be_fetched(parameter.device, parameter.current_stream(), label,
+                       "an array in the memory of the CPU");
   return converted(object, of_arrays("on_host"), label, "the CPU or a GPU");
 }
 
@@ -86,6 +83,13 @@ std::vector<std::int64_t> read_row_numbers(PyObject* object, const Array& parame
     throw ValueError(label.text() + " have " + std::to_string(array.ndim()) +
                      " dimensions; expected one");
   return dtype.itemsize() == 8 ? copied<std::int64_t>(array) : copied<std::int32_t>(array);
+}
+
+void check_can_be_fetched(const Device& device, std::uintptr_t stream, const Label& label,
+                          const char* expected) {
+  if (cuda_driver().is_capturing(device.index, stream))
+    throw std::runtime_error("a CUDA graph is being captured, and " + label.text() +
+                             " would have to be fetched from the GPU; expected " + expected);
 }
 
 void check_row_count(const Rows& rows, const std::string& name) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "arrays/array.h"
+#include "core/device.h"
 
 namespace fusestep::arrays {
 
@@ -29,6 +30,12 @@ Rows from_rows(PyObject* object, const Array& parameter, const std::string& name
 // is on one: then it is waited for.
 std::vector<std::int64_t> read_row_numbers(PyObject* object, const Array& parameter,
                                            const Label& label);
+
+// The host must know which rows there are before anything is written, so it has to wait for indices
+// on a GPU. Throws std::runtime_error while a CUDA graph is captured there, which waiting would
+// spoil; `expected` is what to give instead.
+void check_can_be_fetched(const Device& device, std::uintptr_t stream, const Label& label,
+                          const char* expected);
 
 // Throws ValueError unless there is a row of values for each of the numbers.
 void check_row_count(const Rows& rows, const std::string& name);

@@ -177,10 +177,14 @@ TorchTensors::Gradient TorchTensors::sparse_gradient(const Array& parameter_view
   if (!shape.empty() && shape[0] != table_rows)
     throw ValueError(label.text() + " is of " + std::to_string(table_rows) + " rows; expected " +
                      std::to_string(shape[0]));
-  const py::object numbers = parts[0], values = parts[1];
+  const py::object indices = parts[0], values = parts[1];
   Gradient gradient = dense_gradient(values, label);
-  Rows rows{read_row_numbers(numbers.ptr(), parameter_view, {"the row indices for ", label.name}),
-            std::move(gradient.view)};
+  const Label of_indices{"the row indices for ", label.name};
+  if (const Device device = gradient.view.device; device.kind == Device::cuda)
+    check_can_be_fetched(device, current_stream(device), of_indices,
+                         "a dense gradient, as of nn.Embedding(sparse=False)");
+  const py::object numbers = indices.attr("cpu")().attr("numpy")();
+  Rows rows{read_row_numbers(numbers.ptr(), parameter_view, of_indices), std::move(gradient.view)};
   check_row_count(rows, label.name);
   return {std::move(rows.values), std::move(rows.numbers), gradient.is_copy};
 }

@@ -414,6 +414,7 @@ void TorchOptimizer::view_unusual_gradient(FollowedParameter& parameter, const p
       tensors_.unusual_gradient(parameter.tensor, parameter.slot.parameter(), gradient.ptr(),
                                 {"the gradient of ", parameter.slot.name()});
   parameter.had_sparse_gradient = row_numbers.has_value();
+  if (row_numbers && parameter.slot.history) parameter.slot.check_rows_can_miss_steps();
   if (is_copy || row_numbers) unusual_gradients_.push_back(gradient);
   update.gradient = std::move(view);
   update.row_numbers = std::move(row_numbers);

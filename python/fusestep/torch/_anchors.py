@@ -82,6 +82,11 @@ def entries(anchor: Anchor, parameter: Tensor, state_dtype: str | None) -> dict[
     return _penalties.entries(Anchor(strength, *copies))
 
 
+def kept(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a parameter's anchor has of its state, as it is there."""
+    return {name: entry[name] for name in ENTRIES if name in entry}
+
+
 def _attach(optimizer: Optimizer, parameter: Tensor, new: Mapping[str, Any]) -> None:
     """Give a parameter these entries of an anchor, in place of what there was."""
     old = optimizer.state.get(parameter, {})
@@ -138,7 +143,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 def _refusal(parameter: Tensor) -> str | None:
     device = _tensors.device_of(parameter)
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         return f"is on {device}"
     if _tensors.is_sharded(parameter):
         return f"is a {type(parameter).__name__}"

@@ -16,8 +16,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-
 __all__ = ["Parameter", "Tensor"]
 
 USE_EXCHANGE_TABLE = True
@@ -78,7 +76,7 @@ def resolved(tensor: Tensor) -> Tensor:
         return tensor.resolve_conj().resolve_neg()
 
 
-def rows_of(gradient: Tensor) -> tuple[np.ndarray[Any, Any], Tensor]:
+def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return the row numbers and the values of a gradient in COO form, which share its memory.
 
     It need not be coalesced.
@@ -86,20 +84,14 @@ def rows_of(gradient: Tensor) -> tuple[np.ndarray[Any, Any], Tensor]:
     Raises
     ------
     TypeError
-        It is not on the CPU, or does not consist of whole rows.
+        It does not consist of whole rows.
     """
-    device = device_of(gradient)
-    if device.type != "cpu":
-        raise TypeError(
-            f"is sparse and on device '{device}', where this version of fusestep takes dense "
-            "gradients only: use nn.Embedding(sparse=False)"
-        )
     if gradient.sparse_dim() != 1:
         raise TypeError(
             f"is sparse in {gradient.sparse_dim()} dimensions; expected one of rows, which is "
             "sparse in one (sparse_dim() == 1), or a dense one"
         )
-    return gradient._indices().numpy()[0], gradient._values()
+    return gradient._indices()[0], gradient._values()
 
 
 def clear_gradient(gradient: Tensor) -> None:

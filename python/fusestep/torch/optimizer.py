@@ -96,9 +96,9 @@ class Optimizer(torch.optim.Optimizer):
     are not waited for. Step counts are on the CPU or, with ``capturable`` or ``fused`` (as in
     torch), ``skip_nonfinite`` or a learning rate on the GPU, on the parameter's device.
 
-    Parameters on the CPU may have sparse gradients, coalesced or not, of the form that
+    Parameters may have sparse gradients, coalesced or not, of the form that
     ``torch.nn.Embedding(sparse=True)`` makes. The parameter's step is counted, whichever rows have
-    a gradient.
+    a gradient. On a GPU, the step waits for the indices, which the host has to see.
     """
 
     _array_class: ClassVar[type[ArrayOptimizer]]
@@ -155,13 +155,17 @@ class Optimizer(torch.optim.Optimizer):
         ------
         TypeError
             A gradient or parameter is on a device that is neither the CPU nor an NVIDIA GPU, or not
-            of a supported dtype. A parameter is sparse; or a gradient is, and the parameter on a
-            GPU, or ``gradient.sparse_dim() != 1``.
+            of a supported dtype. A parameter is sparse; or a gradient is, and
+            ``gradient.sparse_dim() != 1``, or the parameter on a GPU with ``rows="exact"``.
         IndexError
             A sparse gradient has a row that its parameter has not.
         ValueError
             Shapes differ, two parameters share memory, a gradient shares memory with a parameter or
-            state, or an option of a group has a value that is out of range.
+            state, a gradient is on another device than its parameter, or an option of a group has a
+            value that is out of range.
+        RuntimeError
+            A CUDA graph is being captured, and its replays would not be steps; or a gradient on the
+            GPU is sparse.
 
         Notes
         -----
@@ -344,18 +348,18 @@ class Optimizer(torch.optim.Optimizer):
             parameters in all groups. A parameter that is None, or not in the dict, is left as it
             is.
         reference
-            :math:`w^*`: such a dict or list of tensors or arrays of the parameters' shapes. A
-            parameter that it leaves out is left as it is: a new head, say. Without it, the
-            parameters' present values. Copied.
+            :math:`w^*`: such a dict or list of tensors or arrays of the parameters' shapes, on any
+            device. A parameter that it leaves out is left as it is: a new head, say. Without it,
+            the parameters' present values. Copied, to the parameter's device.
         importance
             F >= 0, likewise: the diagonal of the Fisher information (:class:`fusestep.Fisher`).
-            Without it, 1. Copied.
+            Without it, 1. Copied, likewise.
 
         Raises
         ------
         TypeError
-            Something is not a tensor or array of floats; a parameter is on a GPU, complex, or a
-            DTensor.
+            Something is not a tensor or array of floats; a parameter is complex, a DTensor, or on a
+            device that is neither the CPU nor an NVIDIA GPU.
         ValueError
             A shape differs; a number is negative or not finite; something is not a parameter.
             Nothing has been changed then.
@@ -532,7 +536,7 @@ class Optimizer(torch.optim.Optimizer):
         """Drop the state of parameters of which a GPU has left out every step so far.
 
         Where torch keeps no step count, it is the state that says there has been a step. What has
-        been put there since is somebody else's, and stays.
+        been put there since is somebody else's, and stays; so do anchors, which wait for a step.
         """
         if not self._counts_on_gpu or self._rule_of({}).scalars:
             return
@@ -545,7 +549,10 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 if for_a_step:
                     self._changes.append((parameter, dict(entry)))
-                del self.state[parameter]
+                if anchor := _anchors.kept(entry):
+                    self.state[parameter] = anchor
+                else:
+                    del self.state[parameter]
 
     def _should_count_on_gpu(self) -> bool:
         """Return whether step counts of parameters on a GPU belong there.
