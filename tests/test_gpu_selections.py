@@ -86,6 +86,20 @@ def test_every_rule_and_dtype(
 
 
 @pytest.mark.parametrize("rule", PLAIN, ids=str)
+@pytest.mark.parametrize("block", [1, 3, 8, 31, 128, 129, 1000, 1023, 1024, 1025, 2048])
+def test_blocks_of_every_size(
+    lib: Library, rule: Rule, block: int, rng: np.random.Generator
+) -> None:
+    """The last one may be shorter; neighbours that have come equally far, or differently."""
+    params = [standard(rng, shape) for shape in [*LENGTHS, *TABLES, 9 * block + 5, 6 * block]]
+    pair = WherePair(lib, rule.cls, params, seed=5, **rule.options)
+    for step in range(7):
+        where = fs.RandomBlocks(0.5, block) if step % 3 < 2 else None
+        pair.step([standard(rng, x.shape) for x in params], where=where, zero_grad=step == 4)
+        pair.check()
+
+
+@pytest.mark.parametrize("rule", PLAIN, ids=str)
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize(
     "options",
