@@ -20,6 +20,12 @@ bool is_c_contiguous(const Geometry& g, std::int64_t item) {
   return true;
 }
 
+std::vector<std::int64_t> c_strides(std::span<const std::int64_t> shape, std::int64_t item) {
+  std::vector<std::int64_t> strides(shape.size());
+  for (std::size_t axis = shape.size(); axis-- > 0; item *= shape[axis]) strides[axis] = item;
+  return strides;
+}
+
 bool elements_are_disjoint(const Geometry& g, std::int64_t item) {
   std::vector<std::pair<std::int64_t, std::int64_t>> axes;  // |stride|, extent
   std::int64_t size = 1;

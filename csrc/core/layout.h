@@ -81,6 +81,9 @@ struct Iteration {
 // True where every array is in C order, whatever its strides along axes of extent 1.
 bool is_c_contiguous(const Geometry& geometry, std::int64_t item);
 
+// The strides of an array in C order.
+std::vector<std::int64_t> c_strides(std::span<const std::int64_t> shape, std::int64_t item);
+
 // True where no two elements share an address. Exact for every array that indexing and transposing
 // can make; arbitrary strides fall back on sorting the addresses.
 bool elements_are_disjoint(const Geometry& geometry, std::int64_t item);

@@ -30,6 +30,9 @@ class LinkedDriver final : public Driver {
                                 double prescale) const override {
     return cuda::tile_sums(workspace, stream, list, prescale);
   }
+  std::byte* scratch(Workspace& workspace, Stream stream, std::size_t bytes) const override {
+    return cuda::scratch(workspace, stream, bytes);
+  }
   void clear_gradients(Workspace& workspace, Stream stream, WorkList list) const override {
     cuda::clear_gradients(workspace, stream, list);
   }

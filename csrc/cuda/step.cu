@@ -410,7 +410,7 @@ bool may_overflow(WorkList list) {
 
 // ---- decisions on the device -------------------------------------------------------------------
 
-void decide(const Step& step, Pieces pieces, Workspace::Record* record) {
+void decide(const Step& step, WorkList summed, Pieces pieces, Workspace::Record* record) {
   Decide body{};
   body.grad_scale = step.options.gradient_factor;
   body.loss_scale = step.loss_scale;
@@ -422,11 +422,11 @@ void decide(const Step& step, Pieces pieces, Workspace::Record* record) {
   body.decision = &record->decision;
   body.counters = &record->counters;
   if (step.needs_norm()) {
-    const std::int64_t tiles = tiles_of(step.list);
+    const std::int64_t tiles = tiles_of(summed);
     const auto room = static_cast<std::size_t>(room_for_groups(tiles));
     double* sums = step.workspace->sums(room, step.stream);
     double* prescaled =
-        may_overflow(step.list) ? step.workspace->prescaled_sums(room, step.stream) : nullptr;
+        may_overflow(summed) ? step.workspace->prescaled_sums(room, step.stream) : nullptr;
     sum_tiles(pieces, step.stream, 1, sums, prescaled);
     const Group group = sum_groups(sums, tiles, step.stream);
     body.sums = group.values;
@@ -470,7 +470,11 @@ void advance(const Step& step, const Decision* decision, rules::Progress* progre
 
 void take(const Step& step) {
   const CurrentDevice current(step.workspace->device());
-  const std::vector<Piece> pieces = placed(step.list, *step.workspace, step.stream);
+  const WorkList summed = step.summed.empty() ? step.list : step.summed;
+  std::vector<const Work*> all(step.list.begin(), step.list.end());
+  all.insert(all.end(), step.summed.begin(), step.summed.end());
+  const std::vector<Piece> pieces = placed(all, *step.workspace, step.stream);
+  const Pieces moved = Pieces(pieces).first(step.list.size());
   Common common{nullptr, nullptr, step.options, step.stream};
   if (step.is_decided_on_device()) {
     Workspace::Record* record = step.workspace->record(step.stream);
@@ -480,7 +484,7 @@ void take(const Step& step) {
       table = step.workspace->table(step.list.size(), step.stream);
       progress = step.workspace->progress(1, step.stream);
     }
-    decide(step, pieces, record);
+    decide(step, summed, Pieces(pieces).last(summed.size()), record);
     if (table && step.list.size() <= ShortAdvance::kItems)
       advance<ShortAdvance>(step, &record->decision, progress, table);
     else if (table)
@@ -488,7 +492,7 @@ void take(const Step& step) {
     common.decision = &record->decision;
     common.table = table;
   }
-  update_all(step, pieces, common);
+  update_all(step, moved, common);
 }
 
 std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list, double prescale) {
@@ -499,6 +503,11 @@ std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list
   sum_tiles(placed(list, workspace, stream), stream, prescale, sums, nullptr);
   copy_to_host(result.data(), sums, result.size() * sizeof(double), stream);
   return result;
+}
+
+std::byte* scratch(Workspace& workspace, Stream stream, std::size_t bytes) {
+  const CurrentDevice current(workspace.device());
+  return workspace.scratch(bytes, stream);
 }
 
 void clear_gradients(Workspace& workspace, Stream stream, WorkList list) {

@@ -29,18 +29,19 @@ struct Step {
   Workspace* workspace;
   Stream stream;
   WorkList list;
-  StepOptions options;
+  WorkList summed = {};  // what the norm is of; empty: the list
+  StepOptions options = {};
 
   // To be found out, and acted upon, on the GPU.
-  std::optional<double> max_norm;
+  std::optional<double> max_norm = std::nullopt;
   bool skip_nonfinite = false;
   const float* loss_scale = nullptr;
   const float* found_inf = nullptr;
   bool counts = true;  // in the workspace's counters
 
   // One for each piece of work, or none: then the list comes with its coefficients.
-  std::span<const ProgressOnDevice> progress;
-  std::span<const AdvanceGroup> groups;
+  std::span<const ProgressOnDevice> progress = {};
+  std::span<const AdvanceGroup> groups = {};
 
   bool needs_norm() const { return max_norm || skip_nonfinite; }
   bool is_decided_on_device() const {
@@ -52,6 +53,9 @@ void take(const Step& step);
 
 // The sums of the squares of the prescaled gradients, one for each tile. Waits for the GPU.
 std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list, double prescale);
+
+// Memory for what a later call of this step needs on the way.
+std::byte* scratch(Workspace& workspace, Stream stream, std::size_t bytes);
 
 void clear_gradients(Workspace& workspace, Stream stream, WorkList list);
 

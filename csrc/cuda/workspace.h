@@ -42,6 +42,9 @@ class Workspace {
   std::int64_t* row_lists(std::size_t count, Stream stream) {
     return reserve<std::int64_t>(row_lists_, count, stream);
   }
+  std::byte* scratch(std::size_t bytes, Stream stream) {
+    return reserve<std::byte>(scratch_, bytes, stream);
+  }
   rules::Progress* progress(std::size_t count, Stream stream) {
     return reserve<rules::Progress>(progress_, count, stream);
   }
@@ -58,7 +61,7 @@ class Workspace {
   void* reserve_bytes(Buffer& buffer, std::size_t bytes, Stream stream);
 
   int device_;
-  Buffer sums_, prescaled_sums_, table_, progress_, record_, row_lists_;
+  Buffer sums_, prescaled_sums_, table_, progress_, record_, row_lists_, scratch_;
   std::vector<void*> all_;
 };
 

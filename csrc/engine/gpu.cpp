@@ -39,6 +39,8 @@ cuda::Workspace& Gpu::workspace() {
 
 void Gpu::begin() {
   other_streams_.clear();
+  updates_.clear();
+  has_parts_ = moves_less_ = false;
   work_.clear();
   progress_.clear();
   groups_.clear();
@@ -47,10 +49,13 @@ void Gpu::begin() {
 
 void Gpu::add(const Update& update) {
   Slot& slot = *update.slot;
-  if (work_.empty()) stream_ = update.stream;
+  if (is_idle()) stream_ = update.stream;
   for (const cuda::Stream stream : {update.stream, update.gradient.stream})
     if (stream != stream_ && std::ranges::find(other_streams_, stream) == other_streams_.end())
       other_streams_.push_back(stream);
+  updates_.push_back(&update);
+  has_parts_ = has_parts_ || slot.work.part;
+  moves_less_ = moves_less_ || slot.work.whole_gradient.array;
   work_.push_back(&slot.work);
   if (keeps_progress())
     progress_.push_back({slot.resident.index, slot.resident.step, slot.resident.momentum_product,
@@ -80,15 +85,30 @@ void Gpu::start(std::span<const Update> updates) {
         "a CUDA graph is being captured, and every replay would repeat this step with the step "
         "count of now: create the optimizer with capturable=True, or (in torch) give it a learning "
         "rate that is a tensor on the GPU");
+  if (is_captured_ && (has_parts_ || std::ranges::any_of(updates, &Update::choice)))
+    throw std::runtime_error(
+        "a CUDA graph is being captured, and every replay would move the same part of the "
+        "parameters without its being counted: steps with where=, and those after them, are for "
+        "outside of graphs");
   push_if_needed();
   for (const cuda::Stream other : other_streams_) driver().wait(index_, stream_, other);
 }
 
+// Parts of parameters come as tables of their own, for the norm and for the step.
 void Gpu::take(const Request& request) {
+  Tables tables;
+  SummedGradients gradients;
+  if (has_parts_) {
+    for (const Update* update : updates_) add_moving(*update, tables);
+    if (request.max_norm) gradients = summed_gradients();
+  }
+  StepOptions options = request.options;
+  options.clear_gradients = options.clear_gradients && !moves_less_;
   driver().take({.workspace = &workspace(),
                  .stream = stream_,
-                 .list = work_,
-                 .options = request.options,
+                 .list = has_parts_ ? tables.list() : work_,
+                 .summed = gradients.summed(),
+                 .options = options,
                  .max_norm = request.max_norm,
                  .skip_nonfinite = request.skip_nonfinite,
                  .loss_scale = request.scaling.loss_scale,
@@ -96,13 +116,34 @@ void Gpu::take(const Request& request) {
                  .counts = request.counts,
                  .progress = progress_,
                  .groups = groups_});
+  if (request.options.clear_gradients && moves_less_) clear_gradients();
+}
+
+SummedGradients Gpu::summed_gradients() {
+  std::size_t bytes = 0;
+  for (const Update* update : updates_) bytes += SummedGradients::scratch_bytes(*update);
+  std::byte* next = driver().scratch(workspace(), stream_, bytes);
+  SummedGradients gradients;
+  for (const Update* update : updates_) {
+    gradients.add(*update, next);
+    next += SummedGradients::scratch_bytes(*update);
+  }
+  driver().clear_gradients(workspace(), stream_, gradients.cleared());
+  driver().take({.workspace = &workspace(), .stream = stream_, .list = gradients.copied()});
+  return gradients;
 }
 
 std::vector<double> Gpu::tile_sums(double prescale) {
-  return driver().tile_sums(workspace(), stream_, work_, prescale);
+  if (!has_parts_) return driver().tile_sums(workspace(), stream_, work_, prescale);
+  const SummedGradients gradients = summed_gradients();
+  return driver().tile_sums(workspace(), stream_, gradients.summed(), prescale);
 }
 
-void Gpu::clear_gradients() { driver().clear_gradients(workspace(), stream_, work_); }
+void Gpu::clear_gradients() {
+  Tables gradients;
+  for (const Update* update : updates_) add_whole_gradient(*update, gradients);
+  driver().clear_gradients(workspace(), stream_, gradients.list());
+}
 
 void Gpu::finish() {
   for (const cuda::Stream other : other_streams_) driver().wait(index_, other, stream_);

@@ -13,6 +13,7 @@
 
 #include "core/work.h"
 #include "cuda/driver.h"
+#include "engine/part_tables.h"
 #include "engine/slot.h"
 
 namespace fusestep::engine {
@@ -51,7 +52,7 @@ class Gpu {
   };
   void take(const Request& request);
   std::vector<double> tile_sums(double prescale);
-  void clear_gradients();
+  void clear_gradients();  // all of them, also where a part moves
 
   // Has those streams wait for the step.
   void finish();
@@ -82,6 +83,7 @@ class Gpu {
   cuda::Workspace& workspace();
   void push_if_needed();
   std::uint32_t group_of(const Update& update);
+  SummedGradients summed_gradients();
 
   int index_;
   std::shared_ptr<cuda::Workspace> workspace_;
@@ -93,7 +95,10 @@ class Gpu {
   cuda::Stream stream_ = 0;
   bool is_captured_ = false;
   std::vector<cuda::Stream> other_streams_;
-  std::vector<const Work*> work_;
+  std::vector<const Update*> updates_;
+  bool has_parts_ = false;
+  bool moves_less_ = false;        // than there are gradients
+  std::vector<const Work*> work_;  // of updates that move all of a parameter, or rows of it
   std::vector<cuda::ProgressOnDevice> progress_;
   std::vector<cuda::AdvanceGroup> groups_;
   const Group* last_group_ = nullptr;

@@ -76,6 +76,7 @@ void Optimizer::step(PyObject* const* gradients, std::size_t count, std::optiona
   if (lr) check_rate(*lr);
   const RateForThisStep rate(group, lr);
   const ClearAtExit release_references{updates_};
+  count_blocks_here(choices);
   collect(gradients, count, choices);
   stepper.prepare(updates_, occupied_memory(), arguments);
   stepper.take(updates_, arguments);
@@ -194,6 +195,18 @@ void Optimizer::place_progress() {
   if ((is_capturable_ || stepper.settings.skip_nonfinite) && is_on_one_gpu())
     for (Slot& slot : slots_) slots.push_back(&slot);
   stepper.keep_progress_on_gpus(slots);
+}
+
+// The host counts the updates of blocks: so it has to know whether steps are taken.
+void Optimizer::count_blocks_here(const Choices& choices) {
+  const bool chooses = std::ranges::any_of(choices, [](const auto* choice) { return choice; });
+  if (!chooses && std::ranges::none_of(slots_, &Slot::has_split_progress)) return;
+  if (is_capturable_)
+    throw ValueError(
+        "where= is given, or was in a step before, but blocks are counted on the host, which a "
+        "CUDA graph does not reach: create the optimizer without capturable=True");
+  pull();
+  stepper.keep_progress_on_gpus({});
 }
 
 void Optimizer::make_capturable() {

@@ -81,6 +81,7 @@ class Optimizer {
   bool is_on_one_gpu() const;
   void pull();
   void place_progress();
+  void count_blocks_here(const Choices& choices);
 
   std::deque<Slot> slots_;
   std::optional<OccupiedMemory> memory_;

@@ -170,6 +170,7 @@ void Slot::prepare_part(const Array& gradient,
   select_all();
   if (choice) select(*choice, draw);
   if (is_rowwise_) check_selects_rows();
+  if (is_on_gpu() && !is_rowwise_) check_is_of_blocks(gradient, numbers.has_value());
   if (numbers)
     check_rows(gradient, *numbers, memory, clears_gradient);
   else
@@ -184,9 +185,8 @@ void Slot::prepare_part(const Array& gradient,
 }
 
 void Slot::check_can_choose(const selections::Choice& choice, bool is_of_rows) const {
-  if (device().kind != Device::cpu)
-    throw TypeError(name_ + " is on " + name_of(device()) +
-                    ", where this version of fusestep has no selections (where=)");
+  if (is_on_gpu()) check_can_choose_on_gpu(choice);
+  if (is_on_gpu() && is_of_rows) refuse_on_gpu("fs.Rows together with where=");
   if (history)
     throw ValueError(name_ +
                      " has rows='exact', which means that all rows see every step; where= " +
@@ -194,6 +194,35 @@ void Slot::check_can_choose(const selections::Choice& choice, bool is_of_rows) c
   if (choice.kind == selections::Choice::Kind::top && is_of_rows)
     throw ValueError("the gradient of " + name_ + " is one of some rows, of which TopK cannot " +
                      "take a fraction; give an array, or another selection");
+}
+
+void Slot::refuse_on_gpu(const std::string& what) const {
+  throw TypeError(name_ + " is on " + name_of(device()) +
+                  ", where this version of fusestep has no " + what +
+                  "; what works there is RandomBlocks, CyclicBlocks and a mask of the first "
+                  "axis, with frozen=\"freeze\" and an array as the gradient; for all else, keep "
+                  "the parameter in the CPU's memory");
+}
+
+void Slot::check_can_choose_on_gpu(const selections::Choice& choice) const {
+  if (choice.tracks) refuse_on_gpu("frozen=\"track\"");
+  if (choice.kind == selections::Choice::Kind::top) refuse_on_gpu("TopK");
+}
+
+// Tables on a GPU have blocks in their rows: those of arrays in C order, or the parameter's own.
+void Slot::check_is_of_blocks(const Array& gradient, bool is_of_rows) const {
+  if (is_of_rows) refuse_on_gpu("fs.Rows after steps with where=");
+  if (is_in_c_order(gradient)) return;
+  const std::int64_t row = row_size();
+  const auto is_of_own_rows = [&](std::int64_t block) {
+    return block >= parameter_.size || block % row == 0;
+  };
+  if (is_of_own_rows(part_.selected.granule()) &&
+      (!has_split_progress() || is_of_own_rows(block_progress->block())))
+    return;
+  refuse_on_gpu(
+      "blocks of other elements than whole rows unless all arrays (the parameter, its "
+      "gradient, state and anchor) are C-contiguous");
 }
 
 std::int64_t Slot::row_size() const {
@@ -235,7 +264,7 @@ void Slot::select_mask(const selections::Choice::Mask& mask) {
   FlatArray bytes;
   bytes.view({mask.data, DType::float32}, mask.geometry());
   const bool is_of_rows = mask.shape.size() == 1 && !shape.empty() && mask.shape[0] == shape[0];
-  if (is_of_rows && (shape.size() > 1 || is_rowwise_)) {
+  if (is_of_rows && (shape.size() > 1 || is_rowwise_ || is_on_gpu())) {
     std::vector<std::int64_t> rows;
     for (std::int64_t row = 0; row < shape[0]; ++row)
       if (*bytes.at(row) != std::byte{0}) rows.push_back(row);
@@ -246,11 +275,13 @@ void Slot::select_mask(const selections::Choice::Mask& mask) {
     throw ValueError("the mask (where=) for " + name_ + " has shape " + shape_text(mask.shape) +
                      "; expected " + shape_text(parameter_) +
                      (shape.size() > 1 ? " or one element for each of its rows" : ""));
+  if (is_on_gpu()) refuse_on_gpu("masks of elements");
   part_.selected.select_mask(parameter_.size, bytes);
 }
 
 void Slot::plan_part(const Array& gradient) {
   const auto [arrays, count] = operands(gradient);
+  if (is_on_gpu()) plan(gradient);  // of which tables are parts
   forget_plan(work);
   plan_anchor(work);
   part_.size = parameter_.size;
@@ -352,11 +383,16 @@ void Slot::find_order() {
 }
 
 Work Slot::catch_up_work(gradients::Rows& rows) const {
-  Work catching_up;
-  catching_up.compute = work.compute;
+  Work catching_up = work_on_rows(parameter_, rows);  // in place of a gradient
   catching_up.only_catches_up = true;
-  plan_rows(parameter_, catching_up, rows);  // in place of a gradient, which nobody reads
   return catching_up;
+}
+
+Work Slot::work_on_rows(const Array& gradient, gradients::Rows& rows) const {
+  Work on_rows;
+  on_rows.compute = work.compute;
+  plan_rows(gradient, on_rows, rows);
+  return on_rows;
 }
 
 void Slot::check_shape_of_rows(const Array& values) const {

@@ -66,8 +66,16 @@ class Slot {
   // Selects what depends on the gradients, of which the factor is known by now.
   void find_top(const StepOptions& options);
 
+  // The work on rows of the parameter, which `rows` is to list, by those of a gradient.
+  Work work_on_rows(const arrays::Array& gradient, gradients::Rows& rows) const;
+
   // The work of bringing these rows up to date, which points to them.
   Work catch_up_work(gradients::Rows& rows) const;
+
+  // True where the parameter, its state and its anchor are in C order, and so is the gradient.
+  bool is_in_c_order(const arrays::Array& gradient) const {
+    return all_in_c_order_ && gradient.c_contiguous;
+  }
 
   // From now on rows that a step does not touch miss it, and are brought up to date when used.
   void keep_history();
@@ -117,7 +125,11 @@ class Slot {
   void check_memory(const arrays::Array& gradient, const OccupiedMemory& memory,
                     bool clears_gradient);
   void plan(const arrays::Array& gradient);
+  bool is_on_gpu() const { return device().kind == Device::cuda; }
   void check_can_choose(const selections::Choice& choice, bool is_of_rows) const;
+  void check_can_choose_on_gpu(const selections::Choice& choice) const;
+  void check_is_of_blocks(const arrays::Array& gradient, bool is_of_rows) const;
+  [[noreturn]] void refuse_on_gpu(const std::string& what) const;
   void select_all();
   void select(const selections::Choice& choice, const selections::Draw& draw);
   void select_mask(const selections::Choice::Mask& mask);

@@ -173,9 +173,12 @@ void Stepper::find_tops(const std::vector<Update>& updates, const StepOptions& o
 
 void Stepper::finish_parts(bool clears_gradients) {
   std::vector<const Work*> counted;
-  for (const Work* work : cpu_work())
-    if (work->part && work->part->progress && !work->part->counts_by_tile())
-      counted.push_back(work);
+  for (std::size_t i = 0; i < work_.size(); ++i) {
+    const selections::Part* const part = work_[i]->part;
+    const bool is_on_cpu = !is_on_gpus_ || part_[i] == 0;
+    if (part && part->progress && !(is_on_cpu && part->counts_by_tile()))
+      counted.push_back(work_[i]);
+  }
   if (!counted.empty()) cpu::count_updates(counted);
   if (clears_gradients) cpu::clear_whole_gradients(cpu_work());
 }

@@ -396,6 +396,11 @@ bool TorchOptimizer::collect(const Selections& selections) {
       Slot& slot = parameter.slot;
       Update& update = updates_.emplace_back(&slot, &group.group);
       update.choice = selections.of(parameter.tensor);
+      if (update.choice && slot.device().kind != Device::cpu)
+        throw TypeError(
+            slot.name() + " is on " + name_of(slot.device()) +
+            ", where this version of fusestep.torch has no selections (where=): keep it "
+            "on the CPU, or leave it out of where");
       update.draw = {seed, stepper.steps, parameter.index};
       // The next is likely to be sparse, too, and torch takes long to say that it cannot be read.
       if (parameter.had_sparse_gradient ||

@@ -4,6 +4,7 @@
 #include <bit>
 #include <numeric>
 #include <string>
+#include <utility>
 
 #include "core/errors.h"
 
@@ -71,6 +72,14 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
   }
   count_ = std::ssize(row_);
   values_ = std::ssize(numbers);
+}
+
+void Rows::plan_pairs(std::vector<std::int64_t> rows, std::vector<std::int64_t> sources) {
+  row_ = std::move(rows);
+  source_ = std::move(sources);
+  count_ = values_ = std::ssize(row_);
+  first_.resize(row_.size() + 1);
+  std::iota(first_.begin(), first_.end(), 0);
 }
 
 void Rows::plan_all(std::int64_t table_rows) {

@@ -22,6 +22,9 @@ class Rows {
   // Throws IndexError, and leaves what was planned before, for a number that is not a row.
   void plan(std::span<const std::int64_t> numbers, std::int64_t table_rows);
 
+  // These rows, which ascend; the values of each are the row that stands at its place in `sources`.
+  void plan_pairs(std::vector<std::int64_t> rows, std::vector<std::int64_t> sources);
+
   // Every row, each with its own values: a dense gradient.
   void plan_all(std::int64_t table_rows);
 

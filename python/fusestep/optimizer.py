@@ -213,7 +213,9 @@ class Optimizer:
             parameter a selection, a boolean array (of its shape or of its first axis:
             :class:`fusestep.Mask`) or None. What is not selected keeps its value and, unless the
             selection says ``frozen="track"``, its state, and its gradient does not count for
-            ``max_norm`` and ``skip_nonfinite`` then. For parameters on the CPU.
+            ``max_norm`` and ``skip_nonfinite`` then. For parameters on a GPU: ``RandomBlocks``,
+            ``CyclicBlocks`` and booleans for the first axis, with ``frozen="freeze"`` and arrays as
+            gradients.
         zero_grad
             Set the gradients to zero in the same pass, all of them, also when ``skip_nonfinite``
             leaves the step out.
@@ -222,12 +224,13 @@ class Optimizer:
         ------
         TypeError
             A gradient is not an array of a supported dtype, or `grads` or `where` has the wrong
-            form.
+            form; `where` selects what it cannot on a GPU.
         ValueError
             A gradient has the wrong shape, or shares memory with a parameter or its state; there
             are too few or too many; a name is unknown; with `zero_grad`, a gradient is read-only
             or shares memory with another; a mask has the wrong shape; `where` is given for a table
-            with ``rows="exact"``, or does not select whole rows for a rule with state of rows.
+            with ``rows="exact"``, does not select whole rows for a rule with state of rows, or
+            comes with ``capturable=True``.
         IndexError
             :class:`fusestep.Rows` lists a row that the parameter does not have.
 

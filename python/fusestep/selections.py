@@ -48,7 +48,8 @@ class Mask(Selection):
     ----------
     selected
         Booleans of the parameter's shape, or of the shape [rows], one for each row of its first
-        axis. An array of NumPy or of another library; kept, not copied, where that is possible.
+        axis. An array of NumPy or of another library; kept, not copied, where that is possible. One
+        on a GPU is brought to the host in each step, which waits for it.
     frozen
         What becomes of what is not selected: ``"freeze"`` or ``"track"``.
 
@@ -75,7 +76,7 @@ class Mask(Selection):
         return f"Mask(shape {np.shape(self.selected)}, frozen={self.frozen!r})"
 
     def _booleans(self) -> npt.NDArray[np.bool_]:
-        array = _arrays.backend_of(self.selected).to_numpy(self.selected)
+        array = _arrays.on_host(self.selected)
         if array.dtype != np.bool_:
             raise TypeError(
                 f"a mask (where=) is a {type(self.selected).__name__} of dtype {array.dtype}; "
