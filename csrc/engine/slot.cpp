@@ -7,7 +7,6 @@
 
 #include "core/errors.h"
 #include "cpu/top.h"
-#include "selections/blocks.h"
 
 namespace fusestep::engine {
 
@@ -243,18 +242,10 @@ void Slot::select(const selections::Choice& choice, const selections::Draw& draw
   part_.tracks = choice.tracks;
   switch (choice.kind) {
     case Kind::mask: return select_mask(choice.mask);
-    case Kind::random_blocks: {
-      const std::int64_t block = std::clamp(size, std::int64_t{1}, choice.block);
+    case Kind::random_blocks:
       cpu::announce(static_cast<std::int64_t>(choice.fraction * static_cast<double>(size)));
-      auto drawn = draw_blocks(ceil_div(size, block), choice.fraction, draw);
-      return part_.selected.select_blocks(size, block, std::move(drawn));
-    }
-    case Kind::cyclic_blocks: {
-      const std::int64_t block = std::max(std::int64_t{1}, ceil_div(size, choice.blocks));
-      const std::int64_t turn = draw.step % choice.blocks;
-      return part_.selected.select_blocks(
-          size, block, turn * block < size ? std::vector{turn} : std::vector<std::int64_t>{});
-    }
+      return part_.selected.select_drawn(size, choice.block, choice.fraction, draw);
+    case Kind::cyclic_blocks: return part_.selected.select_in_turn(size, choice.blocks, draw.step);
     case Kind::top: part_.top = &choice;
   }
 }
@@ -264,13 +255,8 @@ void Slot::select_mask(const selections::Choice::Mask& mask) {
   FlatArray bytes;
   bytes.view({mask.data, DType::float32}, mask.geometry());
   const bool is_of_rows = mask.shape.size() == 1 && !shape.empty() && mask.shape[0] == shape[0];
-  if (is_of_rows && (shape.size() > 1 || is_rowwise_ || is_on_gpu())) {
-    std::vector<std::int64_t> rows;
-    for (std::int64_t row = 0; row < shape[0]; ++row)
-      if (*bytes.at(row) != std::byte{0}) rows.push_back(row);
-    return part_.selected.select_blocks(parameter_.size, std::max(std::int64_t{1}, row_size()),
-                                        std::move(rows));
-  }
+  if (is_of_rows && (shape.size() > 1 || is_rowwise_ || is_on_gpu()))
+    return part_.selected.select_rows(parameter_.size, shape[0], bytes);
   if (!std::ranges::equal(mask.shape, shape))
     throw ValueError("the mask (where=) for " + name_ + " has shape " + shape_text(mask.shape) +
                      "; expected " + shape_text(parameter_) +

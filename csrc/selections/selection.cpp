@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "selections/blocks.h"
+
 namespace fusestep::selections {
 
 void Selection::select_all(std::int64_t size) {
@@ -23,6 +25,26 @@ void Selection::select_blocks(std::int64_t size, std::int64_t block,
       if (tiles.empty() || tiles.back() < tile) tiles.push_back(tile);
   }
   kind_ = Blocks{block, std::move(numbers), std::move(tiles)};
+}
+
+void Selection::select_drawn(std::int64_t size, std::int64_t block, double fraction,
+                             const Draw& draw) {
+  block = std::clamp(size, std::int64_t{1}, block);
+  select_blocks(size, block, draw_blocks(ceil_div(size, block), fraction, draw));
+}
+
+void Selection::select_in_turn(std::int64_t size, std::int64_t blocks, std::int64_t step) {
+  const std::int64_t block = std::max(std::int64_t{1}, ceil_div(size, blocks));
+  std::vector<std::int64_t> turn{step % blocks};
+  if (turn.front() * block >= size) turn.clear();  // the last blocks may be empty
+  select_blocks(size, block, std::move(turn));
+}
+
+void Selection::select_rows(std::int64_t size, std::int64_t rows, const FlatArray& mask) {
+  std::vector<std::int64_t> numbers;
+  for (std::int64_t row = 0; row < rows; ++row)
+    if (*mask.at(row) != std::byte{0}) numbers.push_back(row);
+  select_blocks(size, std::max(std::int64_t{1}, rows == 0 ? 0 : size / rows), std::move(numbers));
 }
 
 void Selection::select_mask(std::int64_t size, const FlatArray& mask) {

@@ -10,6 +10,7 @@
 
 #include "core/flat_array.h"
 #include "core/tile_bits.h"
+#include "selections/choice.h"
 
 namespace fusestep::selections {
 
@@ -20,6 +21,15 @@ class Selection {
 
   // Blocks of so many elements, by number, in ascending order.
   void select_blocks(std::int64_t size, std::int64_t block, std::vector<std::int64_t> numbers);
+
+  // A fraction of the blocks of so many elements, drawn at random.
+  void select_drawn(std::int64_t size, std::int64_t block, double fraction, const Draw& draw);
+
+  // One of so many blocks of equal size, in turn.
+  void select_in_turn(std::int64_t size, std::int64_t blocks, std::int64_t step);
+
+  // Rows whose byte in a mask of the first axis is not 0.
+  void select_rows(std::int64_t size, std::int64_t rows, const FlatArray& mask);
 
   // Elements whose byte in a mask of the parameter's shape is not 0.
   void select_mask(std::int64_t size, const FlatArray& mask);
