@@ -1800,4 +1800,4 @@ thread.join()
 def test_a_gradient_that_changes_during_the_step(by: str) -> None:
     """What is the largest may be anything then; but the step ends, within its memory."""
     command = [sys.executable, "-c", CHANGING_GRADIENT, by]
-    assert subprocess.run(command, timeout=10, check=False).returncode == 0
+    assert subprocess.run(command, timeout=100, check=False).returncode == 0
