@@ -100,8 +100,8 @@ class RandomBlocks(Selection):
     fraction
         From 0 to 1, or a callable from the number of past steps (``opt.steps``) to such a number.
     block
-        Elements of a block, which lie together in C order; the last one may be shorter. Blocks of
-        1,024 move nearly as fast as the whole array does, much smaller ones do not.
+        Elements of a block, which lie together in C order; the last one may be shorter. The larger
+        blocks are, the nearer is their share of the time to their share of the elements.
     frozen
         What becomes of the other blocks: ``"freeze"`` or ``"track"``.
 
