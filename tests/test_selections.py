@@ -594,6 +594,24 @@ def test_tiers_threads_and_layouts(rule: Rule, dtype: np.dtype) -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("block", [100, 700, 5000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_more_than_caches_hold(block: int, dtype: Any) -> None:
+    """Where memory is asked for blocks ahead of time: once what was drawn, then the rest."""
+    size = 4_200_000 + 5
+    g = np.random.default_rng(3).standard_normal(size).astype(dtype)
+    whole = fs.Adam([np.ones(size, dtype)])
+    whole.step([g])
+    opt = fs.Adam([np.ones(size, dtype)])
+    drawn = fs.RandomBlocks(0.1, block=block)
+    mask = drawn.mask(size, step=0)
+    opt.step([g], where=drawn)
+    assert np.array_equal(opt.params[0] != 1, mask & (g != 0))
+    opt.step([g], where=[~mask])
+    for name, expected in arrays_of(whole).items():
+        assert_bits(arrays_of(opt)[name], expected)
+
+
 @pytest.mark.parametrize("rule", [PLAIN[0], ADAM], ids=str)
 def test_clipping_sums_in_a_fixed_order(rule: Rule) -> None:
     digests = set()

@@ -65,6 +65,19 @@ class TileBits {
 
   std::int64_t first_set() const { return next(0, true); }
 
+  struct Stretch {
+    std::int64_t begin, end;
+  };
+
+  // The first bits in a row that are set, and all of them.
+  Stretch first_run() const {
+    const std::int64_t begin = next(0, true);
+    return {begin, next(begin, false)};
+  }
+
+  // True where none is set from this one on.
+  bool none_from(std::int64_t begin) const { return next(begin, true) == kTileSize; }
+
   // How many runs of bits that are set there are.
   std::int64_t runs() const {
     std::int64_t total = 0;

@@ -24,11 +24,13 @@ class PartReader {
     return read(part_.operand[static_cast<std::size_t>(operand)], begin, count, buffer);
   }
 
-  // The gradient of what moves in a tile, and 0 for the rest of it. Returns how many they are.
-  std::int64_t moved_gradient(std::int64_t tile, T* values) const {
+  // The gradient of what moves in the i-th tile, and 0 for the rest of it. Returns how many they
+  // are.
+  std::int64_t moved_gradient(std::int64_t i, T* values) const {
+    const std::int64_t tile = part_.tile(i);
     const std::int64_t size = part_.size_of(tile);
     std::fill_n(values, size, T{0});
-    part_.moved(tile).for_each_run([&](std::int64_t begin, std::int64_t end) {
+    part_.moved(i).for_each_run([&](std::int64_t begin, std::int64_t end) {
       const T* const found = read(kGradient, tile * kTileSize + begin, end - begin, values + begin);
       if (found != values + begin) std::copy_n(found, end - begin, values + begin);
     });

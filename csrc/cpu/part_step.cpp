@@ -8,10 +8,10 @@ namespace fusestep::cpu {
 namespace {
 
 template <class T>
-double sum_of_squares(const Kernels<T>& kernels, const selections::Part& part, std::int64_t tile,
+double sum_of_squares(const Kernels<T>& kernels, const selections::Part& part, std::int64_t i,
                       double prescale) {
   alignas(kCacheLine) T moved[kTileSize];
-  const std::int64_t size = PartReader<T>(kernels, part).moved_gradient(part.tile(tile), moved);
+  const std::int64_t size = PartReader<T>(kernels, part).moved_gradient(i, moved);
   return kernels.sum_of_squares(moved, size, prescale);
 }
 

@@ -140,7 +140,7 @@ void count_updates(WorkList list) {
       list, [](const Work& work, std::int64_t first, std::int64_t last, std::int64_t) {
         const selections::Part& part = *work.part;
         for (std::int64_t i = first; i < last; ++i)
-          part.progress->advance(*part.rule, part.tile(i) * kTileSize, part.moved(part.tile(i)));
+          part.progress->advance(*part.rule, part.tile(i) * kTileSize, part.moved(i));
       });
 }
 

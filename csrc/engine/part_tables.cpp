@@ -28,7 +28,7 @@ std::vector<Stretch> moved_stretches(const selections::Part& part) {
   std::vector<Stretch> stretches;
   for (std::int64_t i = 0; i < part.tiles(); ++i) {
     const std::int64_t first = part.tile(i) * kTileSize;
-    part.moved(part.tile(i)).for_each_run([&](std::int64_t begin, std::int64_t end) {
+    part.moved(i).for_each_run([&](std::int64_t begin, std::int64_t end) {
       if (!stretches.empty() && stretches.back().end == first + begin)
         stretches.back().end = first + end;
       else

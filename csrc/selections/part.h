@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <optional>
 
 #include "core/flat_array.h"
 #include "core/tile_bits.h"
@@ -48,10 +47,10 @@ struct Part {
     return std::min(kTileSize, size - tile * kTileSize);
   }
 
-  // Elements of a tile whose state changes, and those whose value does.
-  TileBits moved(std::int64_t tile) const {
-    const TileBits bits = visited().bits(tile);
-    return rows && !tracks ? bits & selected.bits(tile) : bits;
+  // Elements of the i-th of these tiles whose state changes, and those whose value does.
+  TileBits moved(std::int64_t i) const {
+    const TileBits bits = visited().bits_of_visited(i);
+    return rows && !tracks ? bits & selected.bits(tile(i)) : bits;
   }
   TileBits written(std::int64_t tile, const TileBits& moved) const {
     return tracks ? moved & selected.bits(tile) : moved;

@@ -19,12 +19,16 @@ void Selection::select_blocks(std::int64_t size, std::int64_t block,
   size_ = size;
   granule_ = block;
   std::vector<std::int64_t> tiles;
-  for (const std::int64_t number : numbers) {
-    const std::int64_t first = number * block, end = std::min(size, first + block);
-    for (std::int64_t tile = first / kTileSize; tile * kTileSize < end; ++tile)
-      if (tiles.empty() || tiles.back() < tile) tiles.push_back(tile);
+  std::vector<std::size_t> first;
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    const std::int64_t begin = numbers[i] * block, end = std::min(size, begin + block);
+    for (std::int64_t tile = begin / kTileSize; tile * kTileSize < end; ++tile)
+      if (tiles.empty() || tiles.back() < tile) {
+        tiles.push_back(tile);
+        first.push_back(i);
+      }
   }
-  kind_ = Blocks{block, std::move(numbers), std::move(tiles)};
+  kind_ = Blocks{block, std::move(numbers), std::move(tiles), std::move(first)};
 }
 
 void Selection::select_drawn(std::int64_t size, std::int64_t block, double fraction,
@@ -74,6 +78,13 @@ TileBits Selection::bits(std::int64_t tile) const {
   return std::visit([&](const auto& kind) { return bits(kind, tile); }, kind_);
 }
 
+TileBits Selection::bits_of_visited(std::int64_t i) const {
+  const auto* blocks = std::get_if<Blocks>(&kind_);
+  if (!blocks) return bits(i);
+  const auto place = static_cast<std::size_t>(i);
+  return bits_from(*blocks, blocks->first[place], blocks->tiles[place]);
+}
+
 bool Selection::holds(std::int64_t element) const {
   return bits(element / kTileSize)[element % kTileSize];
 }
@@ -87,12 +98,17 @@ TileBits Selection::bits(const All&, std::int64_t tile) const {
 }
 
 TileBits Selection::bits(const Blocks& blocks, std::int64_t tile) const {
+  const auto first = std::ranges::lower_bound(blocks.numbers, tile * kTileSize / blocks.block);
+  return bits_from(blocks, static_cast<std::size_t>(first - blocks.numbers.begin()), tile);
+}
+
+TileBits Selection::bits_from(const Blocks& blocks, std::size_t first, std::int64_t tile) const {
   const std::int64_t begin = tile * kTileSize, end = begin + size_of(tile);
   TileBits bits;
-  for (auto at = std::ranges::lower_bound(blocks.numbers, begin / blocks.block);
-       at != blocks.numbers.end() && *at * blocks.block < end; ++at) {
-    const std::int64_t first = std::max(begin, *at * blocks.block);
-    bits.set(first - begin, std::min(end, (*at + 1) * blocks.block) - begin);
+  for (std::size_t i = first; i < blocks.numbers.size(); ++i) {
+    const std::int64_t of_block = blocks.numbers[i] * blocks.block;
+    if (of_block >= end) break;
+    bits.set(std::max(begin, of_block) - begin, std::min(end, of_block + blocks.block) - begin);
   }
   return bits;
 }

@@ -47,6 +47,9 @@ class Selection {
 
   TileBits bits(std::int64_t tile) const;
 
+  // The same for the i-th of those tiles, without looking for it.
+  TileBits bits_of_visited(std::int64_t i) const;
+
   // True where all of a stretch that begins and ends with granules is selected.
   bool holds(std::int64_t element) const;
 
@@ -57,6 +60,7 @@ class Selection {
   struct Blocks {
     std::int64_t block;
     std::vector<std::int64_t> numbers, tiles;
+    std::vector<std::size_t> first;  // for each tile: the first of these that reaches into it
   };
   struct Bits {
     std::vector<TileBits> tiles;
@@ -64,6 +68,7 @@ class Selection {
 
   TileBits bits(const All&, std::int64_t tile) const;
   TileBits bits(const Blocks&, std::int64_t tile) const;
+  TileBits bits_from(const Blocks&, std::size_t first, std::int64_t tile) const;
   TileBits bits(const FlatArray&, std::int64_t tile) const;
   TileBits bits(const Bits&, std::int64_t tile) const;
   std::int64_t size_of(std::int64_t tile) const;
