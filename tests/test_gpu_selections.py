@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import fusestep as fs
 from devices import Capsule, Interface, Library, assert_same, in_use, on_host
 from rules import PLAIN, ROWWISE, RULES, Rule
-from test_gpu import DTYPES, LAYOUTS, REAL, Pair, needs, refused, standard
-from test_gpu_rows import dtype_for, layout_for, some_importance
+from test_gpu import DTYPES, LAYOUTS, REAL, needs, refused, standard
+from test_gpu_rows import RowsPair, dtype_for, layout_for, some_importance
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
     yield from in_use(request.param)
 
 
-class WherePair(Pair):
+class WherePair(RowsPair):
     """The same where a part moves: blocks must have been counted alike, too."""
 
     def check(self) -> None:
@@ -45,21 +45,35 @@ def of_rows(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     return np.asarray(rng.random(shape[0]) < 0.5)
 
 
+def of_elements(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+    """Here and there, or all of a stretch."""
+    share = np.repeat(rng.choice([0.0, 0.3, 1.0], 8), -(-int(np.prod(shape)) // 8))
+    return np.asarray(rng.random(shape) < share[: int(np.prod(shape))].reshape(shape))
+
+
 def random_wheres(rng: np.random.Generator, params: Sequence[np.ndarray], count: int) -> list[Any]:
-    """Everything that is selected on a GPU, and steps of all, in any order."""
+    """Everything that is selected, and steps of all, in any order."""
     wheres: list[Any] = []
     for _ in range(count):
-        kind = int(rng.integers(0, 5))
+        kind = int(rng.integers(0, 7))
         block = int(rng.choice([1, 3, 8, 31, 128, 129, 1000, 1023, 1024, 1025, 2048]))
+        frozen: Any = rng.choice(["freeze", "freeze", "track"])
         if kind == 0:
             wheres.append(None)
         elif kind == 1:
-            wheres.append(fs.CyclicBlocks(int(rng.integers(1, 6))))
+            wheres.append(fs.CyclicBlocks(int(rng.integers(1, 6)), frozen=frozen))
         elif kind == 2:
-            wheres.append(fs.RandomBlocks(float(rng.choice([0.0, 0.2, 0.5, 1.0])), block))
+            share = float(rng.choice([0.0, 0.2, 0.5, 1.0]))
+            wheres.append(fs.RandomBlocks(share, block, frozen=frozen))
+        elif kind == 3:
+            by: Any = rng.choice(["gradient", "update"])
+            wheres.append(fs.TopK(float(rng.choice([0.0, 0.1, 1.0])), by=by, frozen=frozen))
         else:
+            of = of_rows if kind == 4 else of_elements
             one_by_one = [
-                fs.RandomBlocks(0.5, block) if x.ndim == 0 else of_rows(rng, x.shape)
+                fs.RandomBlocks(0.5, block)
+                if x.ndim == 0
+                else fs.Mask(of(rng, x.shape), frozen=frozen)
                 for x in params
             ]
             wheres.append([None if rng.random() < 0.2 else where for where in one_by_one])
@@ -128,7 +142,7 @@ def test_norms_of_many_blocks(lib: Library, block: int, rng: np.random.Generator
     pair.check()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     rule=st.sampled_from(RULES),
     shape=st.one_of(
@@ -138,6 +152,9 @@ def test_norms_of_many_blocks(lib: Library, block: int, rng: np.random.Generator
     ),
     layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=2, max_size=2),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    kind=st.sampled_from(["rows", "elements", "blocks", "top"]),
+    frozen=st.sampled_from(["freeze", "track"]),
+    gradient_is_of_rows=st.booleans(),
     mask_is_on_gpu=st.booleans(),
     is_anchored=st.sampled_from([None, False, True]),
     zero_grad=st.booleans(),
@@ -146,19 +163,22 @@ def test_norms_of_many_blocks(lib: Library, block: int, rng: np.random.Generator
         [{}, {"max_norm": 0.7}, {"skip_nonfinite": True}, {"state_dtype": "float64"}]
     ),
 )
-def test_rows_of_any_layout(
+def test_any_layout(
     lib: Library,
     rule: Rule,
     shape: tuple[int, ...],
     layouts: list[str],
     dtypes: tuple[np.dtype, np.dtype],
+    kind: str,
+    frozen: Any,
+    gradient_is_of_rows: bool,
     mask_is_on_gpu: bool,
     is_anchored: bool | None,
     zero_grad: bool,
     grad_scale: float,
     options: dict[str, Any],
 ) -> None:
-    """The bits of the CPU, and no other row, and nothing between the elements, is touched."""
+    """The bits of the CPU, and nothing else, nor what is between the elements, is touched."""
     w_dtype, g_dtype = (dtype_for(lib, dtype) for dtype in dtypes)
     of_parameter, of_gradient = (layout_for(lib, layout) for layout in layouts)
     rng = np.random.default_rng(6)
@@ -168,11 +188,22 @@ def test_rows_of_any_layout(
         importance = [some_importance(rng, shape)] if is_anchored else None
         for opt in (pair.cpu, pair.gpu):
             opt.anchor(3.0, None, importance)
-    for is_masked in (True, True, False, True):
-        mask = of_rows(rng, shape)
-        where: Any = [lib.put(mask) if mask_is_on_gpu else mask] if is_masked else None
-        g = of_gradient(standard(rng, shape, g_dtype))
-        pair.step([g], where=where, zero_grad=zero_grad, grad_scale=grad_scale)
+    for is_partial in (True, True, False, True):
+        where: Any = None
+        if is_partial and kind in ("rows", "elements"):
+            mask: Any = (of_rows if kind == "rows" else of_elements)(rng, shape)
+            where = fs.Mask(lib.put(mask) if mask_is_on_gpu else mask, frozen=frozen)
+        elif is_partial and kind == "blocks":
+            where = fs.RandomBlocks(0.5, int(rng.choice([1, 7, 64])), frozen=frozen)
+        elif is_partial and not gradient_is_of_rows:
+            where = fs.TopK(0.3, frozen=frozen)
+        if rule in ROWWISE and kind != "rows":
+            where = None
+        g: Any = of_gradient(standard(rng, shape, g_dtype))
+        if gradient_is_of_rows:
+            numbers = rng.integers(0, shape[0], 6 if shape[0] else 0)
+            g = fs.Rows(numbers, of_gradient(standard(rng, (len(numbers), *shape[1:]), g_dtype)))
+        pair.step([g], where=[where], zero_grad=zero_grad, grad_scale=grad_scale)
         pair.check()
 
 
@@ -373,8 +404,6 @@ def test_steps_are_in_the_order_of_streams(lib: Library, rng: np.random.Generato
 
 # ---- what there is not --------------------------------------------------------------------------
 
-ELEMENTS = np.zeros((5, 3), bool)
-
 
 @pytest.mark.parametrize("common", [{}, {"max_norm": 0.5, "skip_nonfinite": True}], ids=str)
 def test_what_is_refused_changes_nothing(
@@ -385,18 +414,10 @@ def test_what_is_refused_changes_nothing(
     opt = fs.Adam(arrays, **common)
     opt.step(grads, where=fs.RandomBlocks(0.5, 2))
     rows = fs.Rows([1], lib.put(standard(rng, (1, 3))))
-    transposed = lib.put(standard(rng, (3, 5))).T
+    bad_rows = fs.Rows([5], lib.put(standard(rng, (1, 3))))
     cases: list[tuple[Any, Any, type[Exception], str]] = [
-        (grads, [None, fs.TopK(0.5)], TypeError, "parameter 1 is on cuda:0"),
-        (grads, fs.TopK(0.5), TypeError, "no TopK; what works there is RandomBlocks"),
-        (grads, [None, ELEMENTS], TypeError, "no masks of elements"),
-        (grads, [None, lib.put(ELEMENTS)], TypeError, "no masks of elements"),
-        (grads, fs.RandomBlocks(0.5, frozen="track"), TypeError, 'no frozen="track"'),
-        (grads, [None, fs.Mask(ELEMENTS[:, 0], frozen="track")], TypeError, 'no frozen="track"'),
-        ([grads[0], rows], fs.RandomBlocks(0.5, 3), TypeError, "no fs.Rows together with where="),
-        ([grads[0], rows], None, TypeError, "no fs.Rows after steps with where="),
-        ([grads[0], transposed], fs.RandomBlocks(0.5, 2), TypeError, "C-contiguous"),
-        ([grads[0], transposed], None, TypeError, "C-contiguous"),
+        ([grads[0], rows], [None, fs.TopK(0.5)], ValueError, "TopK cannot take a fraction"),
+        ([grads[0], bad_rows], fs.CyclicBlocks(2), IndexError, "row 5"),
         (grads, [None, np.zeros(4, bool)], ValueError, "has shape (4,); expected (5, 3) or one"),
         (grads, [None, np.zeros(5)], TypeError, "expected an array of booleans"),
         (grads, [None], ValueError, "1 entries for 2 parameters"),
@@ -416,20 +437,18 @@ def test_what_is_refused_changes_nothing(
 
 
 def test_parameters_in_other_orders_have_rows(lib: Library, rng: np.random.Generator) -> None:
-    """Blocks of whole rows are rows; others are not."""
+    """Blocks of whole rows are rows; others, pieces of memory, down to single elements."""
     start = standard(rng, (40, 30)).T
     pair = WherePair(lib, fs.Adam, [start], lr=0.1, max_norm=0.5)
-    for where in (fs.RandomBlocks(0.5, 80), fs.CyclicBlocks(5), fs.RandomBlocks(0.5, 5000), None):
+    for where in (
+        fs.RandomBlocks(0.5, 80),
+        fs.CyclicBlocks(5),
+        fs.RandomBlocks(0.5, 5000),
+        fs.RandomBlocks(0.5, 100),
+        None,
+    ):
         pair.step([standard(rng, (40, 30)).T], where=where)
         pair.check()
-    g = pair.mirrored([standard(rng, (40, 30)).T])[0]
-    refused(
-        pair.gpu,
-        [*pair.gpu.params, *g],
-        lambda: pair.gpu.step(g, where=fs.RandomBlocks(0.5, 100)),
-        TypeError,
-        "C-contiguous",
-    )
 
 
 def test_not_with_capturable(lib: Library, rng: np.random.Generator) -> None:

@@ -107,6 +107,12 @@ class TileBits {
     return both;
   }
 
+  TileBits without(const TileBits& other) const {
+    TileBits rest;
+    for (std::size_t i = 0; i < words.size(); ++i) rest.words[i] = words[i] & ~other.words[i];
+    return rest;
+  }
+
   bool operator==(const TileBits&) const = default;
 
   // Calls visit(begin, end) for each run of bits that are set.

@@ -46,6 +46,8 @@ struct Work {
   Operand row_state;
   std::int64_t row_state_stride = 0;  // in bytes
 
+  bool keeps_value = false;  // only the state moves; where work is cut up, see `part`
+
   // Of a row-wise rule: the rows whose value may change, where the others' does not.
   const selections::Selection* selected_rows = nullptr;
 

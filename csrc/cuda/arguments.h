@@ -40,8 +40,11 @@ struct ItemOf {
   bool is_aligned;  // four consecutive elements of every operand can be had at once
   bool in_double;   // what the rule computes in
 
+  // State and anchors are float32 or float64: to say so saves a quarter of the machine code.
   FUSESTEP_HOST_DEVICE Operand operand(int i) const {
-    return {data[i], static_cast<DType>(dtypes >> 2 * i & 3)};
+    const auto dtype = static_cast<DType>(dtypes >> 2 * i & 3);
+    if (i < kState) return {data[i], dtype};
+    return {data[i], dtype == DType::float64 ? DType::float64 : DType::float32};
   }
 };
 using Item = ItemOf<kRuleOperands>;
@@ -66,6 +69,7 @@ struct RowList {
   const std::int64_t* row = nullptr;
   const std::int64_t* first = nullptr;
   const std::int64_t* source = nullptr;
+  const std::int64_t* state = nullptr;
 };
 
 // A table of which some rows move. The arrays and their size are those of row 0; dense rows have an

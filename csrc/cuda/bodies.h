@@ -43,6 +43,7 @@ struct Moves {
   const Decision* decision;   // on the device, or null: then the step happens with
   double gradient_factor;
   bool clear_gradients;
+  bool keeps_value;  // only the state moves
   RuleEntry<Rule> rules[kRules<ItemList>];
   ItemList list;
 
@@ -54,7 +55,7 @@ struct Moves {
         table ? *reinterpret_cast<const RuleEntry<Rule>*>(table[item.rule].bytes)
               : rules[item.rule];
     const double common = decision ? decision->gradient_factor : gradient_factor;
-    return {entry.rule(), static_cast<T>(entry.gradient_factor * common), rate(item)};
+    return {entry.rule(), static_cast<T>(entry.gradient_factor * common), rate(item), keeps_value};
   }
 
  private:
@@ -113,7 +114,7 @@ struct UpdateWholeRows : Moves<Loop, T, RowsList> {
       return sum_of_tile(thread, row, static_cast<std::uint32_t>(tile), of_step);
     });
     const Rule rule = rule_of_row(thread, table, row, of_step.rule, sum);
-    const Orders<Rule, T> orders{rule, of_step.factor, of_step.lr};
+    const Orders<Rule, T> orders{rule, of_step.factor, of_step.lr, of_step.keeps_value};
     for_each_share(thread, table, row, [&](const auto& elements) {
       move<T, Loop::kStates>(row.item, elements, row.sources, [&] { return orders; });
     });

@@ -30,6 +30,10 @@ class LinkedDriver final : public Driver {
                                 double prescale) const override {
     return cuda::tile_sums(workspace, stream, list, prescale);
   }
+  void fetch(Workspace& workspace, Stream stream, void* to, const void* from,
+             std::size_t bytes) const override {
+    cuda::fetch(workspace, stream, to, from, bytes);
+  }
   std::byte* scratch(Workspace& workspace, Stream stream, std::size_t bytes) const override {
     return cuda::scratch(workspace, stream, bytes);
   }

@@ -31,6 +31,8 @@ class Driver {
   virtual void take(const Step& step) const = 0;
   virtual std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list,
                                         double prescale) const = 0;
+  virtual void fetch(Workspace& workspace, Stream stream, void* to, const void* from,
+                     std::size_t bytes) const = 0;
   virtual std::byte* scratch(Workspace& workspace, Stream stream, std::size_t bytes) const = 0;
   virtual void clear_gradients(Workspace& workspace, Stream stream, WorkList list) const = 0;
   virtual void write_progress(Workspace& workspace, Stream stream,

@@ -43,9 +43,11 @@ struct Row {
       : sources(table, number),
         in_table(table.rows.row ? table.rows.row[number] : number),
         item(table) {
+    const std::int64_t of_state = table.rows.state ? table.rows.state[number] : in_table;
+    item.data[kParameter] += in_table * table.stride[kParameter];
+    item.data[kGradient] += sources.first() * table.stride[kGradient];
     FUSESTEP_UNROLL
-    for (int i = 0; i < kMaxOperands; ++i)
-      item.data[i] += (i == kGradient ? sources.first() : in_table) * table.stride[i];
+    for (int i = kState; i < kMaxOperands; ++i) item.data[i] += of_state * table.stride[i];
   }
 };
 

@@ -56,8 +56,9 @@ class Pull<T, Item, Elements, first> {
 template <class Rule, class T>
 struct Orders {
   const Rule& rule;
-  T factor;   // of gradients
-  double lr;  // of an anchor
+  T factor;          // of gradients
+  double lr;         // of an anchor
+  bool keeps_value;  // only the state moves
 };
 
 // Moves a thread's share. The orders are asked for once all operands are under way.
@@ -105,7 +106,7 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
       state[i].set(k, dtype(kState + i), Bits::of(dtype(kState + i), s[i]));
   }
 
-  elements.store(kParameter, parameter);
+  if (!orders.keeps_value) elements.store(kParameter, parameter);
   FUSESTEP_UNROLL
   for (int s = 0; s < states; ++s) elements.store(kState + s, state[s]);
 }

@@ -83,10 +83,11 @@ std::vector<Piece> placed(WorkList list, Workspace& workspace, Stream stream) {
   };
   for (Piece& piece : pieces) {
     if (!piece.has_rows()) continue;
-    const auto [row, first, source] = piece.work->rows->lists();
+    const auto [row, first, source, state] = piece.work->rows->lists();
     piece.rows.row = place(row);
     piece.rows.first = place(first);
     piece.rows.source = place(source);
+    piece.rows.state = place(state);
   }
   return pieces;
 }
@@ -222,7 +223,7 @@ struct Entry {
   auto kind() const {
     const bool rows = piece.has_rows();
     return std::tuple(loop, piece.work->compute, rows, !rows && piece.is_strided(),
-                      !rows && piece.is_anchored());
+                      !rows && piece.is_anchored(), piece.work->keeps_value);
   }
 };
 
@@ -250,6 +251,7 @@ void update(std::span<const Entry> entries, const Common& common) {
   body.decision = common.decision;
   body.gradient_factor = common.options.gradient_factor;
   body.clear_gradients = common.options.clear_gradients;
+  body.keeps_value = entries.front().piece.work->keeps_value;
   int rules = 0;
   const rules::Coefficients* last = nullptr;
   for (const Entry& entry : entries) {
@@ -503,6 +505,11 @@ std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list
   sum_tiles(placed(list, workspace, stream), stream, prescale, sums, nullptr);
   copy_to_host(result.data(), sums, result.size() * sizeof(double), stream);
   return result;
+}
+
+void fetch(Workspace& workspace, Stream stream, void* to, const void* from, std::size_t bytes) {
+  const CurrentDevice current(workspace.device());
+  copy_to_host(to, from, bytes, stream);
 }
 
 std::byte* scratch(Workspace& workspace, Stream stream, std::size_t bytes) {

@@ -54,6 +54,9 @@ void take(const Step& step);
 // The sums of the squares of the prescaled gradients, one for each tile. Waits for the GPU.
 std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list, double prescale);
 
+// Copies an array's memory to the host, after what is in the stream. Waits for the GPU.
+void fetch(Workspace& workspace, Stream stream, void* to, const void* from, std::size_t bytes);
+
 // Memory for what a later call of this step needs on the way.
 std::byte* scratch(Workspace& workspace, Stream stream, std::size_t bytes);
 

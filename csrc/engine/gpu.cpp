@@ -54,7 +54,7 @@ void Gpu::add(const Update& update) {
     if (stream != stream_ && std::ranges::find(other_streams_, stream) == other_streams_.end())
       other_streams_.push_back(stream);
   updates_.push_back(&update);
-  has_parts_ = has_parts_ || slot.work.part;
+  has_parts_ = has_parts_ || slot.work.part || slot.work.selected_rows;
   moves_less_ = moves_less_ || slot.work.whole_gradient.array;
   work_.push_back(&slot.work);
   if (keeps_progress())
@@ -143,6 +143,10 @@ void Gpu::clear_gradients() {
   Tables gradients;
   for (const Update* update : updates_) add_whole_gradient(*update, gradients);
   driver().clear_gradients(workspace(), stream_, gradients.list());
+}
+
+void Gpu::fetch(void* to, const void* from, std::size_t bytes) {
+  driver().fetch(workspace(), stream_, to, from, bytes);
 }
 
 void Gpu::finish() {

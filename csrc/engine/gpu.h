@@ -54,6 +54,9 @@ class Gpu {
   std::vector<double> tile_sums(double prescale);
   void clear_gradients();  // all of them, also where a part moves
 
+  // Brings memory of the GPU here, as it is at this point of the step.
+  void fetch(void* to, const void* from, std::size_t bytes);
+
   // Has those streams wait for the step.
   void finish();
 

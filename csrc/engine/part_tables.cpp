@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <numeric>
 #include <span>
 #include <tuple>
@@ -14,7 +15,7 @@
 namespace fusestep::engine {
 namespace {
 
-// Consecutive elements, in C order; and how far they have all come.
+// Consecutive elements, in C order or in that of memory; and how far they have all come.
 struct Stretch {
   std::int64_t begin, end;
   rules::Progress progress = {};
@@ -23,108 +24,260 @@ struct Stretch {
 };
 using Stretches = std::span<const Stretch>;
 
-// What a part moves, in as few stretches as possible.
-std::vector<Stretch> moved_stretches(const selections::Part& part) {
+// Adds to the last stretch what follows it.
+void append(std::vector<Stretch>& stretches, std::int64_t begin, std::int64_t end) {
+  if (!stretches.empty() && stretches.back().end == begin)
+    stretches.back().end = end;
+  else
+    stretches.push_back({begin, end});
+}
+
+// What bits_of(i) says of each tile, in as few stretches as possible.
+template <class BitsOf>
+std::vector<Stretch> stretches_of(const selections::Part& part, BitsOf bits_of) {
   std::vector<Stretch> stretches;
   for (std::int64_t i = 0; i < part.tiles(); ++i) {
     const std::int64_t first = part.tile(i) * kTileSize;
-    part.moved(i).for_each_run([&](std::int64_t begin, std::int64_t end) {
-      if (!stretches.empty() && stretches.back().end == first + begin)
-        stretches.back().end = first + end;
-      else
-        stretches.push_back({first + begin, first + end});
+    bits_of(i).for_each_run([&](std::int64_t begin, std::int64_t end) {
+      append(stretches, first + begin, first + end);
     });
   }
   return stretches;
 }
 
-// The same where those that have come equally far stand together, the youngest first.
-std::vector<Stretch> moved_stretches_by_age(const selections::Part& part) {
-  std::vector<Stretch> stretches;
-  for (const auto& [begin, end, _] : moved_stretches(part))
-    for (std::int64_t at = begin; at < end; at = stretches.back().end)
-      stretches.push_back({at, part.progress->end_of_equal(at, end), part.progress->of(at)});
-  std::ranges::stable_sort(stretches, {}, &Stretch::age);
-  return stretches;
+std::vector<Stretch> moved_stretches(const selections::Part& part) {
+  return stretches_of(part, [&](std::int64_t i) { return part.moved(i); });
 }
 
-// Stretches, cut into pieces of one length; what is left at the end of the parameter is shorter.
+// Of what moves: the elements whose value changes, or those whose value is kept.
+std::vector<Stretch> moved_stretches(const selections::Part& part, bool keeps_value) {
+  return stretches_of(part, [&](std::int64_t i) {
+    const TileBits moved = part.moved(i), written = part.written(part.tile(i), moved);
+    return keeps_value ? moved.without(written) : written;
+  });
+}
+
+// Cut where elements have not come as far; those that have stand together, the youngest first.
+std::vector<Stretch> by_age(const selections::Part& part, const std::vector<Stretch>& stretches) {
+  if (!part.progress) return stretches;
+  std::vector<Stretch> cut;
+  for (const auto& [begin, end, _] : stretches)
+    for (std::int64_t at = begin; at < end; at = cut.back().end)
+      cut.push_back({at, part.progress->end_of_equal(at, end), part.progress->of(at)});
+  std::ranges::stable_sort(cut, {}, &Stretch::age);
+  return cut;
+}
+
+// Places in the parameter, the gradient and the state, which has one layout: elements of each,
+// counted from its first.
+using Places = std::array<std::int64_t, 3>;
+
+// How one of them lies in memory.
+class InMemory {
+ public:
+  explicit InMemory(const FlatArray& array)
+      : array_(array), item_(item_size(array.dtype())), first_(array.at(0)) {}
+
+  std::int64_t place(std::int64_t element) const { return (array_.at(element) - first_) / item_; }
+
+  // So many elements from this one on lie together.
+  std::int64_t together(std::int64_t element) const {
+    return array_.block(element, 1).column_stride == item_ ? array_.stretch(element) : 1;
+  }
+
+ private:
+  const FlatArray& array_;
+  std::int64_t item_;
+  const std::byte* first_;
+};
+
+// Elements that lie together, in C order and in memory.
+struct Run {
+  std::int64_t element, count;
+  Places place{};
+};
+
+// Of these operands; the places in others remain 0. Runs may be single elements.
+std::vector<Run> runs_in_memory(const selections::Part& part, Stretches stretches,
+                                std::initializer_list<int> operands) {
+  std::vector<Run> runs;
+  for (const auto& [begin, end, _] : stretches) {
+    for (std::int64_t at = begin; at < end; at += runs.back().count) {
+      Run run{at, end - at};
+      for (const int i : operands) {
+        if (i >= part.operands) continue;
+        const auto operand = static_cast<std::size_t>(i);
+        const InMemory memory(part.operand[operand]);
+        run.place[operand] = memory.place(at);
+        run.count = std::min(run.count, memory.together(at));
+      }
+      runs.push_back(run);
+    }
+  }
+  return runs;
+}
+
+std::vector<Run> runs_in_c_order(Stretches stretches) {
+  std::vector<Run> runs;
+  for (const auto& [begin, end, _] : stretches)
+    runs.push_back({begin, end - begin, {begin, begin, begin}});
+  return runs;
+}
+
+// Runs, cut into pieces of one length, the largest that there is; or the largest that divides
+// `whole`, if that is not 0. Where the last run ends with the parameter, its end may be shorter.
 struct Pieces {
   std::int64_t length = 0;
-  std::vector<std::int64_t> first;  // the element that each begins with
-  Stretch rest{0, 0};
+  bool are_rows = false;  // the parameter's own, in whatever layout
+  std::vector<Run> runs;  // of that length
+  Run rest{0, 0};
 
-  Pieces(Stretches stretches, std::int64_t piece) : length(piece) {
-    for (const auto& [begin, end, _] : stretches) {
-      std::int64_t at = begin;
-      for (; at + length <= end; at += length) first.push_back(at);
-      if (at < end) rest = {at, end};
+  Pieces(const std::vector<Run>& whole_runs, std::int64_t size, std::int64_t whole)
+      : length(whole) {
+    for (const Run& run : whole_runs) {
+      for (const std::int64_t place : run.place) length = std::gcd(length, place);
+      length = std::gcd(length, run.element);
+      if (run.element + run.count != size) length = std::gcd(length, run.count);
+    }
+    if (length == 0) length = std::max(size, std::int64_t{1});
+    for (const Run& run : whole_runs) {
+      std::int64_t at = 0;
+      for (; at + length <= run.count; at += length) runs.push_back(part_of(run, at, length));
+      if (at < run.count) rest = part_of(run, at, run.count - at);
     }
   }
 
-  bool has_rest() const { return rest.begin < rest.end; }
+  static Run part_of(const Run& run, std::int64_t begin, std::int64_t count) {
+    Run part{run.element + begin, count, run.place};
+    for (std::int64_t& place : part.place) place += begin;
+    return part;
+  }
 
-  std::vector<std::int64_t> numbers() const {
+  // Where they are in an array, counted in pieces.
+  std::vector<std::int64_t> numbers(std::size_t operand) const {
     std::vector<std::int64_t> result;
-    result.reserve(first.size());
-    for (const std::int64_t element : first) result.push_back(element / length);
+    result.reserve(runs.size());
+    for (const Run& run : runs) result.push_back(run.place[operand] / length);
     return result;
   }
 };
 
-// The largest length of such pieces.
-std::int64_t common_length(Stretches stretches, std::int64_t size) {
-  std::int64_t length = 0;
-  for (const auto& [begin, end, _] : stretches)
-    length = std::gcd(length, std::gcd(begin, end == size ? 0 : end));
-  return length == 0 ? size : length;
+// A piece does not go beyond a row of a gradient that is one of rows, nor is it torn there.
+Pieces pieces_of(const Update& update, const std::vector<Run>& runs) {
+  const selections::Part& part = *update.slot->work.part;
+  if (!part.rows) return {runs, part.size, 0};
+  return {runs, part.size, update.gradient.c_contiguous ? part.row_size : 1};
 }
 
-// What `whole` walks in C order, cut down to one stretch.
-Work one_stretch(const Work& whole, const Stretch& stretch) {
+Pieces rows_as_pieces(const selections::Part& part, Stretches stretches) {
+  Pieces rows{runs_in_c_order(stretches), part.size, part.row_size};
+  rows.are_rows = true;
+  return rows;
+}
+
+bool are_rows(const selections::Part& part, Stretches stretches) {
+  return std::ranges::all_of(stretches, [&](const Stretch& stretch) {
+    return stretch.begin % part.row_size == 0 && stretch.end % part.row_size == 0;
+  });
+}
+
+// A table in which each piece is the row `to`, and moves by its row of a dense gradient; or by the
+// sum of its part of the rows that are listed for it.
+gradients::Rows table_of(const selections::Part& part, const Pieces& pieces,
+                         std::vector<std::int64_t> to) {
+  gradients::Rows table;
+  if (!part.rows) {
+    table.plan_pairs(std::move(to), pieces.numbers(kGradient));
+    return table;
+  }
+  const InMemory values(part.operand[kGradient]);
+  std::vector<std::int64_t> first{0}, sources;
+  for (const Run& run : pieces.runs) {
+    const std::int64_t i = part.rows->find(run.element / part.row_size);
+    for (std::int64_t k = 0; k < part.rows->sources(i); ++k) {
+      const std::int64_t row = part.rows->source(i, k);
+      const std::int64_t element = row * part.row_size + run.element % part.row_size;
+      sources.push_back(pieces.are_rows ? row : values.place(element) / pieces.length);
+    }
+    first.push_back(std::ssize(sources));
+  }
+  table.plan_sums(std::move(to), std::move(first), std::move(sources));
+  return table;
+}
+
+void shift(Operand& operand, std::int64_t elements) {
+  operand.data += elements * item_size(operand.dtype);
+}
+
+// What `whole` is to do with so many elements from the first of each array on.
+Work from_first_element(const selections::Part& part, const Work& whole, std::int64_t count) {
   Work work = whole;
-  work.iteration.plan_dense(stretch.end - stretch.begin, whole.iteration.operands);
-  for (Operand& operand :
-       std::span(work.iteration.operand).first(static_cast<std::size_t>(whole.iteration.operands)))
-    operand.data += stretch.begin * item_size(operand.dtype);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(part.operands); ++i)
+    work.iteration.operand[i] = {part.operand[i].at(0), part.operand[i].dtype()};
+  work.iteration.plan_dense(count, part.operands);
   return work;
 }
 
-// The same, cut down to several.
-void add_in_c_order(const Work& whole, Stretches stretches, std::int64_t size, Tables& tables) {
-  if (stretches.size() == 1) return tables.add(one_stretch(whole, stretches.front()));
-  const Pieces pieces(stretches, common_length(stretches, size));
-  Work work = whole;
-  work.iteration.plan_dense(pieces.length, whole.iteration.operands);
-  gradients::Rows rows;
-  rows.plan_pairs(pieces.numbers(), pieces.numbers());
-  for (std::size_t i = 0; i < rows.stride.size(); ++i)
-    rows.stride[i] = pieces.length * item_size(whole.iteration.operand[i].dtype);
-  tables.add(work, std::move(rows));
-  if (pieces.has_rest()) tables.add(one_stretch(whole, pieces.rest));
+Work one_run(const selections::Part& part, const Work& whole, const Run& run) {
+  Work work = from_first_element(part, whole, run.count);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(part.operands); ++i)
+    shift(work.iteration.operand[i], run.place[std::min<std::size_t>(i, kState)]);
+  return work;
+}
+
+// What `whole` does, cut down to stretches.
+void add_pieces(const Update& update, const Work& whole, Stretches stretches, Tables& tables) {
+  const selections::Part& part = *update.slot->work.part;
+  const std::vector<Run> runs =
+      part.rows ? runs_in_memory(part, stretches, {kParameter, kState})
+                : runs_in_memory(part, stretches, {kParameter, kGradient, kState});
+  if (runs.size() == 1 && !part.rows) return tables.add(one_run(part, whole, runs.front()));
+  const Pieces pieces = pieces_of(update, runs);
+  gradients::Rows table = table_of(part, pieces, pieces.numbers(kParameter));
+  table.plan_state(pieces.numbers(kState));
+  for (std::size_t i = 0; i < static_cast<std::size_t>(part.operands); ++i)
+    table.stride[i] = pieces.length * item_size(part.operand[i].dtype());
+  tables.add(from_first_element(part, whole, pieces.length), std::move(table));
+  if (pieces.rest.count > 0) tables.add(one_run(part, whole, pieces.rest));
 }
 
 // The same in any layout, where the stretches consist of the parameter's rows.
 void add_own_rows(const Update& update, const Work& whole, Stretches stretches, Tables& tables) {
-  const Pieces pieces(stretches, whole.part->row_size);
-  gradients::Rows rows;
-  Work work = update.slot->work_on_rows(update.gradient, rows);
+  const Pieces pieces = rows_as_pieces(*update.slot->work.part, stretches);
+  gradients::Rows strides;
+  Work work = update.slot->work_on_rows(update.gradient, strides);
   work.rule = whole.rule;
   work.anchor = whole.anchor;
   work.gradient_factor = whole.gradient_factor;
-  rows.plan_pairs(pieces.numbers(), pieces.numbers());
-  tables.add(work, std::move(rows));
+  work.keeps_value = whole.keeps_value;
+  gradients::Rows table = table_of(*update.slot->work.part, pieces, pieces.numbers(kParameter));
+  table.stride = strides.stride;
+  tables.add(work, std::move(table));
 }
 
 // Stretches that have come equally far; `work` is all of the update, with their coefficients.
 void add_stretches(const Update& update, Work work, Stretches stretches, Tables& tables) {
-  const std::int64_t size = work.part->size;
-  const bool are_all = stretches.front().begin == 0 && stretches.front().end == size;
-  if (!are_all && !update.slot->is_in_c_order(update.gradient))
-    return add_own_rows(update, work, stretches, tables);
+  const selections::Part& part = *work.part;
   work.part = nullptr;
-  if (are_all) return tables.add(work);
-  add_in_c_order(work, stretches, size, tables);
+  const bool are_all = stretches.front().begin == 0 && stretches.front().end == part.size;
+  if (are_all && !part.rows) return tables.add(work);
+  if (!update.slot->is_in_c_order(update.gradient) && are_rows(part, stretches))
+    return add_own_rows(update, work, stretches, tables);
+  add_pieces(update, work, stretches, tables);
+}
+
+// By a row-wise rule: rows whose value changes, and rows whose value is kept.
+void add_selected_rows(const Work& work, Tables& tables) {
+  for (const bool keeps_value : {false, true}) {
+    Work half = work;
+    half.keeps_value = keeps_value;
+    half.selected_rows = nullptr;
+    gradients::Rows rows = *work.rows;
+    rows.filter([&](std::int64_t row) {
+      return work.selected_rows->holds(row * work.iteration.size) != keeps_value;
+    });
+    tables.add(half, std::move(rows));
+  }
 }
 
 Work of_two(const Operand& parameter, const Operand& gradient, DType compute) {
@@ -141,40 +294,38 @@ rules::Coefficients copying(DType compute) {
   return rules::make_rule("sgd")->coefficients({.step = 1}, compute, 1, 0);
 }
 
-// Where elements, which ascend, are among the tiles that a part visits.
-std::vector<std::int64_t> places_in_tiles(const selections::Part& part,
-                                          const std::vector<std::int64_t>& elements) {
+// Where runs, which ascend, begin in the tiles that a part visits.
+std::vector<std::int64_t> places_in_tiles(const selections::Part& part, std::span<const Run> runs) {
   std::vector<std::int64_t> places;
-  places.reserve(elements.size());
+  places.reserve(runs.size());
   std::int64_t visited = 0;
-  for (const std::int64_t element : elements) {
-    while (part.tile(visited) < element / kTileSize) ++visited;
-    places.push_back(visited * kTileSize + element % kTileSize);
+  for (const Run& run : runs) {
+    while (part.tile(visited) < run.element / kTileSize) ++visited;
+    places.push_back(visited * kTileSize + run.element % kTileSize);
   }
   return places;
 }
 
-// Rows of scratch memory begin at any element; and so do those of a gradient in C order.
-gradients::Rows copied_rows(const selections::Part& part, const Pieces& pieces, bool in_c_order) {
-  gradients::Rows rows;
-  rows.plan_pairs(places_in_tiles(part, pieces.first),
-                  in_c_order ? pieces.first : pieces.numbers());
-  return rows;
-}
-
-void plan_copy(const arrays::Array& gradient, std::int64_t length, Work& copy,
-               gradients::Rows& rows) {
+// The pieces of a gradient that stretches are, and how one is copied: from where it lies to scratch
+// memory, in which a piece begins at any element.
+Pieces plan_copy(const Update& update, Stretches stretches, Work& copy, gradients::Rows& strides) {
+  const selections::Part& part = *update.slot->work.part;
+  const arrays::Array& gradient = update.gradient;
   const std::int64_t item = item_size(copy.compute);
-  rows.stride[kParameter] = item;
-  if (gradient.c_contiguous) {
-    rows.stride[kGradient] = item_size(gradient.dtype);
-    return copy.iteration.plan_dense(length, 2);
+  strides.stride[kParameter] = item;
+  if (!gradient.c_contiguous && are_rows(part, stretches)) {
+    const auto [shape, from] = gradient.geometry();
+    const std::vector<std::int64_t> dense = c_strides(shape, item);
+    strides.stride[kGradient] = from[0];
+    copy.iteration.plan(std::array{Geometry{shape.subspan(1), std::span(dense).subspan(1)},
+                                   Geometry{shape.subspan(1), from.subspan(1)}});
+    return rows_as_pieces(part, stretches);
   }
-  const auto [shape, strides] = gradient.geometry();
-  const std::vector<std::int64_t> dense = c_strides(shape, item);
-  rows.stride[kGradient] = strides[0];
-  copy.iteration.plan(std::array{Geometry{shape.subspan(1), std::span(dense).subspan(1)},
-                                 Geometry{shape.subspan(1), strides.subspan(1)}});
+  const Pieces pieces = pieces_of(update, part.rows ? runs_in_c_order(stretches)
+                                                    : runs_in_memory(part, stretches, {kGradient}));
+  strides.stride[kGradient] = pieces.length * item_size(gradient.dtype);
+  copy.iteration.plan_dense(pieces.length, 2);
+  return pieces;
 }
 
 }  // namespace
@@ -188,17 +339,23 @@ void Tables::add(const Work& work, gradients::Rows rows) {
 
 void add_moving(const Update& update, Tables& tables) {
   const Work& work = update.slot->work;
+  if (work.selected_rows) return add_selected_rows(work, tables);
   if (!work.part) return tables.add(&work);
   const selections::Part& part = *work.part;
-  const std::vector<Stretch> stretches = moved_stretches_by_age(part);
-  for (auto first = stretches.begin(); first != stretches.end();) {
-    const auto last = std::find_if(
-        first, stretches.end(), [&](const Stretch& other) { return other.age() != first->age(); });
-    Work equal = work;
-    equal.rule = tables.keep(part.rule->coefficients(part.rule->advance(first->progress),
-                                                     work.compute, part.lr, part.states));
-    add_stretches(update, equal, {first, last}, tables);
-    first = last;
+  for (const bool keeps_value : {false, true}) {
+    const std::vector<Stretch> stretches = by_age(part, moved_stretches(part, keeps_value));
+    for (auto first = stretches.begin(); first != stretches.end();) {
+      const auto last = std::find_if(first, stretches.end(), [&](const Stretch& other) {
+        return other.age() != first->age();
+      });
+      Work equal = work;
+      equal.keeps_value = keeps_value;
+      if (part.progress)
+        equal.rule = tables.keep(part.rule->coefficients(part.rule->advance(first->progress),
+                                                         work.compute, part.lr, part.states));
+      add_stretches(update, equal, {first, last}, tables);
+      first = last;
+    }
   }
 }
 
@@ -214,10 +371,12 @@ void add_whole_gradient(const Update& update, Tables& tables) {
 std::size_t SummedGradients::scratch_bytes(const Update& update) {
   const Work& work = update.slot->work;
   if (!work.part) return 0;
-  const std::int64_t granule = work.part->visited().granule();
-  const bool are_tiles = granule % kTileSize == 0 || granule >= work.part->size;
-  if (are_tiles && update.slot->is_in_c_order(update.gradient)) return 0;
-  return static_cast<std::size_t>(work.part->tiles() * kTileSize * item_size(work.compute));
+  const selections::Part& part = *work.part;
+  const std::int64_t granule = part.visited().granule();
+  const bool is_all_or_none = granule >= part.size && (part.tiles() == 0 || part.moved(0).any());
+  const bool are_tiles = granule % kTileSize == 0 || is_all_or_none;
+  if (are_tiles && !part.rows && update.slot->is_in_c_order(update.gradient)) return 0;
+  return static_cast<std::size_t>(part.tiles() * kTileSize * item_size(work.compute));
 }
 
 void SummedGradients::add(const Update& update, std::byte* scratch) {
@@ -231,28 +390,23 @@ void SummedGradients::add(const Update& update, std::byte* scratch) {
 void SummedGradients::add_copies(const Update& update, const Operand& scratch) {
   const Work& work = update.slot->work;
   const selections::Part& part = *work.part;
-  const arrays::Array& gradient = update.gradient;
   Work tiles = of_two(scratch, scratch, work.compute);
   tiles.iteration.plan_dense(part.tiles() * kTileSize, 2);
   cleared_.add(tiles);
   summed_.add(tiles);
 
-  const std::vector<Stretch> stretches = moved_stretches(part);
-  const Pieces pieces(stretches,
-                      gradient.c_contiguous ? common_length(stretches, part.size) : part.row_size);
-  Work copy = of_two(scratch, gradient.operand(), work.compute);
+  Work copy = of_two(scratch, update.gradient.operand(), work.compute);
   copy.rule = copied_.keep(copying(work.compute));
-  if (pieces.has_rest()) {
-    Work rest = copy;
-    rest.iteration.plan_dense(pieces.rest.end - pieces.rest.begin, 2);
-    rest.iteration.operand[kParameter].data +=
-        places_in_tiles(part, {pieces.rest.begin}).front() * item_size(scratch.dtype);
-    rest.iteration.operand[kGradient].data += pieces.rest.begin * item_size(gradient.dtype);
-    copied_.add(rest);
-  }
-  gradients::Rows rows = copied_rows(part, pieces, gradient.c_contiguous);
-  plan_copy(gradient, pieces.length, copy, rows);
-  copied_.add(copy, std::move(rows));
+  gradients::Rows strides;
+  const Pieces pieces = plan_copy(update, moved_stretches(part), copy, strides);
+  gradients::Rows table = table_of(part, pieces, places_in_tiles(part, pieces.runs));
+  table.stride = strides.stride;
+  copied_.add(copy, std::move(table));
+  if (pieces.rest.count == 0) return;
+  copy.iteration.plan_dense(pieces.rest.count, 2);
+  shift(copy.iteration.operand[kParameter], places_in_tiles(part, {&pieces.rest, 1}).front());
+  shift(copy.iteration.operand[kGradient], pieces.rest.place[kGradient]);
+  copied_.add(copy);
 }
 
 }  // namespace fusestep::engine

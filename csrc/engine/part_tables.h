@@ -1,9 +1,9 @@
 // A part of a parameter on a GPU, as the tables of rows that its kernels walk.
 //
-// What is selected there consists of blocks. A parameter in C order is a table, with a block in
-// each row, of which some rows move; a shorter last block comes after it. In any other layout, the
-// rows are the parameter's own. Blocks that have come equally far are one table, since they share
-// their coefficients.
+// A parameter is a table with a piece of its memory in each row, of which some rows move; a shorter
+// last piece comes after it. Pieces are as long as what is selected and the layouts allow: blocks,
+// the parameter's own rows, or single elements. What has come equally far is one table, since it
+// shares its coefficients.
 #pragma once
 
 #include <cstddef>

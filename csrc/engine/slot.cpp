@@ -169,7 +169,7 @@ void Slot::prepare_part(const Array& gradient,
   select_all();
   if (choice) select(*choice, draw);
   if (is_rowwise_) check_selects_rows();
-  if (is_on_gpu() && !is_rowwise_) check_is_of_blocks(gradient, numbers.has_value());
+  if (is_on_gpu() && !is_rowwise_) check_state_has_one_layout();
   if (numbers)
     check_rows(gradient, *numbers, memory, clears_gradient);
   else
@@ -184,8 +184,6 @@ void Slot::prepare_part(const Array& gradient,
 }
 
 void Slot::check_can_choose(const selections::Choice& choice, bool is_of_rows) const {
-  if (is_on_gpu()) check_can_choose_on_gpu(choice);
-  if (is_on_gpu() && is_of_rows) refuse_on_gpu("fs.Rows together with where=");
   if (history)
     throw ValueError(name_ +
                      " has rows='exact', which means that all rows see every step; where= " +
@@ -195,33 +193,20 @@ void Slot::check_can_choose(const selections::Choice& choice, bool is_of_rows) c
                      "take a fraction; give an array, or another selection");
 }
 
-void Slot::refuse_on_gpu(const std::string& what) const {
-  throw TypeError(name_ + " is on " + name_of(device()) +
-                  ", where this version of fusestep has no " + what +
-                  "; what works there is RandomBlocks, CyclicBlocks and a mask of the first "
-                  "axis, with frozen=\"freeze\" and an array as the gradient; for all else, keep "
-                  "the parameter in the CPU's memory");
-}
-
-void Slot::check_can_choose_on_gpu(const selections::Choice& choice) const {
-  if (choice.tracks) refuse_on_gpu("frozen=\"track\"");
-  if (choice.kind == selections::Choice::Kind::top) refuse_on_gpu("TopK");
-}
-
-// Tables on a GPU have blocks in their rows: those of arrays in C order, or the parameter's own.
-void Slot::check_is_of_blocks(const Array& gradient, bool is_of_rows) const {
-  if (is_of_rows) refuse_on_gpu("fs.Rows after steps with where=");
-  if (is_in_c_order(gradient)) return;
-  const std::int64_t row = row_size();
-  const auto is_of_own_rows = [&](std::int64_t block) {
-    return block >= parameter_.size || block % row == 0;
-  };
-  if (is_of_own_rows(part_.selected.granule()) &&
-      (!has_split_progress() || is_of_own_rows(block_progress->block())))
-    return;
-  refuse_on_gpu(
-      "blocks of other elements than whole rows unless all arrays (the parameter, its "
-      "gradient, state and anchor) are C-contiguous");
+// On a GPU, where parts of parameters are pieces of memory, the same ones in all of the state.
+void Slot::check_state_has_one_layout() const {
+  if (all_in_c_order_) return;
+  const auto [arrays, count] = operands(parameter_);
+  for (std::size_t i = kState + 1; i < count; ++i) {
+    const Array &first = *arrays[kState], &other = *arrays[i];
+    const auto shape = parameter_.geometry().shape;
+    for (std::size_t axis = 0; axis < shape.size(); ++axis)
+      if (shape[axis] > 1 && first.geometry().strides[axis] * item_size(other.dtype) !=
+                                 other.geometry().strides[axis] * item_size(first.dtype))
+        throw ValueError(name_ + " is on " + name_of(device()) +
+                         ", and a part of it is to move (where=); there, all of its state and its "
+                         "anchor must have the same layout");
+  }
 }
 
 std::int64_t Slot::row_size() const {
@@ -255,19 +240,18 @@ void Slot::select_mask(const selections::Choice::Mask& mask) {
   FlatArray bytes;
   bytes.view({mask.data, DType::float32}, mask.geometry());
   const bool is_of_rows = mask.shape.size() == 1 && !shape.empty() && mask.shape[0] == shape[0];
-  if (is_of_rows && (shape.size() > 1 || is_rowwise_ || is_on_gpu()))
+  if (is_of_rows && (shape.size() > 1 || is_rowwise_))
     return part_.selected.select_rows(parameter_.size, shape[0], bytes);
   if (!std::ranges::equal(mask.shape, shape))
     throw ValueError("the mask (where=) for " + name_ + " has shape " + shape_text(mask.shape) +
                      "; expected " + shape_text(parameter_) +
                      (shape.size() > 1 ? " or one element for each of its rows" : ""));
-  if (is_on_gpu()) refuse_on_gpu("masks of elements");
   part_.selected.select_mask(parameter_.size, bytes);
 }
 
 void Slot::plan_part(const Array& gradient) {
   const auto [arrays, count] = operands(gradient);
-  if (is_on_gpu()) plan(gradient);  // of which tables are parts
+  if (is_on_gpu() && !part_.rows) plan(gradient);  // should all of it move
   forget_plan(work);
   plan_anchor(work);
   part_.size = parameter_.size;
@@ -320,8 +304,28 @@ void Slot::begin_part(const rules::AnyRule& rule, double lr) {
   part_.states = states_.size();
 }
 
-void Slot::find_top(const StepOptions& options) {
-  if (work.part && part_.top) part_.selected = cpu::find_top(work, options);
+void Slot::find_top(const Array& gradient, const StepOptions& options, const Fetch& fetch) {
+  if (!work.part || !part_.top) return;
+  if (!is_on_gpu()) {
+    part_.selected = cpu::find_top(work, options);
+    return;
+  }
+  const bool needs_all = part_.top->by == selections::Choice::Size::of_update;
+  selections::Part here = part_;
+  std::vector<std::vector<std::byte>> copies;
+  const auto [arrays, count] = operands(gradient);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (!needs_all && i != kGradient) continue;
+    const auto [first, last] = arrays[i]->interval();
+    std::vector<std::byte>& copy = copies.emplace_back(last - first);
+    if (!copy.empty()) fetch(copy.data(), reinterpret_cast<const void*>(first), copy.size());
+    std::byte* const data =
+        copy.data() + (reinterpret_cast<std::uintptr_t>(arrays[i]->data) - first);
+    here.operand[i].view({data, arrays[i]->dtype}, arrays[i]->geometry());
+  }
+  Work of_copies = work;
+  of_copies.part = &here;
+  part_.selected = cpu::find_top(of_copies, options);
 }
 
 void Slot::keep_history() {

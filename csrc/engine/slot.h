@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -63,8 +64,10 @@ class Slot {
   // Before a part moves: by which rule. From now on its blocks may come differently far.
   void begin_part(const rules::AnyRule& rule, double lr);
 
-  // Selects what depends on the gradients, of which the factor is known by now.
-  void find_top(const StepOptions& options);
+  // Selects what depends on the gradients, of which the factor is known by now. That happens here:
+  // of what is on a GPU, `fetch` brings copies of so many bytes.
+  using Fetch = std::function<void(void* to, const void* from, std::size_t bytes)>;
+  void find_top(const arrays::Array& gradient, const StepOptions& options, const Fetch& fetch);
 
   // The work on rows of the parameter, which `rows` is to list, by those of a gradient.
   Work work_on_rows(const arrays::Array& gradient, gradients::Rows& rows) const;
@@ -127,9 +130,7 @@ class Slot {
   void plan(const arrays::Array& gradient);
   bool is_on_gpu() const { return device().kind == Device::cuda; }
   void check_can_choose(const selections::Choice& choice, bool is_of_rows) const;
-  void check_can_choose_on_gpu(const selections::Choice& choice) const;
-  void check_is_of_blocks(const arrays::Array& gradient, bool is_of_rows) const;
-  [[noreturn]] void refuse_on_gpu(const std::string& what) const;
+  void check_state_has_one_layout() const;
   void select_all();
   void select(const selections::Choice& choice, const selections::Draw& draw);
   void select_mask(const selections::Choice::Mask& mask);

@@ -21,6 +21,10 @@ std::string text_of(double value) {
   return text;
 }
 
+bool chooses_top(const Update& update) {
+  return update.choice && update.choice->kind == selections::Choice::Kind::top;
+}
+
 }  // namespace
 
 void check_rate(double lr) {
@@ -126,7 +130,7 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
   if (is_on_gpus_) distribute(updates);
   Gpu::Request request{.options = {arguments.grad_scale, arguments.zero_grad},
                        .scaling = arguments.scaling};
-  if (settings.need_norm() && !is_decided_here(arguments, settings)) {
+  if (settings.need_norm() && !is_decided_here(updates, arguments, settings)) {
     request.max_norm = settings.max_norm;
     request.skip_nonfinite = settings.skip_nonfinite;
   } else if (settings.need_norm()) {
@@ -142,6 +146,7 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
   }
   for (const Update& update : updates)
     update.slot->begin_part(*update.group->rule, update.group->lr);
+  find_tops(updates, request.options);
   if (is_on_gpus_) {  // first: a launch may fail, the CPU does not
     for (Gpu& gpu : gpus_) {
       if (gpu.is_idle()) continue;
@@ -150,7 +155,6 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
       request.counts = false;
     }
   }
-  find_tops(updates, request.options);
   std::optional<GilRelease> release;
   cpu::update(cpu_work(), request.options, [&] {
     if (errand) errand();
@@ -163,12 +167,15 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
 // ---- parts of parameters ----
 
 void Stepper::find_tops(const std::vector<Update>& updates, const StepOptions& options) {
-  const auto has_top = [](const Update& update) {
-    return update.choice && update.choice->kind == selections::Choice::Kind::top;
-  };
-  if (std::ranges::none_of(updates, has_top)) return;
-  const GilRelease release(will_release_gil());
-  for (const Update& update : updates) update.slot->find_top(options);
+  if (std::ranges::none_of(updates, chooses_top)) return;
+  const GilRelease release(will_release_gil() || is_on_gpus_);
+  for (const Update& update : updates) {
+    const Device device = update.slot->device();
+    update.slot->find_top(update.gradient, options,
+                          [&](void* to, const void* from, std::size_t bytes) {
+                            gpu(device.index).fetch(to, from, bytes);
+                          });
+  }
 }
 
 void Stepper::finish_parts(bool clears_gradients) {
@@ -225,8 +232,10 @@ void Stepper::catch_up(Slot& slot, const rules::AnyRule& rule,
 
 // The norm of gradients on one GPU is found out and acted upon there. Where several devices take
 // part, or processes, the host must wait for them; and where it counts the steps that are taken.
-bool Stepper::is_decided_here(const StepArguments& arguments, const Settings& settings) const {
-  if (!is_on_gpus_) return true;
+// Of the largest updates the host has to know how large they are, after clipping.
+bool Stepper::is_decided_here(const std::vector<Update>& updates, const StepArguments& arguments,
+                              const Settings& settings) const {
+  if (!is_on_gpus_ || std::ranges::any_of(updates, chooses_top)) return true;
   if (arguments.norm || !cpu_work_.empty()) return true;
   const auto busy = std::ranges::count_if(gpus_, [](const Gpu& gpu) { return !gpu.is_idle(); });
   const bool must_know = settings.skip_nonfinite && std::ranges::any_of(gpus_, [](const Gpu& gpu) {

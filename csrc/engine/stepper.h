@@ -134,7 +134,8 @@ class Stepper {
 
  private:
   WorkList cpu_work() const { return is_on_gpus_ ? cpu_work_ : work_; }
-  bool is_decided_here(const StepArguments& arguments, const Settings& settings) const;
+  bool is_decided_here(const std::vector<Update>& updates, const StepArguments& arguments,
+                       const Settings& settings) const;
   bool is_counted_elsewhere(const Slot& slot) const;
   void distribute(const std::vector<Update>& updates);
   std::vector<double> tile_sums(double prescale);

@@ -57,6 +57,7 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
       std::ranges::adjacent_find(numbers, std::ranges::greater_equal{}) == numbers.end();
   source_.clear();
   first_.clear();
+  state_row_.clear();
   if (ascend) {
     row_.assign(numbers.begin(), numbers.end());
   } else {
@@ -75,15 +76,29 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
 }
 
 void Rows::plan_pairs(std::vector<std::int64_t> rows, std::vector<std::int64_t> sources) {
+  std::vector<std::int64_t> first(rows.size() + 1);
+  std::iota(first.begin(), first.end(), 0);
+  plan_sums(std::move(rows), std::move(first), std::move(sources));
+}
+
+void Rows::plan_sums(std::vector<std::int64_t> rows, std::vector<std::int64_t> first,
+                     std::vector<std::int64_t> sources) {
   row_ = std::move(rows);
+  state_row_.clear();
+  first_ = std::move(first);
   source_ = std::move(sources);
-  count_ = values_ = std::ssize(row_);
-  first_.resize(row_.size() + 1);
-  std::iota(first_.begin(), first_.end(), 0);
+  count_ = std::ssize(row_);
+  values_ = std::ssize(source_);
+}
+
+void Rows::plan_state(std::vector<std::int64_t> rows) {
+  state_row_ = std::move(rows);
+  if (state_row_ == row_) state_row_.clear();
 }
 
 void Rows::plan_all(std::int64_t table_rows) {
   row_.clear();
+  state_row_.clear();
   first_.clear();
   source_.clear();
   count_ = values_ = table_rows;

@@ -25,6 +25,14 @@ class Rows {
   // These rows, which ascend; the values of each are the row that stands at its place in `sources`.
   void plan_pairs(std::vector<std::int64_t> rows, std::vector<std::int64_t> sources);
 
+  // The same where the values of several rows are added up: those of the i-th row stand at
+  // first[i] and up to first[i + 1] of `sources`.
+  void plan_sums(std::vector<std::int64_t> rows, std::vector<std::int64_t> first,
+                 std::vector<std::int64_t> sources);
+
+  // After either: the state of each row stands in another one than its value does.
+  void plan_state(std::vector<std::int64_t> rows);
+
   // Every row, each with its own values: a dense gradient.
   void plan_all(std::int64_t table_rows);
 
@@ -60,8 +68,10 @@ class Rows {
     return source_[static_cast<std::size_t>(first_[static_cast<std::size_t>(i)] + k)];
   }
 
-  // What is behind this, for who walks it elsewhere: rows, first sources, sources.
-  std::array<std::span<const std::int64_t>, 3> lists() const { return {row_, first_, source_}; }
+  // What is behind this, for who walks it elsewhere: rows, first sources, sources, rows of state.
+  std::array<std::span<const std::int64_t>, 4> lists() const {
+    return {row_, first_, source_, state_row_};
+  }
 
   // From one row to the next, in bytes, for each operand; those of the gradient are of the values.
   std::array<std::int64_t, kMaxOperands> stride{};
@@ -69,9 +79,10 @@ class Rows {
  private:
   std::int64_t count_ = 0;
   std::int64_t values_ = 0;
-  std::vector<std::int64_t> row_;     // empty: all of them
-  std::vector<std::int64_t> first_;   // where the sources of each row begin, and the end
-  std::vector<std::int64_t> source_;  // in the order of the rows; empty: one for each, in order
+  std::vector<std::int64_t> row_;        // empty: all of them
+  std::vector<std::int64_t> first_;      // where the sources of each row begin, and the end
+  std::vector<std::int64_t> source_;     // in the order of the rows; empty: one for each, in order
+  std::vector<std::int64_t> state_row_;  // empty: the rows themselves
 };
 
 template <class Keeps>
