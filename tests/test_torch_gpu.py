@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import fusestep as fs
 from concurrency import in_threads
 from rules import PLAIN, RULES, Rule
 
@@ -2463,15 +2464,13 @@ def test_a_sparse_gradient_on_a_gpu_for_a_table_on_the_cpu(machine: Machine) -> 
 
 
 def test_what_tables_on_a_gpu_do_not_have(machine: Machine) -> None:
-    """Rows that miss steps, selections, more rows."""
+    """Rows that miss steps, more rows."""
     (p,) = leaves(machine.gpu, (40, 3))
     with pytest.raises(TypeError, match="parameter 0 is on cuda:0"):
         fst.Adam([p], rows="exact")
     opt = fst.Adam([p])
     give_rows(machine, [p], 0)
     before = machine.to_cpu(p)
-    with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*no selections"):
-        opt.step(where=torch.ones(40, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*cannot resize"):
         opt.resize(p, 50)
     assert_same(machine.to_cpu(p), before)
@@ -2692,6 +2691,155 @@ def test_an_anchor_on_another_device(machine: Machine) -> None:
     assert_same(machine.to_cpu(standing(opt, params)), before)
     value.data = there
     opt.step()
+
+
+# ---- selections ----------------------------------------------------------------------------------
+
+
+def selections_for(place: Place, step: int, params: list[Tensor]) -> Any:
+    """Each kind in turn, and steps of everything."""
+    generator = torch.Generator().manual_seed(step)
+    masks = [place.put(torch.rand(p.shape, generator=generator)) < 0.4 for p in params]
+    kinds: list[Any] = [
+        None,
+        fs.RandomBlocks(0.5, 7),
+        {p: mask for p, mask in zip(params, masks, strict=True) if p.ndim},
+        fs.TopK(0.3, by="update"),
+        fs.CyclicBlocks(3, frozen="track"),
+        {params[0]: fs.Mask(masks[0][:, 0], frozen="track")},
+    ]
+    return kinds[step % len(kinds)]
+
+
+def selecting(place: Place, name: str, mode: str, steps: int = 13, first: int = 0) -> Any:
+    params = leaves(place, (40, 7), (1030,), (), (0,))
+    opt = new(name, params, seed=3, **mode_options(place, name, mode))
+    for step in range(first, steps):
+        give(place.machine, params, step)
+        opt.step(where=selections_for(place, step, params), zero_grad=step % 2 == 0)
+    grads = [p.grad for p in params]
+    skipped = opt.skipped_steps
+    return {**standing(opt, params), "grads": grads, "skipped": skipped, "all": opt.state_dict()}
+
+
+@each_class_and_mode(CLASSES)
+@pytest.mark.parametrize("first", [0, 1])
+def test_selections(machine: Machine, name: str, mode: str, first: int) -> None:
+    """From the first step on, or after one of everything that the GPU may have counted."""
+    if MODES[mode].get("capturable"):
+        pytest.skip("blocks are counted on the host")
+    assert_same_course(machine, selecting, name, mode, first=first)
+
+
+def test_selections_are_counted_on_the_host(machine: Machine) -> None:
+    """Where the GPU has counted before, what it has counted is brought to the host."""
+    params = leaves(machine.gpu, (40,), (7,))
+    opt = fst.Adam(params, skip_nonfinite=True)
+    train(machine, opt, params, 2)
+    assert all(machine.gpu.has(scalar) for scalar in scalars_of(opt))
+    train(machine, opt, params, 2, where=fs.CyclicBlocks(2))
+    assert all(machine.cpu.has(scalar) for scalar in scalars_of(opt))
+    give(machine, params, 5)
+    params[0].grad[3] = float("nan")
+    before = machine.to_cpu(standing(opt, params))
+    opt.step(where=fs.CyclicBlocks(1))
+    assert_same(machine.to_cpu(standing(opt, params)), before)
+    assert opt.skipped_steps == 1
+    train(machine, opt, params, 1)
+    assert set(opt.state_dict()["state"][0]["block_steps"].tolist()) == {4}
+
+
+def scaled_selections(place: Place) -> Any:
+    machine = place.machine
+    params = leaves(place, (40, 7), (30,))
+    opt = fst.Adam(params, lr=0.1)
+    scaler = machine.scaler(place, init_scale=8.0)
+    for step in range(8):
+        give(machine, params, step)
+        factor = scaler.scale(place.put(torch.ones(())))
+        for p in params:
+            p.grad.mul_(factor)
+        if step in (1, 4):
+            params[1].grad[3] = float("inf")
+        scaler.step(opt, where=fs.RandomBlocks(0.5, 8) if step % 3 else None)
+        scaler.update()
+    return {**standing(opt, params), "scale": scaler.get_scale(), "all": opt.state_dict()}
+
+
+def test_selections_and_a_scaler(machine: Machine) -> None:
+    assert_same_course(machine, scaled_selections)
+
+
+@pytest.mark.parametrize("way", ["state_dict", "file", "pickle", "deepcopy"])
+def test_counts_of_blocks_go_anywhere(machine: Machine, way: str) -> None:
+    """Saved on a GPU in the middle, and loaded there or on the CPU: nothing is different."""
+    params = leaves(machine.gpu, (40, 7), (30,))
+    opt = new("NAdam", params)
+    for step in range(7):
+        give(machine, params, step)
+        opt.step(where=selections_for(machine.gpu, step, params))
+    others: list[tuple[Any, list[Tensor]]] = []
+    for place in (machine.gpu, machine.cpu):
+        copies = [place.put(p.detach().cpu()).requires_grad_() for p in params]
+        other = new("NAdam", copies)
+        if way == "file":
+            other.load_state_dict(through_a_file(opt.state_dict()))
+        elif way == "state_dict":
+            other.load_state_dict(opt.state_dict())
+        else:
+            other = through_pickle(opt) if way == "pickle" else copy.deepcopy(opt)
+            copies = other.param_groups[0]["params"]
+        others.append((other, copies))
+    for step in range(7, 14):
+        for each, tensors in [(opt, params), *others]:
+            place = place_of(machine, tensors[0])
+            give(machine, tensors, step)
+            each.step(where=selections_for(place, step, tensors))
+    for each, tensors in others:
+        assert_same(
+            machine.to_cpu(standing(each, tensors)["params"]),
+            machine.to_cpu(standing(opt, params)["params"]),
+        )
+
+
+def test_a_parameter_with_blocks_moves_to_a_gpu(machine: Machine) -> None:
+    with machine.without_gpu():
+        peers = leaves(machine.cpu, (40, 7))
+        peer = fst.Adam(peers, lr=0.1)
+        for step in range(6):
+            give(machine, peers, step)
+            peer.step(where=selections_for(machine.cpu, step, peers))
+    params = leaves(machine.cpu, (40, 7))
+    opt = fst.Adam(params, lr=0.1)
+    for step in range(6):
+        if step == 3:
+            params[0].grad = None
+            params[0].data = machine.gpu.put(params[0].data)
+            for key, value in opt.state[params[0]].items():
+                if key not in COUNTS:
+                    value.data = machine.gpu.put(value.data)
+        give(machine, params, step)
+        opt.step(where=selections_for(place_of(machine, params[0]), step, params))
+    assert_same(machine.to_cpu(params[0].detach()), peers[0].detach())
+
+
+def test_selections_are_not_for_graphs(machine: Machine) -> None:
+    params = leaves(machine.gpu, (40,))
+    opt = fst.Adam(params, capturable=True)
+    train(machine, opt, params, 1)
+    give(machine, params, 1)
+    before = machine.to_cpu(standing(opt, params))
+    with pytest.raises(ValueError, match="set capturable=False"):
+        opt.step(where=fs.CyclicBlocks(2))
+    assert_same(machine.to_cpu(standing(opt, params)), before)
+    opt.param_groups[0]["capturable"] = False
+    opt.step(where=fs.CyclicBlocks(2))
+    with pytest.raises(RuntimeError, match="CUDA graph is being captured"), machine.capturing():
+        opt.step(where=fs.CyclicBlocks(2))
+    opt.param_groups[0]["capturable"] = True
+    opt.step()
+    with pytest.raises(RuntimeError, match="CUDA graph is being captured"), machine.capturing():
+        opt.step()
 
 
 # ---- several devices in one optimizer ------------------------------------------------------------

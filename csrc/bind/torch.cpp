@@ -130,9 +130,11 @@ void register_torch(py::module_& module) {
       .def("add_parameter", &add_parameter, "tensor"_a, "name"_a, "states"_a, "scalars"_a,
            "places"_a, "is_first"_a, "is_sharded"_a, "history"_a, "anchor"_a, "block_progress"_a)
       .def("catch_up", &catch_up, "optimizer"_a, "indices"_a)
-      .def_property(
-          "steps", [](const TorchOptimizer& self) { return self.stepper.steps; },
-          [](TorchOptimizer& self, std::int64_t steps) { self.stepper.steps = steps; })
+      .def_property("steps", &TorchOptimizer::steps,
+                    [](TorchOptimizer& self, std::int64_t steps) {
+                      self.steps();  // what GPUs have counted so far does not come on top
+                      self.stepper.steps = steps;
+                    })
       .def_readwrite("seed", &TorchOptimizer::seed)
       .def("ask_again", &TorchOptimizer::ask_again)
       .def(
@@ -154,7 +156,7 @@ void register_torch(py::module_& module) {
           })
       .def_property("skipped_steps", &TorchOptimizer::skipped_steps,
                     [](TorchOptimizer& self, std::int64_t value) {
-                      self.skipped_steps();  // what GPUs have counted so far does not come on top
+                      self.skipped_steps();  // likewise
                       self.stepper.skipped_steps = value;
                     });
 

@@ -396,11 +396,6 @@ bool TorchOptimizer::collect(const Selections& selections) {
       Slot& slot = parameter.slot;
       Update& update = updates_.emplace_back(&slot, &group.group);
       update.choice = selections.of(parameter.tensor);
-      if (update.choice && slot.device().kind != Device::cpu)
-        throw TypeError(
-            slot.name() + " is on " + name_of(slot.device()) +
-            ", where this version of fusestep.torch has no selections (where=): keep it "
-            "on the CPU, or leave it out of where");
       update.draw = {seed, stepper.steps, parameter.index};
       // The next is likely to be sparse, too, and torch takes long to say that it cannot be read.
       if (parameter.had_sparse_gradient ||
@@ -503,13 +498,9 @@ void TorchOptimizer::follow_history(FollowedParameter& parameter) {
   }
 }
 
-// Blocks that have come differently far must be where they were.
+// Blocks that have come differently far must still be there.
 void TorchOptimizer::check_blocks(const Slot& slot) const {
   const std::int64_t size = slot.parameter().size, expected = slot.block_progress->size();
-  if (slot.device().kind != Device::cpu)
-    throw TypeError(slot.name() + " is on " + name_of(slot.device()) +
-                    ", and has blocks with step counts of their own (where=), which this version " +
-                    "of fusestep cannot go on with there");
   if (size != expected)
     throw ValueError(slot.name() + " has been given " + std::to_string(size) +
                      " elements where it had " + std::to_string(expected) +
@@ -694,6 +685,11 @@ Scaling TorchOptimizer::find_scaling(const ScalingTensors& scaling) const {
 void TorchOptimizer::pull() {
   const Turnstile::Turn turn = turnstile.turn_or_own();
   stepper.pull([&](const Device& device) { return tensors_.current_stream(device); });
+}
+
+std::int64_t TorchOptimizer::steps() {
+  pull();
+  return stepper.steps;
 }
 
 std::int64_t TorchOptimizer::skipped_steps() {

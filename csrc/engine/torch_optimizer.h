@@ -96,7 +96,8 @@ class TorchOptimizer {
     stepper.settings.skip_nonfinite = value;
   }
 
-  // Waits for a GPU.
+  // Wait for a GPU.
+  std::int64_t steps();
   std::int64_t skipped_steps();
 
   // ---- for the Teller, during a step ----

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from .. import _cpu
 from .._state_dict import taken_blocks
 from ..selections import Selection, as_selection
-from . import _anchors
+from . import _anchors, _tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,11 @@ def chosen(optimizer: Optimizer, where: Any) -> list[tuple[Tensor, _cpu.Where]]:
 
     From now on blocks of these may come differently far, and the optimizer's steps count.
     """
+    if any(g.get("capturable") for g in optimizer.param_groups) and are_on_gpu(optimizer, where):
+        raise ValueError(
+            "where= is given for parameters on a GPU, but blocks are counted on the host, which a "
+            "CUDA graph does not reach: set capturable=False in all groups"
+        )
     parameters = optimizer._parameters()
     step = optimizer._native.steps if optimizer._has_selected else 0
     selections = [
@@ -39,6 +44,13 @@ def chosen(optimizer: Optimizer, where: Any) -> list[tuple[Tensor, _cpu.Where]]:
             optimizer._blocks[parameter] = _cpu.BlockProgress()
             optimizer._native.ask_again()
     return selections
+
+
+def are_on_gpu(optimizer: Optimizer, where: Any) -> bool:
+    """Return whether parameters on a GPU move in part now, or have before."""
+    if any(map(_tensors.is_on_gpu, optimizer._blocks)):
+        return True
+    return where is not None and any(_tensors.is_on_gpu(p) for p, _ in optimizer._parameters())
 
 
 def _one_by_one(parameters: Sequence[tuple[Tensor, str]], where: Any) -> list[Any]:

@@ -143,8 +143,10 @@ class Optimizer(torch.optim.Optimizer):
             (:class:`fusestep.RandomBlocks`, :class:`fusestep.CyclicBlocks`,
             :class:`fusestep.TopK`), or a dict from parameters to selections and boolean tensors (of
             a parameter's shape or of its first axis), or such a list in the order of the parameters
-            in all groups. See :meth:`fusestep.Optimizer.step`. For parameters on the CPU. Steps are
-            counted, for draws and schedules, from the first one that has it.
+            in all groups. See :meth:`fusestep.Optimizer.step`. Steps are counted, for draws and
+            schedules, from the first one that has it. On a GPU the host knows from then on how far
+            the blocks have come: a step waits for a loss scaler and for ``skip_nonfinite``, and
+            cannot be captured in a CUDA graph.
 
         Returns
         -------
@@ -162,7 +164,8 @@ class Optimizer(torch.optim.Optimizer):
         ValueError
             Shapes differ, two parameters share memory, a gradient shares memory with a parameter or
             state, a gradient is on another device than its parameter, or an option of a group has a
-            value that is out of range.
+            value that is out of range; or `where` is given for parameters on a GPU in a group that
+            is capturable.
         RuntimeError
             A CUDA graph is being captured, and its replays would not be steps; or a gradient on the
             GPU is sparse.
@@ -237,7 +240,10 @@ class Optimizer(torch.optim.Optimizer):
         # torch.amp.GradScaler sets these two around a step that unscales for itself.
         found_inf = getattr(self, "found_inf", None)
         loss_scale = getattr(self, "grad_scale", None)
-        on_gpu = self._on_the_gpu(loss_scale, found_inf)
+        on_gpu = None
+        is_scaled = loss_scale is not None or found_inf is not None
+        if is_scaled and not _selections.are_on_gpu(self, where):  # which the host counts
+            on_gpu = self._on_the_gpu(loss_scale, found_inf)
         if on_gpu is None:
             if found_inf is not None and float(found_inf) != 0:
                 return loss
@@ -557,8 +563,11 @@ class Optimizer(torch.optim.Optimizer):
     def _should_count_on_gpu(self) -> bool:
         """Return whether step counts of parameters on a GPU belong there.
 
-        Where the host cannot know whether a step happens, or how often.
+        Where the host cannot know whether a step happens, or how often; but it is the host that
+        counts the updates of blocks.
         """
+        if _selections.are_on_gpu(self, None):
+            return False
         return any(
             self.skip_nonfinite
             or group.get("capturable")
