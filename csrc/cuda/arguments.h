@@ -70,6 +70,7 @@ struct RowList {
   const std::int64_t* first = nullptr;
   const std::int64_t* source = nullptr;
   const std::int64_t* state = nullptr;
+  bool is_in_place = false;  // without sources: the values of a row are that row
 };
 
 // A table of which some rows move. The arrays and their size are those of row 0; dense rows have an

@@ -16,9 +16,11 @@ struct OneSource {
 // The rows of values that are added up to the gradient of a row; offsets are from the first.
 class RowSources {
  public:
-  FUSESTEP_HOST_DEVICE RowSources(const RowsItem& table, std::int64_t number)
+  FUSESTEP_HOST_DEVICE RowSources(const RowsItem& table, std::int64_t number, std::int64_t in_table)
       : source_(table.rows.source ? table.rows.source + table.rows.first[number] : nullptr),
-        first_(source_ ? source_[0] : number),
+        first_(source_                  ? source_[0]
+               : table.rows.is_in_place ? in_table
+                                        : number),
         count_(source_ ? table.rows.first[number + 1] - table.rows.first[number] : 1),
         stride_(table.stride[kGradient]) {}
 
@@ -35,13 +37,13 @@ class RowSources {
 
 // A row that moves: an item by itself.
 struct Row {
-  RowSources sources;
   std::int64_t in_table;
+  RowSources sources;
   AnchoredItemOf<std::int64_t> item;
 
   FUSESTEP_HOST_DEVICE Row(const RowsItem& table, std::int64_t number)
-      : sources(table, number),
-        in_table(table.rows.row ? table.rows.row[number] : number),
+      : in_table(table.rows.row ? table.rows.row[number] : number),
+        sources(table, number, in_table),
         item(table) {
     const std::int64_t of_state = table.rows.state ? table.rows.state[number] : in_table;
     item.data[kParameter] += in_table * table.stride[kParameter];

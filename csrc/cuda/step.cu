@@ -88,6 +88,7 @@ std::vector<Piece> placed(WorkList list, Workspace& workspace, Stream stream) {
     piece.rows.first = place(first);
     piece.rows.source = place(source);
     piece.rows.state = place(state);
+    piece.rows.is_in_place = piece.work->rows->is_in_place();
   }
   return pieces;
 }

@@ -187,7 +187,11 @@ gradients::Rows table_of(const selections::Part& part, const Pieces& pieces,
                          std::vector<std::int64_t> to) {
   gradients::Rows table;
   if (!part.rows) {
-    table.plan_pairs(std::move(to), pieces.numbers(kGradient));
+    std::vector<std::int64_t> from = pieces.numbers(kGradient);
+    if (from == to)
+      table.plan_in_place(std::move(to));
+    else
+      table.plan_pairs(std::move(to), std::move(from));
     return table;
   }
   const InMemory values(part.operand[kGradient]);

@@ -58,6 +58,7 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
   source_.clear();
   first_.clear();
   state_row_.clear();
+  is_in_place_ = false;
   if (ascend) {
     row_.assign(numbers.begin(), numbers.end());
   } else {
@@ -75,6 +76,12 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
   values_ = std::ssize(numbers);
 }
 
+void Rows::plan_in_place(std::vector<std::int64_t> rows) {
+  plan_sums(std::move(rows), {}, {});
+  values_ = count_;
+  is_in_place_ = true;
+}
+
 void Rows::plan_pairs(std::vector<std::int64_t> rows, std::vector<std::int64_t> sources) {
   std::vector<std::int64_t> first(rows.size() + 1);
   std::iota(first.begin(), first.end(), 0);
@@ -83,6 +90,7 @@ void Rows::plan_pairs(std::vector<std::int64_t> rows, std::vector<std::int64_t> 
 
 void Rows::plan_sums(std::vector<std::int64_t> rows, std::vector<std::int64_t> first,
                      std::vector<std::int64_t> sources) {
+  is_in_place_ = false;
   row_ = std::move(rows);
   state_row_.clear();
   first_ = std::move(first);
@@ -97,6 +105,7 @@ void Rows::plan_state(std::vector<std::int64_t> rows) {
 }
 
 void Rows::plan_all(std::int64_t table_rows) {
+  is_in_place_ = false;
   row_.clear();
   state_row_.clear();
   first_.clear();

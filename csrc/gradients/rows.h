@@ -22,7 +22,10 @@ class Rows {
   // Throws IndexError, and leaves what was planned before, for a number that is not a row.
   void plan(std::span<const std::int64_t> numbers, std::int64_t table_rows);
 
-  // These rows, which ascend; the values of each are the row that stands at its place in `sources`.
+  // These rows, which ascend; the values of each are the row of the same number.
+  void plan_in_place(std::vector<std::int64_t> rows);
+
+  // The same where the values of each are the row that stands at its place in `sources`.
   void plan_pairs(std::vector<std::int64_t> rows, std::vector<std::int64_t> sources);
 
   // The same where the values of several rows are added up: those of the i-th row stand at
@@ -64,9 +67,12 @@ class Rows {
     return first_[at + 1] - first_[at];
   }
   std::int64_t source(std::int64_t i, std::int64_t k) const {
-    if (source_.empty()) return i;
+    if (source_.empty()) return is_in_place_ ? row(i) : i;
     return source_[static_cast<std::size_t>(first_[static_cast<std::size_t>(i)] + k)];
   }
+
+  // True where there is no list of sources, and the values of a row are that row.
+  bool is_in_place() const { return is_in_place_; }
 
   // What is behind this, for who walks it elsewhere: rows, first sources, sources, rows of state.
   std::array<std::span<const std::int64_t>, 4> lists() const {
@@ -83,6 +89,7 @@ class Rows {
   std::vector<std::int64_t> first_;      // where the sources of each row begin, and the end
   std::vector<std::int64_t> source_;     // in the order of the rows; empty: one for each, in order
   std::vector<std::int64_t> state_row_;  // empty: the rows themselves
+  bool is_in_place_ = false;
 };
 
 template <class Keeps>
@@ -96,6 +103,7 @@ void Rows::filter(Keeps keeps) {
   }
   first.push_back(std::ssize(source));
   count_ = std::ssize(row);
+  is_in_place_ = false;
   row_.swap(row);
   first_.swap(first);
   source_.swap(source);

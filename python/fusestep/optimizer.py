@@ -213,9 +213,7 @@ class Optimizer:
             parameter a selection, a boolean array (of its shape or of its first axis:
             :class:`fusestep.Mask`) or None. What is not selected keeps its value and, unless the
             selection says ``frozen="track"``, its state, and its gradient does not count for
-            ``max_norm`` and ``skip_nonfinite`` then. For parameters on a GPU: ``RandomBlocks``,
-            ``CyclicBlocks`` and booleans for the first axis, with ``frozen="freeze"`` and arrays as
-            gradients.
+            ``max_norm`` and ``skip_nonfinite`` then.
         zero_grad
             Set the gradients to zero in the same pass, all of them, also when ``skip_nonfinite``
             leaves the step out.
@@ -224,7 +222,7 @@ class Optimizer:
         ------
         TypeError
             A gradient is not an array of a supported dtype, or `grads` or `where` has the wrong
-            form; `where` selects what it cannot on a GPU.
+            form.
         ValueError
             A gradient has the wrong shape, or shares memory with a parameter or its state; there
             are too few or too many; a name is unknown; with `zero_grad`, a gradient is read-only
