@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -14,9 +16,23 @@ AVAILABLE = [name for name, runs_here in _cpu.tiers() if runs_here]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
+    parser.addoption(
+        "--every", type=int, default=1, help="of each test's parameters, run one of so many"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    every = config.getoption("--every")
+    if every > 1:  # where it is memory that is looked at, rather than numbers
+        seen: Counter[str] = Counter()
+        kept = []
+        for item in items:
+            function = item.nodeid.partition("[")[0]
+            i = seen[function]
+            seen[function] += 1
+            if (i + i // every) % every == 0:  # not always the first of as many values
+                kept.append(item)
+        items[:] = kept
     if config.getoption("--run-slow"):
         return
     skip = pytest.mark.skip(reason="slow: takes minutes or many gigabytes; use --run-slow")
