@@ -7,6 +7,7 @@
 
 #include "core/errors.h"
 #include "cpu/top.h"
+#include "engine/stepper.h"
 
 namespace fusestep::engine {
 
@@ -151,6 +152,29 @@ void Slot::check_rows(const Array& values, std::span<const std::int64_t> numbers
   }
 }
 
+void Slot::check_can_take_samples() const {
+  if (is_on_gpu())
+    throw TypeError("the gradient of " + name_ +
+                    " is one of samples, which this version of "
+                    "fusestep adds up on the CPU alone; " +
+                    name_ + " is on " + name_of(device()));
+  if (is_rowwise_)
+    throw TypeError("the gradient of " + name_ +
+                    " is one of samples, which a rule with state of "
+                    "rows cannot add up; give their sum, or fs.Rows");
+}
+
+void Slot::check_samples(const Array& values, const OccupiedMemory& memory, bool clears_gradient) {
+  const auto shape = parameter_.geometry().shape, given = values.geometry().shape;
+  if (!std::ranges::equal(shape, given.subspan(1)))
+    throw ValueError("the samples for " + name_ + " have values of shape " + shape_text(values) +
+                     "; expected one gradient for each sample, of shape " + shape_text(parameter_));
+  known_ = {};  // their shape is not the parameter's
+  check_memory(values, memory, clears_gradient);
+  known_ = {};
+  gradient_is_known_ = false;
+}
+
 void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
                             bool clears_gradient) {
   check_gradient(gradient, memory, clears_gradient);
@@ -160,21 +184,24 @@ void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
 
 // ---- a part of the parameter ----
 
-void Slot::prepare_part(const Array& gradient,
-                        const std::optional<std::vector<std::int64_t>>& numbers,
-                        const selections::Choice* choice, const selections::Draw& draw,
-                        const OccupiedMemory& memory, bool clears_gradient) {
+void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool clears_gradient) {
+  const Array& gradient = update.gradient;
+  const auto& numbers = update.row_numbers;
   // First what may be refused: a gradient that has been checked counts as known.
-  if (choice) check_can_choose(*choice, numbers.has_value());
+  if (update.choice) check_can_choose(*update.choice, numbers.has_value());
+  if (update.samples) check_can_take_samples();
   select_all();
-  if (choice) select(*choice, draw);
+  if (update.choice) select(*update.choice, update.draw);
   if (is_rowwise_) check_selects_rows();
   if (is_on_gpu() && !is_rowwise_) check_state_has_one_layout();
   if (numbers)
     check_rows(gradient, *numbers, memory, clears_gradient);
+  else if (update.samples)
+    check_samples(gradient, memory, clears_gradient);
   else
     check_gradient(gradient, memory, clears_gradient);
   part_.rows = numbers ? &rows_ : nullptr;
+  part_.samples = update.samples ? &*update.samples : nullptr;
   if (is_rowwise_)
     plan_selected_rows(gradient, !numbers);
   else

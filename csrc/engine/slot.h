@@ -26,6 +26,8 @@
 
 namespace fusestep::engine {
 
+struct Update;
+
 class Slot {
  public:
   Slot(std::string name, const rules::AnyRule& rule);
@@ -55,11 +57,8 @@ class Slot {
                     const OccupiedMemory& memory, bool clears_gradient);
 
   // The same where a part of the parameter moves: what is chosen of it, or, where its blocks have
-  // come differently far, all. Without `numbers` the gradient is of all rows.
-  void prepare_part(const arrays::Array& gradient,
-                    const std::optional<std::vector<std::int64_t>>& numbers,
-                    const selections::Choice* choice, const selections::Draw& draw,
-                    const OccupiedMemory& memory, bool clears_gradient);
+  // come differently far, all; or where the gradient is made as it is used.
+  void prepare_part(const Update& update, const OccupiedMemory& memory, bool clears_gradient);
 
   // Before a part moves: by which rule. From now on its blocks may come differently far.
   void begin_part(const rules::AnyRule& rule, double lr);
@@ -125,6 +124,9 @@ class Slot {
   void check_rows(const arrays::Array& values, std::span<const std::int64_t> numbers,
                   const OccupiedMemory& memory, bool clears_gradient);
   void check_shape_of_rows(const arrays::Array& values) const;
+  void check_can_take_samples() const;
+  void check_samples(const arrays::Array& values, const OccupiedMemory& memory,
+                     bool clears_gradient);
   void check_memory(const arrays::Array& gradient, const OccupiedMemory& memory,
                     bool clears_gradient);
   void plan(const arrays::Array& gradient);

@@ -11,6 +11,7 @@
 #include "core/flat_array.h"
 #include "core/tile_bits.h"
 #include "gradients/rows.h"
+#include "gradients/samples.h"
 #include "rules/block_progress.h"
 #include "selections/choice.h"
 #include "selections/selection.h"
@@ -29,6 +30,9 @@ struct Part {
   const gradients::Rows* rows = nullptr;
   Selection listed;
   std::int64_t row_size = 0;
+
+  // Where the gradient is one for each sample: what is added up.
+  const gradients::Samples* samples = nullptr;
 
   // Where the selection depends on what the step finds, it is made when that is known.
   const Choice* top = nullptr;
