@@ -75,17 +75,17 @@ class Optimizer:
         nothing, they and their state stay as they are, as in ``torch.optim.SparseAdam``.
         ``"exact"``: a gradient of zero, as if the whole table had been given. They are brought up
         to date when they are next listed; before reading rows, call :meth:`catch_up`, before
-        reading the whole table, :meth:`flush`.
+        reading the whole table, :meth:`flush`. What rows have missed is noted on the host, which
+        a CUDA graph does not reach; with ``skip_nonfinite`` it waits for a GPU in every step.
 
     Raises
     ------
     TypeError
-        Something is not an array, not of a supported dtype, or a hyper-parameter is not a number;
-        with ``rows="exact"``, a parameter is on a GPU.
+        Something is not an array, not of a supported dtype, or a hyper-parameter is not a number.
     ValueError
         A hyper-parameter is out of range; an array is read-only, overlaps itself or another one;
         there are no parameters; with ``capturable``, a parameter is not on the GPU of the others,
-        or ``lr`` is a callable.
+        ``lr`` is a callable, or ``rows`` is "exact".
     RuntimeError
         A parameter is on a GPU that cannot be used; the message says why.
 
@@ -155,6 +155,11 @@ class Optimizer:
         self._capturable = flag("capturable", capturable)
         self._check_rate(self._hyperparameters)
         self._rows = one_of("rows", rows, ("lazy", "exact"))
+        if self._capturable and self._rows == "exact":
+            raise ValueError(
+                "capturable=True is for CUDA graphs, and rows='exact' notes on the host, which "
+                "they do not reach, what rows have missed: leave out one of them"
+            )
 
         self._parameters = Parameters(params)
         options = self._native_options(self._hyperparameters)
