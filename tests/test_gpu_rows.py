@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import fusestep as fs
 from devices import Capsule, Interface, Library, assert_same, bfloat16, in_use, on_host
+from fusestep import _cpu
 from rules import PLAIN, ROWWISE, RULES, Rule
 from test_gpu import (
     DTYPES,
@@ -1025,3 +1026,164 @@ def test_missed_steps_are_made_up_for_in_the_order_of_streams(
         opt.flush()
     cpu.flush()
     assert_same(on_host(w), start)
+
+
+# ---- tables that grow ---------------------------------------------------------------------------
+
+
+def resize(pair: Pair, key: Any, count: int, init: Any = 0.0, gpu_init: Any = None) -> None:
+    """Of both; what comes of it is an array of the same library, on the same device."""
+    table = pair.cpu.resize(key, count, init=init)
+    on_gpu = pair.gpu.resize(key, count, init=init if gpu_init is None else gpu_init)
+    assert on_gpu is pair.gpu.params[key]
+    assert on_host(on_gpu).dtype == table.dtype
+    if pair.places[key] is not None:
+        assert pair.lib.is_own(on_gpu)
+        assert pair.lib.device_of(on_gpu) == pair.places[key]
+    check_tables(pair)
+
+
+def check_tables(pair: Pair) -> None:
+    """Also those that lie elsewhere by now."""
+    pair.check()
+    params = pair.cpu.params
+    for key in params if isinstance(params, dict) else range(len(params)):
+        assert_same(on_host(pair.gpu.params[key]), params[key])
+
+
+def inits(lib: Library, values: np.ndarray) -> list[Any]:
+    """Ways of saying what new rows are."""
+    return [values, values.tolist(), lib.put(values), lambda shape: lib.put(values.reshape(shape))]
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ["lazy", "exact"])
+@pytest.mark.parametrize("is_anchored", [False, True])
+def test_tables_that_grow(
+    lib: Library,
+    rule: Rule,
+    dtype: np.dtype,
+    rows: str,
+    is_anchored: bool,
+    rng: np.random.Generator,
+) -> None:
+    """By a row, by many, by none; of any width, with steps in between."""
+    needs(lib, dtype)
+    shapes = [(9, 5), (4,), (0, 3), (3, 2, 64), (4, 0)]
+    params = [standard(rng, shape, dtype) for shape in shapes]
+    pair = RowsPair(lib, rule.cls, params, rows=rows, **rule.options)
+    for step in range(8):
+        if step == 2 and is_anchored:
+            importance = [some_importance(rng, w.shape) for w in pair.cpu.params]
+            anchor(pair, 2.0, None, importance)
+        for key in range(len(shapes)):
+            old = pair.cpu.params[key].shape
+            more = int(rng.choice([0, 1, 1, 20])) if step != 4 else 0
+            values = standard(rng, (more, *old[1:]))
+            ways = [(values, way) for way in inits(lib, values)] if values.size else []
+            ways += [(0.0, None), (0.25, np.float32(0.25)), (True, 1)]
+            init, gpu_init = ways[(step + key) % len(ways)]
+            resize(pair, key, old[0] + more, init, gpu_init)
+        if is_anchored:
+            check_anchors(pair)
+        pair.step([some_rows(rng, w, 4) for w in pair.cpu.params])
+        if step == 5:
+            pair.step([standard(rng, w.shape, dtype) for w in pair.cpu.params])
+        check_tables(pair)
+    for opt in (pair.cpu, pair.gpu):
+        opt.flush()
+    check_tables(pair)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_tables_of_any_layout_grow(lib: Library, layout: str, rng: np.random.Generator) -> None:
+    start = layout_for(lib, layout)(standard(rng, (6, 5)))
+    pair = RowsPair(lib, fs.AdamW, [start])
+    for count in (7, 30):
+        pair.step([standard(rng, pair.cpu.params[0].shape)])
+        resize(pair, 0, count, 1.0)
+    pair.step([some_rows(rng, pair.cpu.params[0], 9)])
+    check_tables(pair)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_norm": 0.5, "skip_nonfinite": True}, {"capturable": True}], ids=str
+)
+def test_tables_grow_on_several_devices(
+    lib: Library, options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """In every way of counting steps; in a dict; room is left for more."""
+    is_captured = "capturable" in options
+    second = 1 if lib.devices() > 1 and not is_captured else 0
+    places = {"a": 0, "b": 0 if is_captured else None, "c": second}
+    params = {key: standard(rng, (5, 33)) for key in places}
+    common = {} if is_captured else options
+    gpu = options if is_captured else {}
+    pair = RowsPair(lib, fs.NAdam, params, places=places, gpu=gpu, **common)
+    addresses = set()
+    for step in range(9):
+        grads = {key: some_rows(rng, w, 7) for key, w in pair.cpu.params.items()}
+        if step == 3 and common:
+            grads["c"].values[-1, -1] = np.nan
+        pair.step(grads, zero_grad=True)
+        for key in places:
+            resize(pair, key, 6 + step, float(step))
+        addresses.add(_cpu.describe_array(pair.gpu.params["a"], "a")[0])
+    pair.step({key: standard(rng, w.shape) for key, w in pair.cpu.params.items()})
+    check_tables(pair)
+    assert len(addresses) <= 4
+    if common:
+        assert pair.gpu.skipped_steps == 1
+
+
+def test_tables_with_blocks_of_their_own_age_grow(lib: Library, rng: np.random.Generator) -> None:
+    pair = RowsPair(lib, fs.Adam, [standard(rng, (12, 128))], seed=3)
+    for count in (12, 14, 25):
+        resize(pair, 0, count, 0.5)
+        shape = pair.cpu.params[0].shape
+        for _ in range(3):
+            pair.step([standard(rng, shape)], where=fs.RandomBlocks(0.4, block=128))
+        pair.step([standard(rng, shape)])
+    check_tables(pair)
+
+
+def test_tables_grow_in_the_order_of_streams(lib: Library, rng: np.random.Generator) -> None:
+    """Rows that the current stream is still to write."""
+    start = standard(rng, (300, 40))
+    w, late = lib.put(np.zeros_like(start)), lib.put(start)
+    opt, cpu = fs.SGD([w], lr=1.0), fs.SGD([start], lr=1.0)
+    g = standard(rng, (320, 40))
+    on_gpu = lib.put(g)
+    with lib.stream():
+        if lib.name != "simulated":
+            lib.spin()
+        w[...] = late
+        table = opt.resize(0, 320, init=2.0)
+        lib.fill(w, np.nan)
+        opt.step([on_gpu])
+    expected = cpu.resize(0, 320, init=2.0)
+    cpu.step([g])
+    assert_same(on_host(table), expected)
+
+
+def test_what_cannot_grow_changes_nothing(lib: Library, rng: np.random.Generator) -> None:
+    w, odd = lib.put(standard(rng, (5, 3))), Interface(lib.put(standard(rng, (5, 3))))
+    opt = fs.Adam([w, odd])
+    cases: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+        ((0, 4), ValueError, "has 5 rows; it cannot be resized to 4"),
+        ((0, 7, lib.put(np.ones((3, 3)))), ValueError, "init has shape (3, 3)"),
+        ((0, 7, "x"), TypeError, "init is 'x'"),
+        ((1, 7), TypeError, "only arrays of NumPy, CuPy and PyTorch can be resized"),
+        ((2, 7), KeyError, "2 is not a parameter"),
+    ]
+    for (key, count, *init), error, words in cases:
+        named = {"init": init[0]} if init else {}
+        refused(
+            opt,
+            [w],
+            lambda key=key, count=count, named=named: opt.resize(key, count, **named),
+            error,
+            words,
+        )
+        assert opt.params[0] is w

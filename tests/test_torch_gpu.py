@@ -2463,15 +2463,13 @@ def test_a_sparse_gradient_on_a_gpu_for_a_table_on_the_cpu(machine: Machine) -> 
 
 
 def test_what_tables_on_a_gpu_do_not_have(machine: Machine) -> None:
-    """Selections, more rows."""
+    """Selections."""
     (p,) = leaves(machine.gpu, (40, 3))
     opt = fst.Adam([p])
     give_rows(machine, [p], 0)
     before = machine.to_cpu(p)
     with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*no selections"):
         opt.step(where=torch.ones(40, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*cannot resize"):
-        opt.resize(p, 50)
     assert_same(machine.to_cpu(p), before)
     assert not opt.state
     opt.step()
@@ -2623,6 +2621,108 @@ def test_exact_rows_cannot_be_captured(machine: Machine) -> None:
         return standing(opt, params)
 
     assert_same_course(machine, course)
+
+
+# ---- tables that grow ----------------------------------------------------------------------------
+
+
+def growing_steps(place: Place, rule: Rule, dtype: Any, rows: str, has_anchor: bool) -> Any:
+    """By a row, by many, by none, before the first step and with a gradient at hand."""
+    machine = place.machine
+    params = leaves(place, (40, 3), (17,), (9, 2, 33), (0, 4), (33,), dtype=dtype)
+    tables = params[:-1]
+    opt = make(rule, params, rows=rows)
+    generator = torch.Generator().manual_seed(7)
+    for step in range(8):
+        if step == 2 and has_anchor:
+            anchor(opt, params[:3])
+        give(machine, params, step)
+        give_rows(machine, tables, step, skipped=[step == 4])
+        if step in (0, 3, 4, 6):
+            for p in tables:
+                more = (step + len(p)) % 4
+                values = numbers((more, *p.shape[1:]), torch.float32, generator)
+                if dtype.is_complex or step == 6:
+                    opt.resize(p, len(p) + more, 0.5)
+                else:
+                    opt.resize(p, len(p) + more, place.put(values))
+                assert place.has(p)
+                assert place.has(p.grad)
+        opt.step()
+    behind = machine.to_cpu(standing(opt, params))
+    opt.flush()
+    return {"behind": behind, **standing(opt, params)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rows", ["lazy", "exact"])
+@pytest.mark.parametrize("has_anchor", [False, True])
+def test_tables_that_grow(
+    machine: Machine, rule: Rule, dtype: Any, rows: str, has_anchor: bool
+) -> None:
+    if has_anchor and dtype.is_complex:
+        pytest.skip("complex parameters have no anchors")
+    assert_same_course(machine, growing_steps, rule, dtype, rows, has_anchor)
+
+
+def growing_in_mode(place: Place, name: str, mode: str) -> Any:
+    """Wherever steps are counted; some of them are left out."""
+    machine = place.machine
+    params = leaves(place, (40, 3), (17,), (33,))
+    opt = new(name, params, **mode_options(place, name, mode))
+    for step in range(8):
+        if step in (0, 2, 5):
+            opt.resize(params[0], len(params[0]) + 3, init=1.0)
+        give(machine, params, step)
+        give_rows(machine, params[:2], step)
+        if step in (0, 3) and opt.skip_nonfinite:
+            params[0].grad._values().view(-1)[2] = float("nan")
+        opt.step(zero_grad=step % 2 == 0)
+    return {**standing(opt, params), "skipped": opt.skipped_steps}
+
+
+@each_class_and_mode()
+def test_tables_that_grow_in_every_mode(machine: Machine, name: str, mode: str) -> None:
+    assert_same_course(machine, growing_in_mode, name, mode)
+
+
+def test_an_embedding_that_grows(machine: Machine) -> None:
+    """The parameter is the same object: its module and autograd go on with it."""
+
+    def course(place: Place) -> Any:
+        words = torch.nn.Embedding(10, 3, sparse=True)
+        (weight,) = leaves(place, (10, 3))
+        words.weight = weight = torch.nn.Parameter(weight.detach())
+        opt = fst.Adam([weight], lr=0.1)
+        for count in (10, 12, 30):
+            opt.resize(weight, count, lambda shape: place.put(torch.full(shape, 0.5)))
+            assert words.weight is weight
+            asked = place.put(torch.tensor([[0, count - 1], [3, 3]]))
+            words(asked).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        return standing(opt, [weight])
+
+    assert_same_course(machine, course)
+
+
+def test_what_cannot_grow_changes_nothing(machine: Machine) -> None:
+    (p,) = leaves(machine.gpu, (5, 3))
+    opt = fst.Adam([p])
+    give(machine, [p], 0)
+    opt.step()
+    before, gradient = machine.to_cpu(standing(opt, [p])), p.grad
+    for count, init, error, words in [
+        (4, 0.0, ValueError, "has 5 rows; it cannot be resized to 4"),
+        (7, machine.gpu.put(torch.ones(3, 3)), ValueError, r"init has shape \(3, 3\)"),
+        (7, "x", TypeError, "init is 'x'"),
+        (7.0, 0.0, TypeError, "float"),
+    ]:
+        with pytest.raises(error, match=words):
+            opt.resize(p, count, init)
+        assert_same(machine.to_cpu(standing(opt, [p])), before)
+        assert p.grad is gradient
 
 
 # ---- anchors -------------------------------------------------------------------------------------

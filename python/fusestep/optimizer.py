@@ -169,7 +169,7 @@ class Optimizer:
             for array, label in zip(self._parameters.arrays, self._parameters.labels, strict=True)
         ]
         self._anchors: dict[int, Anchor] = {}
-        self._growing: dict[tuple[int, str | None], Any] = {}
+        self._growing: dict[tuple[int, str | None], tuple[Any, Any]] = {}
         self._native = _cpu.Optimizer(
             self._rule,
             options,
@@ -342,8 +342,8 @@ class Optimizer:
         """Give a table more rows: there are new users, or new items.
 
         Old rows and their state keep their bits; new ones start fresh. The table moves to other
-        memory, which has room to spare: resizing again and again, one row at a time, copies each
-        row a few times in all.
+        memory on its device, which has room to spare: resizing again and again, one row at a time,
+        copies each row a few times in all. CUDA graphs go on with the memory before.
 
         Parameters
         ----------
@@ -358,15 +358,16 @@ class Optimizer:
         Returns
         -------
         array
-            The parameter from now on, also to be found in :attr:`params`: a NumPy array. Use it in
-            place of the one before, which steps do not update, or only sometimes.
+            The parameter from now on, also to be found in :attr:`params`: an array of the same
+            library, in C order; a torch tensor requires no gradient. Use it in place of the one
+            before, which steps do not update, or only sometimes.
 
         Raises
         ------
         KeyError
             There is no such parameter.
         TypeError
-            `n_rows` is not an int; the parameter is not a NumPy array.
+            `n_rows` is not an int; the parameter is not an array of NumPy, CuPy or PyTorch.
         ValueError
             It has more rows already, or no dimensions; `init` does not have the shape of the new
             rows. Nothing has been changed then.

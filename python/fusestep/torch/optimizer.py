@@ -399,7 +399,7 @@ class Optimizer(torch.optim.Optimizer):
         Parameters
         ----------
         parameter
-            One of this optimizer's, on the CPU.
+            One of this optimizer's.
         n_rows
             Its new extent along the first axis; not less than the present one.
         init
@@ -411,7 +411,7 @@ class Optimizer(torch.optim.Optimizer):
         KeyError
             It is not a parameter of this optimizer.
         TypeError
-            `n_rows` is not an int; the parameter is not a plain tensor on the CPU.
+            `n_rows` is not an int; the parameter is not a plain tensor on the CPU or an NVIDIA GPU.
         ValueError
             It has more rows already, or no dimensions; `init` does not have the shape of the new
             rows. Nothing has been changed then.
