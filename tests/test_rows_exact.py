@@ -725,7 +725,7 @@ def test_a_history_that_is_full_is_made_up_for(rule: Rule) -> None:
 def test_it_does_not_matter_whether_rows_are_asked_for(
     rule: Rule, dtype: type, width: int, rng: np.random.Generator
 ) -> None:
-    """To the bit, also where numbers are rounded to be stored; whatever scales gradients."""
+    """Right before a step. To the bit, also where it is rounded; whatever scales gradients."""
     start = rng.standard_normal((9, width)).astype(dtype)
     start[0, 0] = -0.0
     opts = [rule.cls([start.copy()], rows="exact", **rule.options) for _ in range(2)]

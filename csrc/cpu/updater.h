@@ -142,7 +142,7 @@ class Updater : Mover<T> {
     };
     if (work_.history && work_.history->is_behind(tile.row())) {
       catch_up(tile, at, buffer[kGradient], may_be_in_closed_form);
-      // Rounded as if somebody had asked for the row: whether anybody has must not matter.
+      // Rounded as if somebody had asked for the row first: whether anybody has must not matter.
       for_each_stored([&](T* elements, const Block& block) {
         access_.store(elements, block);
         access_.load(block, elements);

@@ -24,6 +24,7 @@ bool is_at_rest(const rules::IdleBytes& idle, const Work& work) {
 
 void MissedRows::add(const Slot& slot, const rules::AnyRule& rule, const gradients::Rows& rows) {
   const rules::RowHistory& history = *slot.history;
+  if (!history.has_missed_steps()) return;
   Table& table = tables_.emplace_back();
   table.history = slot.history;
   table.loop.loop = rule.loop(slot.states());
