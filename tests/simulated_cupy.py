@@ -264,6 +264,10 @@ def full(shape: Any, fill: Any, dtype: Any = float) -> ndarray:
     return ndarray(np.full(shape, fill, dtype), _here.device)
 
 
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    return full(shape, 99, dtype)  # whatever was there before
+
+
 def zeros(shape: Any, dtype: Any = float) -> ndarray:
     return full(shape, 0, dtype)
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import fusestep as fs
 from devices import Capsule, Interface, Library, assert_same, bfloat16, in_use, on_host
+from fusestep import _cpu
 from rules import PLAIN, ROWWISE, RULES, Rule
 from test_gpu import (
     DTYPES,
@@ -569,11 +571,6 @@ def test_what_has_no_rows(lib: Library) -> None:
         fs.RowwiseAdagrad([scalar])
 
 
-def test_exact_rows_are_for_the_cpu(lib: Library) -> None:
-    with pytest.raises(TypeError, match=r'is on cuda:0.*rows="lazy"'):
-        fs.Adam([lib.put(np.ones((2, 2), f32))], rows="exact")
-
-
 def test_catching_up_has_nothing_to_do(lib: Library) -> None:
     opt = fs.Adam([lib.put(np.ones((5, 2), f32))])
     opt.catch_up([lib.put(np.array([1, 2]))])
@@ -716,3 +713,477 @@ def test_tables_go_from_cpu_to_gpu(
             pair.gpu.load(tmp_path / "a")
         pair.step([some_rows(rng, start, 60)])
         pair.check()
+
+
+# ---- exact rows ---------------------------------------------------------------------------------
+
+
+class ExactPair(RowsPair):
+    """The same with rows that miss steps."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, rows="exact", **options)
+
+    def step_rows(
+        self, rng: np.random.Generator, most: int, dtype: Any = f32, **arguments: Any
+    ) -> None:
+        """A step of so many rows or fewer of each parameter, the first of them more often."""
+        grads = []
+        for w in self.cpu.params:
+            indices = rng.integers(0, len(w), most) * rng.integers(0, 2, most)
+            indices = indices[: rng.integers(0, most + 1)]
+            grads.append(fs.Rows(indices, standard(rng, (len(indices), *w.shape[1:]), dtype)))
+        self.step(grads, **arguments)
+
+    def idle(self, steps: int, **arguments: Any) -> None:
+        """Steps that list no row."""
+        nothing = [np.zeros((0, *w.shape[1:]), f32) for w in self.cpu.params]
+        for _ in range(steps):
+            self.step([fs.Rows([], values) for values in nothing], **arguments)
+
+    def flush(self) -> None:
+        self.cpu.flush()
+        self.gpu.flush()
+        self.check()
+
+    def check(self) -> None:
+        """What is noted is the same, too."""
+        super().check()
+        for ours, theirs in zip(*(missed(opt) for opt in (self.gpu, self.cpu)), strict=True):
+            np.testing.assert_equal(ours, theirs)
+
+
+def missed(opt: fs.Optimizer) -> list[Any]:
+    entries = opt.state_dict()["state"].values()
+    return [(entry.get("missed_steps"), entry.get("recent_steps")) for entry in entries]
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_rows_of_every_rule_dtype_and_width(
+    lib: Library, rule: Rule, dtype: np.dtype, rng: np.random.Generator
+) -> None:
+    """More tables than a launch takes; some of rows that are not aligned."""
+    needs(lib, dtype)
+    widths = [1, 3, 4, 33, 64, 128, 1023, 1024, 1500, 2304, *[5] * 30]
+    pair = ExactPair(lib, rule.cls, [standard(rng, (9, n), dtype) for n in widths], **rule.options)
+    for step in range(8):
+        pair.step_rows(rng, 7, lib.dtypes[step % len(lib.dtypes)])
+        pair.check()
+    assert any(missed(pair.gpu))
+    pair.flush()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rule=st.sampled_from(EVERY),
+    shape=TABLES,
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    dtype=st.sampled_from(DTYPES),
+    is_anchored=st.sampled_from([None, None, False, True]),
+    arguments=st.fixed_dictionaries(
+        {"zero_grad": st.booleans(), "grad_scale": st.sampled_from([1.0, -0.3])}
+    ),
+    options=st.sampled_from(
+        [
+            {},
+            {"max_norm": 0.7},
+            {"skip_nonfinite": True},
+            {"max_norm": 0.7, "skip_nonfinite": True, "maximize": True},
+            {"state_dtype": "float64"},
+            {"state_dtype": "float32"},
+        ]
+    ),
+    indices=st.sampled_from(INDEX_PLACES),
+)
+def test_any_exact_rows(
+    lib: Library,
+    rule: Rule,
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: np.dtype,
+    is_anchored: bool | None,
+    arguments: dict[str, Any],
+    options: dict[str, Any],
+    indices: str,
+) -> None:
+    """Other rates, gradients of all rows in between, rows that are asked for, skipped steps."""
+    rng = np.random.default_rng(6)
+    of_table = layout_for(lib, layout)
+    start = of_table(standard(rng, shape, dtype_for(lib, dtype)))
+    pair = ExactPair(lib, rule.cls, [start], indices=indices, **options, **rule.options)
+    if is_anchored is not None:
+        anchor(pair, 3.0, None, [some_importance(rng, shape)] if is_anchored else None)
+    for step in range(12):
+        pair.step_rows(rng, 4, lr=0.3 / (step + 1), **arguments)
+        if step == 4:
+            pair.step([of_table(standard(rng, shape))], **arguments)
+        if step in (5, 6):
+            values = np.full((1, *shape[1:]), np.nan, f32)
+            if options.get("skip_nonfinite") and values.size:
+                pair.step([fs.Rows([len(start) - 1], values)], **arguments)
+        if step in (3, 8):
+            asked = rng.integers(0, len(start), 5)
+            pair.cpu.catch_up([asked])
+            pair.gpu.catch_up([lib.put(asked) if indices == "gpu" else asked])
+        pair.check()
+    pair.flush()
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", [np.float64, f32])
+@pytest.mark.parametrize("gap", [1, 2, 300])
+def test_gaps_of_every_length(
+    lib: Library, rule: Rule, dtype: type, gap: int, rng: np.random.Generator
+) -> None:
+    """With a rate that changes, and hyper-parameters that do."""
+    pair = ExactPair(lib, rule.cls, [standard(rng, (6, 7), dtype)], **rule.options)
+    for _ in range(3):
+        pair.step([some_rows(rng, pair.cpu.params[0], 9)])
+        pair.idle(gap // 2, lr=0.02)
+        for opt in (pair.cpu, pair.gpu):
+            opt.weight_decay = 0.01
+        pair.idle(gap - gap // 2)
+        pair.check()
+    pair.step([standard(rng, (6, 7), dtype)])
+    pair.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [*PLAIN, *ROWWISE], ids=str)
+def test_more_steps_than_are_noted(lib: Library, rule: Rule, rng: np.random.Generator) -> None:
+    """After 65,536 of them all rows are brought up to date, and it begins anew."""
+    pair = ExactPair(lib, rule.cls, [standard(rng, (6, 7))], **rule.options)
+    values = lib.put(np.zeros((0, 7), f32))
+    pair.step([some_rows(rng, pair.cpu.params[0], 9)])
+    for step in range(70_000):
+        pair.cpu.step([fs.Rows([], np.zeros((0, 7), f32))])
+        pair.gpu.step([fs.Rows([], values)])
+        if step % 10_000 == 0:
+            pair.step([some_rows(rng, pair.cpu.params[0], 2)])
+    pair.check()
+    pair.flush()
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_that_no_closed_form_suits(
+    lib: Library, rule: Rule, dtype: np.dtype, rng: np.random.Generator
+) -> None:
+    """Zeros, the smallest and the largest, infinities and NaN: in a whole row, or in one place."""
+    needs(lib, dtype)
+    info = ml_dtypes.finfo(dtype)
+    odd = [0.0, -0.0, info.smallest_subnormal, info.tiny, -info.max, info.max, np.inf, np.nan]
+    start = standard(rng, (20, 70), dtype)
+    for row, number in enumerate(odd):
+        start[row] = number
+        start[10 + row, 69 - row] = number
+    pair = ExactPair(lib, rule.cls, [start], **rule.options)
+    gradients = start[::-1].copy()
+    with np.errstate(all="ignore"):
+        pair.step([fs.Rows(np.arange(20), gradients)])
+    pair.idle(7)
+    pair.cpu.catch_up([np.arange(0, 20, 2)])
+    pair.gpu.catch_up([np.arange(0, 20, 2)])
+    pair.check()
+    pair.idle(2)
+    pair.flush()
+
+
+@pytest.mark.parametrize("rule", SOME, ids=str)
+@pytest.mark.parametrize("common", [{}, {"max_norm": 0.5, "skip_nonfinite": True}], ids=str)
+def test_exact_rows_beside_other_gradients(
+    lib: Library, rule: Rule, common: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """Tables, dense and anchored parameters on two GPUs and the CPU; some left out; a NaN."""
+    shapes = [(50, 8), (30,), (200, 33), (50, 8), (4, 1500), (5,) if rule in ROWWISE else ()]
+    second = 1 if lib.devices() > 1 else 0
+    places = dict(enumerate([0, 0, second, None, 0, 0]))
+    params = [standard(rng, s, "f8" if i == 3 else f32) for i, s in enumerate(shapes)]
+    pair = ExactPair(lib, rule.cls, params, places=places, **common, **rule.options)
+    anchor(pair, [None, 2.0, 3.0, None, None, None])
+    for step in range(12):
+        grads: list[Any] = [
+            some_rows(rng, w, 3) if w.ndim and rng.random() < 0.8 else standard(rng, w.shape)
+            for w in params
+        ]
+        if step in (3, 4) and common:
+            values = grads[2].values if isinstance(grads[2], fs.Rows) else grads[2]
+            values[-1, -1] = np.nan
+        grads[int(rng.integers(0, len(shapes)))] = None
+        pair.step(grads, zero_grad=step % 2 == 1)
+        pair.check()
+    pair.flush()
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+@pytest.mark.parametrize("way", ["state_dict", "file", "pickle"])
+def test_missed_steps_go_from_cpu_to_gpu(
+    lib: Library, rule: Rule, way: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """And back. What the GPU has of an earlier history is of no use to the next."""
+    pair = ExactPair(lib, rule.cls, [standard(rng, (40, 30))], **rule.options)
+    for _ in range(4):
+        for _ in range(3):
+            pair.step_rows(rng, 9)
+        if way == "state_dict":
+            saved = pair.cpu.state_dict(), pair.gpu.state_dict()
+            pair.cpu.load_state_dict(saved[1])
+            pair.gpu.load_state_dict(saved[0])
+        elif way == "file":
+            pair.cpu.save(tmp_path / "cpu")
+            pair.gpu.save(tmp_path / "gpu")
+            pair.gpu.load(tmp_path / "cpu")
+            pair.cpu.load(tmp_path / "gpu")
+        else:
+            other = pickle.loads(pickle.dumps(pair.gpu))
+            other.flush()
+            expected = copy.deepcopy(pair.cpu)
+            expected.flush()
+            assert_same(on_host(other.params[0]), expected.params[0])
+        pair.step_rows(rng, 9)
+        pair.check()
+    pair.flush()
+
+
+def test_lists_of_missed_steps_of_any_length(lib: Library, rng: np.random.Generator) -> None:
+    """That take several launches to bring over: of rows, of gaps, of steps."""
+    pair = ExactPair(lib, fs.AdamW, [standard(rng, (3000, 3))], lr=schedule)
+    for step in range(700):
+        pair.step([fs.Rows(np.arange(4 * step, 4 * step + 4), standard(rng, (4, 3)))])
+    pair.step([some_rows(rng, pair.cpu.params[0], 9000)])
+    pair.check()
+    pair.flush()
+
+
+def schedule(step: int) -> float:
+    return 0.1 * 0.998**step
+
+
+def test_anchors_that_come_and_go_between_missed_steps(
+    lib: Library, rng: np.random.Generator
+) -> None:
+    pair = ExactPair(lib, fs.Adam, [standard(rng, (30, 5))], lr=0.1)
+    for turn in range(4):
+        pair.step_rows(rng, 3)
+        pair.idle(2)
+        if turn % 2:
+            for opt in (pair.cpu, pair.gpu):
+                opt.release_anchor()
+        else:
+            anchor(pair, 2.0, None, [some_importance(rng, (30, 5))])
+        pair.check()
+    pair.flush()
+
+
+def test_exact_rows_cannot_be_captured(lib: Library, rng: np.random.Generator) -> None:
+    """No step, nor what makes up for them. Nothing has been changed."""
+    with pytest.raises(ValueError, match="capturable=True is for CUDA graphs, and rows='exact'"):
+        fs.Adam([lib.put(np.ones((2, 2), f32))], rows="exact", capturable=True)
+    w, values = lib.put(standard(rng, (30, 4))), lib.put(standard(rng, (30, 4)))
+    opt = fs.SGD([w], lr=0.5, momentum=0.9, rows="exact")
+    few = fs.Rows(np.arange(3), values[:3])
+    with lib.stream():
+        opt.step([fs.Rows(np.arange(20), values[:20])])
+        opt.step([few])
+    for call in (
+        lambda: opt.step([few]),
+        lambda: opt.step([values]),
+        lambda: opt.catch_up([[5]]),
+        opt.flush,
+    ):
+        refused(opt, [w], lambda call=call: lib.capture(call), RuntimeError, 'rows="exact"')
+    opt.flush()
+    refused(opt, [w], lambda: lib.capture(lambda: opt.step([values])), RuntimeError, "is noted on")
+
+
+def test_rows_that_are_not_there_are_not_caught_up(lib: Library, rng: np.random.Generator) -> None:
+    w = lib.put(standard(rng, (5, 4)))
+    opt = fs.SGD([w], lr=0.5, momentum=0.9, rows="exact")
+    for listed in ([0, 1, 2, 3, 4], [0]):
+        opt.step([fs.Rows(listed, lib.put(standard(rng, (len(listed), 4))))])
+    refused(opt, [w], lambda: opt.catch_up([[2, 5]]), IndexError, "row 5 (at position 1")
+    row = lib.put(standard(rng, (1, 4)))
+    refused(opt, [w], lambda: opt.step([fs.Rows([5], row)]), IndexError, "row 5 (at position 0")
+
+
+def test_missed_steps_are_made_up_for_in_the_order_of_streams(
+    lib: Library, rng: np.random.Generator
+) -> None:
+    """Before the values, which the current stream is still to write, move the rows."""
+    start, values = standard(rng, (400, 40)), standard(rng, (400, 40))
+    w, late, g = lib.put(start), lib.put(values), lib.put(np.zeros_like(values))
+    opt, cpu = fs.AdamW([w], rows="exact"), fs.AdamW([start], rows="exact")
+    every = np.arange(400)
+    with lib.stream():
+        for rows in (every, every[:5], every[::2]):
+            if lib.name != "simulated":
+                lib.spin()
+            g[...] = late
+            opt.step([fs.Rows(rows, g[: len(rows)])])
+            lib.fill(g, np.nan)
+            cpu.step([fs.Rows(rows, values[: len(rows)])])
+        opt.flush()
+    cpu.flush()
+    assert_same(on_host(w), start)
+
+
+# ---- tables that grow ---------------------------------------------------------------------------
+
+
+def resize(pair: Pair, key: Any, count: int, init: Any = 0.0, gpu_init: Any = None) -> None:
+    """Of both; what comes of it is an array of the same library, on the same device."""
+    table = pair.cpu.resize(key, count, init=init)
+    on_gpu = pair.gpu.resize(key, count, init=init if gpu_init is None else gpu_init)
+    assert on_gpu is pair.gpu.params[key]
+    assert on_host(on_gpu).dtype == table.dtype
+    if pair.places[key] is not None:
+        assert pair.lib.is_own(on_gpu)
+        assert pair.lib.device_of(on_gpu) == pair.places[key]
+    check_tables(pair)
+
+
+def check_tables(pair: Pair) -> None:
+    """Also those that lie elsewhere by now."""
+    pair.check()
+    params = pair.cpu.params
+    for key in params if isinstance(params, dict) else range(len(params)):
+        assert_same(on_host(pair.gpu.params[key]), params[key])
+
+
+def inits(lib: Library, values: np.ndarray) -> list[Any]:
+    """Ways of saying what new rows are."""
+    return [values, values.tolist(), lib.put(values), lambda shape: lib.put(values.reshape(shape))]
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ["lazy", "exact"])
+@pytest.mark.parametrize("is_anchored", [False, True])
+def test_tables_that_grow(
+    lib: Library,
+    rule: Rule,
+    dtype: np.dtype,
+    rows: str,
+    is_anchored: bool,
+    rng: np.random.Generator,
+) -> None:
+    """By a row, by many, by none; of any width, with steps in between."""
+    needs(lib, dtype)
+    shapes = [(9, 5), (4,), (0, 3), (3, 2, 64), (4, 0)]
+    params = [standard(rng, shape, dtype) for shape in shapes]
+    pair = RowsPair(lib, rule.cls, params, rows=rows, **rule.options)
+    for step in range(8):
+        if step == 2 and is_anchored:
+            importance = [some_importance(rng, w.shape) for w in pair.cpu.params]
+            anchor(pair, 2.0, None, importance)
+        for key in range(len(shapes)):
+            old = pair.cpu.params[key].shape
+            more = int(rng.choice([0, 1, 1, 20])) if step != 4 else 0
+            values = standard(rng, (more, *old[1:]))
+            ways = [(values, way) for way in inits(lib, values)] if values.size else []
+            ways += [(0.0, None), (0.25, np.float32(0.25)), (True, 1)]
+            init, gpu_init = ways[(step + key) % len(ways)]
+            resize(pair, key, old[0] + more, init, gpu_init)
+        if is_anchored:
+            check_anchors(pair)
+        pair.step([some_rows(rng, w, 4) for w in pair.cpu.params])
+        if step == 5:
+            pair.step([standard(rng, w.shape, dtype) for w in pair.cpu.params])
+        check_tables(pair)
+    for opt in (pair.cpu, pair.gpu):
+        opt.flush()
+    check_tables(pair)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_tables_of_any_layout_grow(lib: Library, layout: str, rng: np.random.Generator) -> None:
+    start = layout_for(lib, layout)(standard(rng, (6, 5)))
+    pair = RowsPair(lib, fs.AdamW, [start])
+    for count in (7, 30):
+        pair.step([standard(rng, pair.cpu.params[0].shape)])
+        resize(pair, 0, count, 1.0)
+    pair.step([some_rows(rng, pair.cpu.params[0], 9)])
+    check_tables(pair)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_norm": 0.5, "skip_nonfinite": True}, {"capturable": True}], ids=str
+)
+def test_tables_grow_on_several_devices(
+    lib: Library, options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """In every way of counting steps; in a dict; room is left for more."""
+    is_captured = "capturable" in options
+    second = 1 if lib.devices() > 1 and not is_captured else 0
+    places = {"a": 0, "b": 0 if is_captured else None, "c": second}
+    params = {key: standard(rng, (5, 33)) for key in places}
+    common = {} if is_captured else options
+    gpu = options if is_captured else {}
+    pair = RowsPair(lib, fs.NAdam, params, places=places, gpu=gpu, **common)
+    addresses = set()
+    for step in range(9):
+        grads = {key: some_rows(rng, w, 7) for key, w in pair.cpu.params.items()}
+        if step == 3 and common:
+            grads["c"].values[-1, -1] = np.nan
+        pair.step(grads, zero_grad=True)
+        for key in places:
+            resize(pair, key, 6 + step, float(step))
+        addresses.add(_cpu.describe_array(pair.gpu.params["a"], "a")[0])
+    pair.step({key: standard(rng, w.shape) for key, w in pair.cpu.params.items()})
+    check_tables(pair)
+    assert len(addresses) <= 4
+    if common:
+        assert pair.gpu.skipped_steps == 1
+
+
+def test_tables_with_blocks_of_their_own_age_grow(lib: Library, rng: np.random.Generator) -> None:
+    pair = RowsPair(lib, fs.Adam, [standard(rng, (12, 128))], seed=3)
+    for count in (12, 14, 25):
+        resize(pair, 0, count, 0.5)
+        shape = pair.cpu.params[0].shape
+        for _ in range(3):
+            pair.step([standard(rng, shape)], where=fs.RandomBlocks(0.4, block=128))
+        pair.step([standard(rng, shape)])
+    check_tables(pair)
+
+
+def test_tables_grow_in_the_order_of_streams(lib: Library, rng: np.random.Generator) -> None:
+    """Rows that the current stream is still to write."""
+    start = standard(rng, (300, 40))
+    w, late = lib.put(np.zeros_like(start)), lib.put(start)
+    opt, cpu = fs.SGD([w], lr=1.0), fs.SGD([start], lr=1.0)
+    g = standard(rng, (320, 40))
+    on_gpu = lib.put(g)
+    with lib.stream():
+        if lib.name != "simulated":
+            lib.spin()
+        w[...] = late
+        table = opt.resize(0, 320, init=2.0)
+        lib.fill(w, np.nan)
+        opt.step([on_gpu])
+    expected = cpu.resize(0, 320, init=2.0)
+    cpu.step([g])
+    assert_same(on_host(table), expected)
+
+
+def test_what_cannot_grow_changes_nothing(lib: Library, rng: np.random.Generator) -> None:
+    w, odd = lib.put(standard(rng, (5, 3))), Interface(lib.put(standard(rng, (5, 3))))
+    opt = fs.Adam([w, odd])
+    cases: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+        ((0, 4), ValueError, "has 5 rows; it cannot be resized to 4"),
+        ((0, 7, lib.put(np.ones((3, 3)))), ValueError, "init has shape (3, 3)"),
+        ((0, 7, "x"), TypeError, "init is 'x'"),
+        ((1, 7), TypeError, "only arrays of NumPy, CuPy and PyTorch can be resized"),
+        ((2, 7), KeyError, "2 is not a parameter"),
+    ]
+    for (key, count, *init), error, words in cases:
+        named = {"init": init[0]} if init else {}
+        refused(
+            opt,
+            [w],
+            lambda key=key, count=count, named=named: opt.resize(key, count, **named),
+            error,
+            words,
+        )
+        assert opt.params[0] is w

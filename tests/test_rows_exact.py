@@ -20,7 +20,7 @@ import fusestep as fs
 from concurrency import in_threads
 from conftest import AVAILABLE
 from fusestep import _cpu
-from rules import PLAIN, RULES, Rule
+from rules import PLAIN, ROWWISE, RULES, Rule
 from test_bits import LAYOUTS
 from test_rows import everything
 from test_state import _edit as edited
@@ -717,6 +717,27 @@ def test_a_history_that_is_full_is_made_up_for(rule: Rule) -> None:
 
 
 # ---- catch_up and flush -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [*RULES, *ROWWISE], ids=str)
+@pytest.mark.parametrize("dtype", [f64, f32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("width", [5, 1500])
+def test_it_does_not_matter_whether_rows_are_asked_for(
+    rule: Rule, dtype: type, width: int, rng: np.random.Generator
+) -> None:
+    """Right before a step. To the bit, also where it is rounded; whatever scales gradients."""
+    start = rng.standard_normal((9, width)).astype(dtype)
+    start[0, 0] = -0.0
+    opts = [rule.cls([start.copy()], rows="exact", **rule.options) for _ in range(2)]
+    for _ in range(12):
+        rows = rng.integers(0, 9, 3)
+        values = rng.standard_normal((3, width)).astype(dtype)
+        opts[0].catch_up([rows])
+        for opt in opts:
+            opt.step([fs.Rows(rows, values)], grad_scale=-0.5)
+    for opt in opts:
+        opt.flush()
+    assert everything(opts[0]) == everything(opts[1])
 
 
 def behind(cls: type[fs.Optimizer] = fs.Adam, form: str = "list", **options: Any) -> fs.Optimizer:

@@ -712,10 +712,44 @@ def test_bad_arguments_change_nothing(
     opt.step({"a": np.ones((4, 3))})
 
 
-def test_only_numpy_arrays() -> None:
+class Foreign:
+    """An array of a library that nobody knows."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return self._array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("rule", SOME, ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tensors_grow_as_arrays_do(
+    rule: Rule, requires_grad: bool, rng: np.random.Generator
+) -> None:
     torch = pytest.importorskip("torch")
-    opt = fs.SGD([torch.ones(3, 2)])
-    with pytest.raises(TypeError, match="only NumPy arrays"):
+    start = rng.standard_normal((3, 2))
+    tensor = torch.tensor(start, requires_grad=requires_grad)
+    opts = [rule.cls([w], **rule.options) for w in (start, tensor)]
+    for count in (3, 4, 5, 9):
+        g, new = rng.standard_normal((count, 2)), rng.standard_normal((count, 2))
+        new = new[len(opts[0].params[0]) :]
+        opts[0].resize(0, count, init=new)
+        table = opts[1].resize(0, count, init=torch.from_numpy(new))
+        assert isinstance(table, torch.Tensor)
+        assert table is opts[1].params[0]
+        opts[0].step([g])
+        opts[1].step([torch.from_numpy(g)])
+        np.testing.assert_array_equal(table.detach().numpy(), opts[0].params[0])
+
+
+def test_what_cannot_be_resized() -> None:
+    torch = pytest.importorskip("torch")
+    opt = fs.SGD([Foreign(torch.ones(3, 2))])
+    with pytest.raises(TypeError, match="a Foreign; only arrays of NumPy, CuPy and PyTorch"):
         opt.resize(0, 5)
     with pytest.raises(KeyError):
         opt.resize(1, 5)

@@ -2463,33 +2463,254 @@ def test_a_sparse_gradient_on_a_gpu_for_a_table_on_the_cpu(machine: Machine) -> 
     assert not opt.state
 
 
-def test_what_tables_on_a_gpu_do_not_have(machine: Machine) -> None:
-    """Rows that miss steps, more rows."""
-    (p,) = leaves(machine.gpu, (40, 3))
-    with pytest.raises(TypeError, match="parameter 0 is on cuda:0"):
-        fst.Adam([p], rows="exact")
+# ---- exact rows ----------------------------------------------------------------------------------
+
+
+def exact_steps(place: Place, rule: Rule, dtype: Any) -> Any:
+    """Rows that miss steps, some of which are asked for; what is noted goes into the state dict."""
+    machine = place.machine
+    params = leaves(place, *TABLES, (33,), dtype=dtype)
+    opt = make(rule, params, rows="exact")
+    for step in range(9):
+        give(machine, params, step)
+        give_rows(machine, params[:-1], step, skipped=[step == 4])
+        opt.step()
+        if step in (2, 6):
+            asked = place.put(torch.tensor([[3, 1], [3, 39]]))
+            opt.catch_up({params[0]: asked, params[2]: [0, 8]})
+    behind = machine.to_cpu({"dict": opt.state_dict(), **standing(opt, params)})
+    assert "missed_steps" in behind["dict"]["state"][1]
+    opt.flush()
+    return {"behind": behind, **standing(opt, params)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_exact_rows(machine: Machine, rule: Rule, dtype: Any) -> None:
+    assert_same_course(machine, exact_steps, rule, dtype)
+
+
+def exact_in_mode(place: Place, name: str, mode: str) -> Any:
+    """Steps that are left out, rates that change, an anchor that comes and one that goes."""
+    machine = place.machine
+    params = leaves(place, (40, 3), (17,), (33,))
+    options = {**mode_options(place, name, mode), "capturable": False}
+    if name not in CAPTURABLE:
+        del options["capturable"]
+    opt = new(name, params, rows="exact", **options)
+    for step in range(12):
+        give(machine, params, step)
+        give_rows(machine, params[:2], step)
+        if step in (0, 3, 4) and opt.skip_nonfinite:
+            params[0].grad._values().view(-1)[2] = float("nan")
+        if step == 5:
+            opt.param_groups[0]["lr"] = opt.param_groups[0]["lr"] / 4
+        if step == 7:
+            anchor(opt, params)
+        if step == 9:
+            opt.release_anchor()
+        opt.step(grad_scale=0.5, zero_grad=step % 2 == 0)
+    behind = machine.to_cpu(standing(opt, params))
+    opt.flush()
+    return {"behind": behind, "skipped": opt.skipped_steps, **standing(opt, params)}
+
+
+@each_class_and_mode()
+def test_exact_rows_in_every_mode(machine: Machine, name: str, mode: str) -> None:
+    assert_same_course(machine, exact_in_mode, name, mode)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_scaler_and_exact_rows(machine: Machine, name: str, fused: bool) -> None:
+    """The host asks whether the step is taken."""
+
+    def course(place: Place) -> Any:
+        params = leaves(place, (40, 3), (33,))
+        opt = new(name, params, rows="exact", fused=fused)
+        scaler = machine.scaler(place, init_scale=64.0, growth_interval=3)
+        for step in range(8):
+            give(machine, params, step)
+            give_rows(machine, params[:1], step)
+            factor = scaler.scale(place.put(torch.ones(())))
+            values = params[0].grad._values(), params[1].grad
+            for each in values:
+                each.mul_(factor)
+            if step in (0, 3):
+                values[step % 2].view(-1)[2] = float("inf")
+            scaler.step(opt)
+            scaler.update()
+        opt.flush()
+        return {**standing(opt, params), "scale": scaler.get_scale()}
+
+    assert_same_course(machine, course)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_exact_tables_that_go_to_a_gpu_and_back(machine: Machine, rule: Rule) -> None:
+    """With rows that are behind: what they have missed is noted on the host."""
+
+    def course(place: Place) -> Any:
+        (p,) = leaves(place.machine.cpu, (40, 3))
+        opt = make(rule, [p], rows="exact")
+
+        def move(to: Place) -> None:
+            p.data = to.put(p.data)
+            entry = opt.state[p]
+            entry.update({name: to.put(x) for name, x in entry.items() if x.ndim > 0})
+
+        for step in range(9):
+            if step in (3, 6):
+                move(place if step == 3 else place.machine.cpu)
+            give_rows(machine, [p], step)
+            opt.step()
+        move(place)
+        opt.flush()
+        return standing(opt, [p])
+
+    assert_same_course(machine, course)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_missed_steps_are_loaded_on_a_gpu(machine: Machine, rule: Rule) -> None:
+    def course(place: Place) -> Any:
+        (p,) = leaves(place, (40, 3))
+        opt = make(rule, [p], rows="exact")
+        for step in range(9):
+            if step in (3, 6):
+                saved = copy.deepcopy(opt.state_dict())
+                opt = make(rule, [p], rows="exact")
+                opt.load_state_dict(saved)
+            give_rows(machine, [p], step)
+            opt.step()
+        opt.flush()
+        return standing(opt, [p])
+
+    assert_same_course(machine, course)
+
+
+def test_exact_rows_cannot_be_captured(machine: Machine) -> None:
+    """The optimizer goes on as if nothing had been."""
+    words = "capturable=True is for CUDA graphs, and rows='exact'"
+    with pytest.raises(ValueError, match=words):
+        fst.Adam(leaves(machine.gpu, (40, 3)), rows="exact", capturable=True)
+
+    def course(place: Place) -> Any:
+        params = leaves(place, (40, 3))
+        opt = fst.SGD(params, momentum=0.9, rows="exact")
+        for step in range(5):
+            if place.is_gpu and step in (2, 4):
+                give(machine, params, step)
+                refused(machine, opt, params, 'rows="exact"')
+                with pytest.raises(RuntimeError, match='rows="exact"'), machine.capturing():
+                    opt.flush()
+            give_rows(machine, params, step)
+            opt.step()
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+# ---- tables that grow ----------------------------------------------------------------------------
+
+
+def growing_steps(place: Place, rule: Rule, dtype: Any, rows: str, has_anchor: bool) -> Any:
+    """By a row, by many, by none, before the first step and with a gradient at hand."""
+    machine = place.machine
+    params = leaves(place, (40, 3), (17,), (9, 2, 33), (0, 4), (33,), dtype=dtype)
+    tables = params[:-1]
+    opt = make(rule, params, rows=rows)
+    generator = torch.Generator().manual_seed(7)
+    for step in range(8):
+        if step == 2 and has_anchor:
+            anchor(opt, params[:3])
+        give(machine, params, step)
+        give_rows(machine, tables, step, skipped=[step == 4])
+        if step in (0, 3, 4, 6):
+            for p in tables:
+                more = (step + len(p)) % 4
+                values = numbers((more, *p.shape[1:]), torch.float32, generator)
+                if dtype.is_complex or step == 6:
+                    opt.resize(p, len(p) + more, 0.5)
+                else:
+                    opt.resize(p, len(p) + more, place.put(values))
+                assert place.has(p)
+                assert place.has(p.grad)
+        opt.step()
+    behind = machine.to_cpu(standing(opt, params))
+    opt.flush()
+    return {"behind": behind, **standing(opt, params)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rows", ["lazy", "exact"])
+@pytest.mark.parametrize("has_anchor", [False, True])
+def test_tables_that_grow(
+    machine: Machine, rule: Rule, dtype: Any, rows: str, has_anchor: bool
+) -> None:
+    if has_anchor and dtype.is_complex:
+        pytest.skip("complex parameters have no anchors")
+    assert_same_course(machine, growing_steps, rule, dtype, rows, has_anchor)
+
+
+def growing_in_mode(place: Place, name: str, mode: str) -> Any:
+    """Wherever steps are counted; some of them are left out."""
+    machine = place.machine
+    params = leaves(place, (40, 3), (17,), (33,))
+    opt = new(name, params, **mode_options(place, name, mode))
+    for step in range(8):
+        if step in (0, 2, 5):
+            opt.resize(params[0], len(params[0]) + 3, init=1.0)
+        give(machine, params, step)
+        give_rows(machine, params[:2], step)
+        if step in (0, 3) and opt.skip_nonfinite:
+            params[0].grad._values().view(-1)[2] = float("nan")
+        opt.step(zero_grad=step % 2 == 0)
+    return {**standing(opt, params), "skipped": opt.skipped_steps}
+
+
+@each_class_and_mode()
+def test_tables_that_grow_in_every_mode(machine: Machine, name: str, mode: str) -> None:
+    assert_same_course(machine, growing_in_mode, name, mode)
+
+
+def test_an_embedding_that_grows(machine: Machine) -> None:
+    """The parameter is the same object: its module and autograd go on with it."""
+
+    def course(place: Place) -> Any:
+        words = torch.nn.Embedding(10, 3, sparse=True)
+        (weight,) = leaves(place, (10, 3))
+        words.weight = weight = torch.nn.Parameter(weight.detach())
+        opt = fst.Adam([weight], lr=0.1)
+        for count in (10, 12, 30):
+            opt.resize(weight, count, lambda shape: place.put(torch.full(shape, 0.5)))
+            assert words.weight is weight
+            asked = place.put(torch.tensor([[0, count - 1], [3, 3]]))
+            words(asked).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        return standing(opt, [weight])
+
+    assert_same_course(machine, course)
+
+
+def test_what_cannot_grow_changes_nothing(machine: Machine) -> None:
+    (p,) = leaves(machine.gpu, (5, 3))
     opt = fst.Adam([p])
-    give_rows(machine, [p], 0)
-    before = machine.to_cpu(p)
-    with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*cannot resize"):
-        opt.resize(p, 50)
-    assert_same(machine.to_cpu(p), before)
-    assert not opt.state
-    opt.step()
-
-
-def test_an_exact_table_that_was_moved_to_a_gpu(machine: Machine) -> None:
-    """Nothing is owed, but with a sparse gradient it would be."""
-    (p,) = leaves(machine.cpu, (40, 3))
-    opt = fst.Adam([p], rows="exact")
-    p.data = machine.gpu.put(p.data)
     give(machine, [p], 0)
     opt.step()
-    give_rows(machine, [p], 1)
-    before = machine.to_cpu(standing(opt, [p]))
-    with pytest.raises(TypeError, match=r'parameter 0 is on cuda:0.*no rows="exact"'):
-        opt.step()
-    assert_same(machine.to_cpu(standing(opt, [p])), before)
+    before, gradient = machine.to_cpu(standing(opt, [p])), p.grad
+    for count, init, error, words in [
+        (4, 0.0, ValueError, "has 5 rows; it cannot be resized to 4"),
+        (7, machine.gpu.put(torch.ones(3, 3)), ValueError, r"init has shape \(3, 3\)"),
+        (7, "x", TypeError, "init is 'x'"),
+        (7.0, 0.0, TypeError, "float"),
+    ]:
+        with pytest.raises(error, match=words):
+            opt.resize(p, count, init)
+        assert_same(machine.to_cpu(standing(opt, [p])), before)
+        assert p.grad is gradient
 
 
 # ---- anchors -------------------------------------------------------------------------------------

@@ -748,24 +748,26 @@ def test_other_choices_are_refused() -> None:
         assert cls([table()], lr=0.1, rows="exact").rows == "exact"
 
 
-def test_tables_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_in_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And more rows for a parameter on a device of another kind."""
     p, q = table(), table(seed=1)
     device_of = fst._tensors.device_of
     opt = exact_adam([p])
+    device = torch.device("cuda:0")
     monkeypatch.setattr(
-        fst._tensors,
-        "device_of",
-        lambda tensor: torch.device("cuda:0") if tensor is q else device_of(tensor),
+        fst._tensors, "device_of", lambda tensor: device if tensor is q else device_of(tensor)
     )
-    with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*cannot move single rows"):
-        exact_adam([q])
-    with pytest.raises(TypeError, match="parameter 0 of group 1 is on cuda:0"):
-        opt.add_param_group({"params": [q]})
+    with pytest.raises(ValueError, match="capturable=True is for CUDA graphs, and rows='exact'"):
+        exact_adam([q], capturable=True)
+    with pytest.raises(ValueError, match="capturable=True is for CUDA graphs, and rows='exact'"):
+        opt.add_param_group({"params": [q], "capturable": True})
     assert len(opt.param_groups) == 1
-    with pytest.raises(TypeError, match="is on cuda:0"):
-        fst.convert(torch.optim.Adam([q]), rows="exact")
-    with pytest.raises(TypeError, match=r"parameter 0 is on cuda:0.*cannot resize"):
-        fst.Adam([q]).resize(q, 100)
+    with pytest.raises(ValueError, match="capturable=True is for CUDA graphs, and rows='exact'"):
+        fst.convert(torch.optim.Adam([q], capturable=True), rows="exact")
+    opt.add_param_group({"params": [q]})
+    device = torch.device("xpu:0")
+    with pytest.raises(TypeError, match="parameter 0 of group 1 is on xpu:0; only parameters on"):
+        opt.resize(q, 20)
 
 
 @pytest.mark.parametrize("rows", [11, 13])

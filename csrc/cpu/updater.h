@@ -136,14 +136,23 @@ class Updater : Mover<T> {
     std::array<T*, kMaxOperands> at{};
     for (int i = 0; i < iteration_.operands; ++i)
       if (i != kGradient) at[i] = access_.read(tile.block(i), buffer[i]);
-    if (work_.history && work_.history->is_behind(tile.row()))
+    const auto for_each_stored = [&](auto visit) {
+      for (int i = 0; i < iteration_.operands; ++i)
+        if (is_moved(i) && at[i] == buffer[i]) visit(buffer[i], tile.block(i));
+    };
+    if (work_.history && work_.history->is_behind(tile.row())) {
       catch_up(tile, at, buffer[kGradient], may_be_in_closed_form);
+      // Rounded as if somebody had asked for the row first: whether anybody has must not matter.
+      for_each_stored([&](T* elements, const Block& block) {
+        access_.store(elements, block);
+        access_.load(block, elements);
+      });
+    }
     if (!work_.only_catches_up) {
       at[kGradient] = tile.gradient(access_, buffer[kGradient]);
       call_loop(at, tile.size());
     }
-    for (int i = 0; i < iteration_.operands; ++i)
-      if (is_moved(i) && at[i] == buffer[i]) access_.store(buffer[i], tile.block(i));
+    for_each_stored([&](T* elements, const Block& block) { access_.store(elements, block); });
     if (clear_) tile.clear(access_);
   }
 
@@ -178,7 +187,8 @@ class Updater : Mover<T> {
         elements[kGradient] =
             has_gradient ? at.gradient(access_, buffer[kGradient]) : buffer[kGradient];
         if (!has_gradient) std::fill_n(buffer[kGradient], at.size(), T{0});
-        visit(at, run_over(elements, at.size(), {elements[kGradient], factor_}, anchor_at(lr)));
+        const T factor = has_gradient ? factor_ : T{0};
+        visit(at, run_over(elements, at.size(), {elements[kGradient], factor}, anchor_at(lr)));
       }
     };
 

@@ -87,6 +87,20 @@ struct Update : Moves<Loop, T, ItemList> {
   }
 };
 
+// The rule of one row, whose accumulator takes part in the step.
+template <class T, class Rule>
+FUSESTEP_HOST_DEVICE Rule rule_of_row(int thread, const RowsItem& table, const Row& row,
+                                      const Rule& of_step, double sum) {
+  const DType dtype = table.row_state.dtype;
+  const std::int64_t size = item_size(dtype);
+  std::byte* const state = table.row_state.data + row.in_table * table.row_state_stride;
+  T accumulator = Bits::load(state, size).as<T>(dtype);
+  sync_warp();  // all have read it before one of them writes
+  const Rule rule = of_step.of_row(sum / static_cast<double>(table.size), accumulator);
+  if (is_first_of_warp(thread)) Bits::of(dtype, accumulator).store(state, size);
+  return rule;
+}
+
 // Moves rows by a rule that looks at all of a row first: a warp for each.
 template <class Loop, class T>
 struct UpdateWholeRows : Moves<Loop, T, RowsList> {
@@ -113,7 +127,7 @@ struct UpdateWholeRows : Moves<Loop, T, RowsList> {
     const double sum = sum_in_groups(thread, 0, table.tiles, [&](std::int64_t tile) {
       return sum_of_tile(thread, row, static_cast<std::uint32_t>(tile), of_step);
     });
-    const Rule rule = rule_of_row(thread, table, row, of_step.rule, sum);
+    const Rule rule = rule_of_row<T>(thread, table, row, of_step.rule, sum);
     const Orders<Rule, T> orders{rule, of_step.factor, of_step.lr, of_step.keeps_value};
     for_each_share(thread, table, row, [&](const auto& elements) {
       move<T, Loop::kStates>(row.item, elements, row.sources, [&] { return orders; });
@@ -130,19 +144,6 @@ struct UpdateWholeRows : Moves<Loop, T, RowsList> {
       const T gradient = gradient_at<T>(row.item, place, row.sources, i);
       return orders.rule.square(w, gradients::Dense<T>{&gradient, orders.factor}(0));
     });
-  }
-
-  // The rule of this row, whose accumulator takes part in the step.
-  FUSESTEP_HOST_DEVICE static Rule rule_of_row(int thread, const RowsItem& table, const Row& row,
-                                               const Rule& of_step, double sum) {
-    const DType dtype = table.row_state.dtype;
-    const std::int64_t size = item_size(dtype);
-    std::byte* const state = table.row_state.data + row.in_table * table.row_state_stride;
-    T accumulator = Bits::load(state, size).as<T>(dtype);
-    sync_warp();  // all have read it before one of them writes
-    const Rule rule = of_step.of_row(sum / static_cast<double>(table.size), accumulator);
-    if (is_first_of_warp(thread)) Bits::of(dtype, accumulator).store(state, size);
-    return rule;
   }
 
   template <class Visit>

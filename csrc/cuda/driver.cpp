@@ -26,6 +26,10 @@ class LinkedDriver final : public Driver {
     cuda::wait(stream, other);
   }
   void take(const Step& step) const override { cuda::take(step); }
+  void catch_up(Workspace& workspace, Stream stream,
+                std::span<const RowsBehind> tables) const override {
+    cuda::catch_up(workspace, stream, tables);
+  }
   std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list,
                                 double prescale) const override {
     return cuda::tile_sums(workspace, stream, list, prescale);

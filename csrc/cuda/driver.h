@@ -29,6 +29,8 @@ class Driver {
 
   // As in step.h.
   virtual void take(const Step& step) const = 0;
+  virtual void catch_up(Workspace& workspace, Stream stream,
+                        std::span<const RowsBehind> tables) const = 0;
   virtual std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list,
                                         double prescale) const = 0;
   virtual void fetch(Workspace& workspace, Stream stream, void* to, const void* from,

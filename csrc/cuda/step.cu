@@ -61,6 +61,16 @@ void write(std::span<const Value> from, Value* to, Stream stream) {
   write_some<Value, kMany>(from, to, stream);
 }
 
+// The same for values of any kind that consist of words.
+template <class Value>
+void write_words(const std::vector<Value>& from, Value* to, Stream stream) {
+  static_assert(sizeof(Value) % sizeof(std::int64_t) == 0);
+  std::vector<std::int64_t> words(from.size() * sizeof(Value) / sizeof(std::int64_t));
+  if (words.empty()) return;
+  std::memcpy(words.data(), from.data(), words.size() * sizeof(std::int64_t));
+  write<std::int64_t>(words, reinterpret_cast<std::int64_t*>(to), stream);
+}
+
 // The parameters, with their lists of rows brought to the device, one after the other.
 std::vector<Piece> placed(WorkList list, Workspace& workspace, Stream stream) {
   std::vector<Piece> pieces;
@@ -305,6 +315,19 @@ void update_kind(std::span<const Entry> entries, const Common& common) {
   });
 }
 
+// Calls visit(entries) with those that take the same kernel.
+template <class Visit>
+void for_each_kind(std::vector<Entry>& entries, Visit visit) {
+  const auto kind = [](const Entry& entry) { return entry.kind(); };
+  if (!std::ranges::is_sorted(entries, {}, kind)) std::ranges::stable_sort(entries, {}, kind);
+  for (auto first = entries.begin(); first != entries.end();) {
+    const auto last = std::find_if(first, entries.end(),
+                                   [&](const Entry& e) { return e.kind() != first->kind(); });
+    visit(std::span<const Entry>(first, last));
+    first = last;
+  }
+}
+
 void update_all(const Step& step, Pieces pieces, const Common& common) {
   std::vector<Entry> entries;
   entries.reserve(pieces.size());
@@ -314,14 +337,60 @@ void update_all(const Step& step, Pieces pieces, const Common& common) {
         common.table ? step.groups[step.progress[i].group].loop : pieces[i].work->rule->loop;
     entries.push_back({pieces[i], static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(loop)});
   }
-  const auto kind = [](const Entry& entry) { return entry.kind(); };
-  if (!std::ranges::is_sorted(entries, {}, kind)) std::ranges::stable_sort(entries, {}, kind);
-  for (auto first = entries.begin(); first != entries.end();) {
-    const auto last = std::find_if(first, entries.end(),
-                                   [&](const Entry& e) { return e.kind() != first->kind(); });
-    update_kind({first, last}, common);
-    first = last;
+  for_each_kind(entries, [&](std::span<const Entry> of_kind) { update_kind(of_kind, common); });
+}
+
+// ---- rows that are behind ----------------------------------------------------------------------
+
+// The end of all steps that rows of a table may have missed, of which those that are not on the
+// device yet are brought there.
+const AnyRuleEntry* end_of_steps(const rules::RowHistory& history, Workspace& workspace,
+                                 Stream stream) {
+  Workspace::StepTable& table = workspace.step_table(history, stream);
+  const auto steps = history.each_step();
+  std::vector<AnyRuleEntry> added;
+  for (const auto& [lr, coefficients] : steps.subspan(table.count)) {
+    AnyRuleEntry& entry = added.emplace_back();
+    static_assert(sizeof coefficients.bytes <= sizeof entry.bytes);
+    std::memcpy(entry.bytes, coefficients.bytes, sizeof coefficients.bytes);
+    entry.lr = lr;
   }
+  write_words(added, table.entries() + table.count, stream);
+  table.count = steps.size();
+  return table.entries() + table.count;
+}
+
+// What the rows of all tables have missed, on the device.
+MissedSteps* placed(std::span<const RowsBehind> tables, Workspace& workspace, Stream stream) {
+  std::vector<MissedSteps> missed;
+  for (const RowsBehind& table : tables) {
+    const AnyRuleEntry* end = end_of_steps(*table.work->history, workspace, stream);
+    for (const auto& [idle, steps] : table.missed) missed.push_back({idle, end - steps, steps});
+  }
+  std::byte* memory = workspace.missed_steps(missed.size() * sizeof(MissedSteps), stream);
+  auto* const first = reinterpret_cast<MissedSteps*>(memory);
+  write_words(missed, first, stream);
+  return first;
+}
+
+template <class Body>
+void catch_up(std::span<const Entry> entries, Stream stream) {
+  Body body;
+  clear(body.list);
+  for (const Entry& entry : entries) {
+    if (!has_room(body, entry.piece)) flush(body, stream);
+    add(body, entry.piece, 0);
+  }
+  flush(body, stream);
+}
+
+void catch_up_kind(std::span<const Entry> entries, Stream stream) {
+  rules::Loops::visit(entries.front().loop, [&]<class Loop>(Loop) {
+    if (entries.front().piece.work->compute == DType::float64)
+      catch_up<CatchUp<Loop, double>>(entries, stream);
+    else
+      catch_up<CatchUp<Loop, float>>(entries, stream);
+  });
 }
 
 // ---- the norm ----------------------------------------------------------------------------------
@@ -496,6 +565,24 @@ void take(const Step& step) {
     common.table = table;
   }
   update_all(step, moved, common);
+}
+
+void catch_up(Workspace& workspace, Stream stream, std::span<const RowsBehind> tables) {
+  const CurrentDevice current(workspace.device());
+  MissedSteps* missed = placed(tables, workspace, stream);
+  std::vector<Work> works;
+  for (const RowsBehind& table : tables) {
+    Work& work = works.emplace_back(*table.work);
+    work.iteration.operand[kGradient].data = reinterpret_cast<std::byte*>(missed);
+    missed += table.missed.size();
+  }
+  std::vector<const Work*> list;
+  for (const Work& work : works) list.push_back(&work);
+  std::vector<Entry> entries;
+  for (const Piece& piece : placed(list, workspace, stream))
+    if (!piece.is_empty())
+      entries.push_back({piece, 0, static_cast<std::uint32_t>(piece.work->rule->loop)});
+  for_each_kind(entries, [&](std::span<const Entry> of_kind) { catch_up_kind(of_kind, stream); });
 }
 
 std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list, double prescale) {

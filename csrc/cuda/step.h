@@ -14,6 +14,7 @@
 #include "core/gradient_norm.h"
 #include "core/work.h"
 #include "cuda/bodies.h"
+#include "cuda/catch_up.h"
 #include "cuda/workspace.h"
 
 namespace fusestep::cuda {
@@ -50,6 +51,20 @@ struct Step {
 };
 
 void take(const Step& step);
+
+// Rows of a table that are behind. The sources of those that `work` lists are places in `missed`;
+// from one source to the next it is sizeof(MissedSteps).
+struct RowsBehind {
+  struct Missed {
+    rules::IdleBytes idle;
+    std::int64_t steps;  // the last so many of the table's history
+  };
+  const Work* work;
+  std::span<const Missed> missed;
+};
+
+// Makes up for what they have missed.
+void catch_up(Workspace& workspace, Stream stream, std::span<const RowsBehind> tables);
 
 // The sums of the squares of the prescaled gradients, one for each tile. Waits for the GPU.
 std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list, double prescale);

@@ -1,4 +1,4 @@
-// Sums over the 32 threads of a warp, in the order of core/reduction.h.
+// What the 32 threads of a warp do together: sums, in the order of core/reduction.h, and more.
 #pragma once
 
 #include <cstdint>
@@ -73,6 +73,19 @@ FUSESTEP_HOST_DEVICE void in_each_lane([[maybe_unused]] int thread, Function f) 
   f(thread % kWarpSize);
 #else
   for (int lane = 0; lane < kWarpSize; ++lane) f(lane);
+#endif
+}
+
+// Whether f(lane) is true in all of them.
+template <class Function>
+FUSESTEP_HOST_DEVICE bool in_all_lanes([[maybe_unused]] int thread, Function f) {
+#if defined(__CUDA_ARCH__)
+  constexpr unsigned kAll = 0xffffffff;
+  return __all_sync(kAll, f(thread % kWarpSize)) != 0;
+#else
+  bool all = true;
+  for (int lane = 0; lane < kWarpSize; ++lane) all = f(lane) && all;
+  return all;
 #endif
 }
 

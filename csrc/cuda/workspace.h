@@ -6,15 +6,23 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <memory>
 #include <vector>
 
 #include "cuda/arguments.h"
 #include "cuda/runtime.h"
+#include "rules/row_history.h"
 #include "rules/rule.h"
 
 namespace fusestep::cuda {
 
 class Workspace {
+  struct Buffer {
+    void* memory = nullptr;
+    std::size_t bytes = 0;
+  };
+
  public:
   explicit Workspace(int device);
   ~Workspace();
@@ -49,11 +57,26 @@ class Workspace {
     return reserve<rules::Progress>(progress_, count, stream);
   }
 
- private:
-  struct Buffer {
-    void* memory = nullptr;
-    std::size_t bytes = 0;
+  std::byte* missed_steps(std::size_t bytes, Stream stream) {
+    return reserve<std::byte>(missed_steps_, bytes, stream);
+  }
+
+  // The steps that rows of a table may have missed: room for all of them, of which the first
+  // `count` are there.
+  class StepTable {
+   public:
+    AnyRuleEntry* entries() const { return static_cast<AnyRuleEntry*>(buffer_.memory); }
+    std::size_t count = 0;
+
+   private:
+    friend Workspace;
+    std::weak_ptr<const rules::RowHistory> history_;
+    std::int64_t series_ = 0;
+    Buffer buffer_;
   };
+  StepTable& step_table(const rules::RowHistory& history, Stream stream);
+
+ private:
   template <class T>
   T* reserve(Buffer& buffer, std::size_t count, Stream stream) {
     return static_cast<T*>(reserve_bytes(buffer, count * sizeof(T), stream));
@@ -61,7 +84,8 @@ class Workspace {
   void* reserve_bytes(Buffer& buffer, std::size_t bytes, Stream stream);
 
   int device_;
-  Buffer sums_, prescaled_sums_, table_, progress_, record_, row_lists_, scratch_;
+  Buffer sums_, prescaled_sums_, table_, progress_, record_, row_lists_, scratch_, missed_steps_;
+  std::deque<StepTable> step_tables_;
   std::vector<void*> all_;
 };
 

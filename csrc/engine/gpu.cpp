@@ -28,6 +28,13 @@ bool is_steady(const Update& update) {
   return std::memcmp(now.bytes, later.bytes, sizeof now.bytes) == 0;
 }
 
+void refuse_capture_of_exact_rows() {
+  throw std::runtime_error(
+      "a CUDA graph is being captured, and what rows have missed (rows=\"exact\") is noted on the "
+      "host, which no replay would do: take such steps, and bring rows up to date, outside of "
+      "graphs");
+}
+
 }  // namespace
 
 cuda::Workspace& Gpu::workspace() {
@@ -90,6 +97,8 @@ void Gpu::start(std::span<const Update> updates) {
         "a CUDA graph is being captured, and every replay would move the same part of the "
         "parameters without its being counted: steps with where=, and those after them, are for "
         "outside of graphs");
+  const auto keeps_history = [](const Update* update) { return update->slot->history != nullptr; };
+  if (is_captured_ && std::ranges::any_of(updates_, keeps_history)) refuse_capture_of_exact_rows();
   push_if_needed();
   for (const cuda::Stream other : other_streams_) driver().wait(index_, stream_, other);
 }
@@ -147,6 +156,14 @@ void Gpu::clear_gradients() {
 
 void Gpu::fetch(void* to, const void* from, std::size_t bytes) {
   driver().fetch(workspace(), stream_, to, from, bytes);
+}
+
+void Gpu::catch_up(const MissedRows& rows, cuda::Stream stream) {
+  if (rows.is_empty()) return;
+  workspace();
+  if (driver().is_capturing(index_, stream)) refuse_capture_of_exact_rows();
+  driver().catch_up(*workspace_, stream, rows.tables());
+  rows.mark();
 }
 
 void Gpu::finish() {

@@ -13,6 +13,7 @@
 
 #include "core/work.h"
 #include "cuda/driver.h"
+#include "engine/missed_rows.h"
 #include "engine/part_tables.h"
 #include "engine/slot.h"
 
@@ -39,6 +40,8 @@ class Gpu {
   void add(const Update& update);
   bool is_idle() const { return work_.empty(); }
 
+  cuda::Stream stream() const { return stream_; }
+
   // Throws where a CUDA graph is being captured that would not do again what this step does.
   // Has the step's stream wait for those of other libraries whose arrays take part.
   void start(std::span<const Update> updates);
@@ -59,6 +62,10 @@ class Gpu {
 
   // Has those streams wait for the step.
   void finish();
+
+  // Brings rows up to date that are behind, in a step or between two. Throws, and changes nothing,
+  // where a CUDA graph is being captured.
+  void catch_up(const MissedRows& rows, cuda::Stream stream);
 
   // Whether the step is being captured rather than taken.
   bool is_captured() const { return is_captured_; }

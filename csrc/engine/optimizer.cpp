@@ -30,6 +30,11 @@ class RateForThisStep {
   std::optional<RateOnDevice> before_;
 };
 
+// On a GPU, where the parameter's library works.
+cuda::Stream stream_of(const Slot& slot) {
+  return slot.device().kind == Device::cuda ? slot.parameter().current_stream() : 0;
+}
+
 }  // namespace
 
 void Optimizer::add(std::string name, PyObject* parameter, const std::vector<PyObject*>& states) {
@@ -148,7 +153,7 @@ void Optimizer::catch_up(const RowNumbers& numbers) {
     if (slot.history) gradients::Rows().plan(rows, slot.history->rows());  // throws IndexError
   });
   for_each([&](Slot& slot, const auto& rows) {
-    if (slot.history) stepper.catch_up(slot, *group.rule, rows);
+    if (slot.history) stepper.catch_up(slot, *group.rule, rows, stream_of(slot));
   });
 }
 
@@ -157,7 +162,7 @@ void Optimizer::flush() {
   const cpu::IeeeEnvironment ieee;
   for (const Slot& slot : slots_) slot.check_is_current();
   for (Slot& slot : slots_)
-    if (slot.history) stepper.catch_up(slot, *group.rule);
+    if (slot.history) stepper.catch_up(slot, *group.rule, stream_of(slot));
 }
 
 // ---- anchors ----
@@ -165,7 +170,7 @@ void Optimizer::flush() {
 void Optimizer::set_anchor(std::size_t i, double lambda, PyObject* reference,
                            PyObject* importance) {
   Slot& slot = slots_.at(i);
-  if (slot.history) stepper.catch_up(slot, *group.rule);
+  if (slot.history) stepper.catch_up(slot, *group.rule, stream_of(slot));
   const auto view = [&](PyObject* object, const char* role) {
     arrays::Array array = arrays::from_object(object, {role, slot.name()});
     array.pin();
@@ -178,7 +183,7 @@ void Optimizer::set_anchor(std::size_t i, double lambda, PyObject* reference,
 
 void Optimizer::release_anchor(std::size_t i) {
   Slot& slot = slots_.at(i);
-  if (slot.history) stepper.catch_up(slot, *group.rule);
+  if (slot.history) stepper.catch_up(slot, *group.rule, stream_of(slot));
   slot.release_anchor();
 }
 
@@ -190,11 +195,14 @@ bool Optimizer::is_on_one_gpu() const {
          std::ranges::all_of(slots_, [&](const Slot& slot) { return slot.device() == device; });
 }
 
-// Where several devices take part, the host waits for them, and knows whether steps are left out.
+// Where several devices take part, the host waits for them, and knows whether steps are left out;
+// where it notes which rows have missed a step, it has to.
 void Optimizer::place_progress() {
   pull();
   std::vector<Slot*> slots;
-  if ((is_capturable_ || stepper.settings.skip_nonfinite) && is_on_one_gpu())
+  const auto keeps_history = [](const Slot& slot) { return slot.history != nullptr; };
+  if ((is_capturable_ || stepper.settings.skip_nonfinite) && is_on_one_gpu() &&
+      std::ranges::none_of(slots_, keeps_history))
     for (Slot& slot : slots_) slots.push_back(&slot);
   stepper.keep_progress_on_gpus(slots);
 }

@@ -358,15 +358,7 @@ void Slot::find_top(const Array& gradient, const StepOptions& options, const Fet
 void Slot::keep_history() {
   const auto shape = parameter_.geometry().shape;
   if (shape.empty()) return;
-  check_rows_can_miss_steps();
   history = std::make_shared<rules::RowHistory>(shape[0]);
-}
-
-void Slot::check_rows_can_miss_steps() const {
-  if (device().kind != Device::cpu)
-    throw TypeError(name_ + " is on " + name_of(device()) +
-                    ", where this version of fusestep has no rows=\"exact\"; expected the CPU, or "
-                    "rows=\"lazy\"");
 }
 
 void Slot::set_anchor(double lambda, Array reference, std::optional<Array> importance) {

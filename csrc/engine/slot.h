@@ -82,9 +82,6 @@ class Slot {
   // From now on rows that a step does not touch miss it, and are brought up to date when used.
   void keep_history();
 
-  // Throws TypeError where the kernels cannot make up for missed steps.
-  void check_rows_can_miss_steps() const;
-
   // Pulls the parameter to `reference` in each step (rules/anchor.h); without `importance`, that of
   // every element is 1. Throws and changes nothing where the arrays do not fit.
   void set_anchor(double lambda, arrays::Array reference, std::optional<arrays::Array> importance);

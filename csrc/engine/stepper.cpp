@@ -195,6 +195,7 @@ bool Stepper::run(std::vector<Update>& updates, const StepArguments& arguments,
     update.slot->begin_part(*update.group->rule, update.group->lr);
   find_tops(updates, request.options);
   if (is_on_gpus_) {  // first: a launch may fail, the CPU does not
+    catch_up_on_gpus(updates);
     for (Gpu& gpu : gpus_) {
       if (gpu.is_idle()) continue;
       gpu.take(request);
@@ -299,32 +300,54 @@ void Stepper::finish_parts(bool clears_gradients) {
 void Stepper::catch_up_whole_tables(const std::vector<Update>& updates) {
   for (const Update& update : updates)
     if (update.slot->history && update.slot->history->has_missed_steps() && !update.row_numbers)
-      catch_up(*update.slot, *update.group->rule);
+      catch_up(*update.slot, *update.group->rule, update.stream);
+}
+
+// Before rows are moved there. On the CPU they are brought up to date in the same pass.
+void Stepper::catch_up_on_gpus(const std::vector<Update>& updates) {
+  for (Gpu& gpu : gpus_) {
+    if (gpu.is_idle()) continue;
+    MissedRows rows;
+    for (const Update& update : updates) {
+      const Slot& slot = *update.slot;
+      if (slot.device() == Device{Device::cuda, gpu.index()} && slot.history && update.row_numbers)
+        rows.add(slot, *update.group->rule, *slot.work.rows);
+    }
+    gpu.catch_up(rows, gpu.stream());
+  }
 }
 
 void Stepper::record(const Update& update, const rules::Progress& progress) {
   Slot& slot = *update.slot;
   if (!update.row_numbers) return slot.history->mark_all();
+  const auto mark_moved = [&] {
+    for (std::int64_t i = 0; i < slot.work.rows->count(); ++i)
+      slot.history->mark(slot.work.rows->row(i));
+  };
+  mark_moved();  // they have been brought up to date
   slot.history->record(*update.group->rule, {update.group->lr, progress}, *slot.work.rule);
-  for (std::int64_t i = 0; i < slot.work.rows->count(); ++i)
-    slot.history->mark(slot.work.rows->row(i));
-  if (slot.history->is_full()) catch_up(slot, *update.group->rule);
+  mark_moved();  // and have had this step
+  if (slot.history->is_full()) catch_up(slot, *update.group->rule, update.stream);
 }
 
-void Stepper::catch_up(Slot& slot, const rules::AnyRule& rule) {
-  catch_up(slot, rule, slot.history->rows_behind());
+void Stepper::catch_up(Slot& slot, const rules::AnyRule& rule, cuda::Stream stream) {
+  catch_up(slot, rule, slot.history->rows_behind(), stream);
   slot.history->mark_all();
 }
 
 void Stepper::catch_up(Slot& slot, const rules::AnyRule& rule,
-                       std::span<const std::int64_t> numbers) {
+                       std::span<const std::int64_t> numbers, cuda::Stream stream) {
   gradients::Rows rows;
   rows.plan(numbers, slot.history->rows());
-  Work work = slot.catch_up_work(rows);
-  const rules::Coefficients loop{rule.loop(slot.states()), {}};
-  work.rule = &loop;
-  const Work* const list[] = {&work};
-  {
+  if (slot.device().kind == Device::cuda) {
+    MissedRows missed;
+    missed.add(slot, rule, rows);
+    gpu(slot.device().index).catch_up(missed, stream);
+  } else {
+    Work work = slot.catch_up_work(rows);
+    const rules::Coefficients loop{rule.loop(slot.states()), {}};
+    work.rule = &loop;
+    const Work* const list[] = {&work};
     const GilRelease release(work.elements() >= kElementsWorthReleasingGil);
     cpu::update(list, {});
   }

@@ -106,9 +106,11 @@ class Stepper {
   // Forgets the slots it has met, which are about to go.
   void forget_gradients() { disjoint_gradients_.clear(); }
 
-  // Brings rows of a slot that keeps their history up to date: these, or all.
-  void catch_up(Slot& slot, const rules::AnyRule& rule, std::span<const std::int64_t> numbers);
-  void catch_up(Slot& slot, const rules::AnyRule& rule);
+  // Brings rows of a slot that keeps their history up to date: these, or all. On a GPU, in this
+  // stream, which is its library's.
+  void catch_up(Slot& slot, const rules::AnyRule& rule, std::span<const std::int64_t> numbers,
+                cuda::Stream stream);
+  void catch_up(Slot& slot, const rules::AnyRule& rule, cuda::Stream stream);
 
   // The norm of each gradient that was prepared.
   std::vector<GradientNorm> gradient_norms(const std::vector<Update>& updates);
@@ -149,6 +151,7 @@ class Stepper {
   GradientNorm gradient_norm();
   void clear_gradients();
   void catch_up_whole_tables(const std::vector<Update>& updates);
+  void catch_up_on_gpus(const std::vector<Update>& updates);
   void record(const Update& update, const rules::Progress& progress);
   void plan_samples(std::vector<Update>& updates, const StepArguments& arguments);
   std::vector<double> norms_of_samples(const std::vector<Update>& updates) const;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string_view>
+#include <tuple>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -313,7 +314,7 @@ TorchOptimizer::Outcome TorchOptimizer::attempt_to_catch_up(
   if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
   tensors_.has_run_code = false;
   keep_alive();
-  std::vector<std::pair<FollowedParameter*, const rules::AnyRule*>> behind;
+  std::vector<std::tuple<FollowedParameter*, const rules::AnyRule*, cuda::Stream>> behind;
   py::list tensors;
   for (const FollowedGroup& group : groups_) {
     for (std::size_t i = group.begin; i < group.end; ++i) {
@@ -327,18 +328,20 @@ TorchOptimizer::Outcome TorchOptimizer::attempt_to_catch_up(
       follow_memory(parameter);
       if (is_outdated_) return Outcome::stale;
       follow_history(parameter);
-      behind.emplace_back(&parameter, group.group.rule.get());
+      const bool is_on_gpu = slot.device().kind == Device::cuda;
+      behind.emplace_back(&parameter, group.group.rule.get(),
+                          is_on_gpu ? tensors_.current_stream(slot.device()) : 0);
       tensors.append(py::handle(parameter.tensor));
     }
   }
   if (tensors_.has_run_code)
     if (const Outcome seen = compare(groups, state); seen != Outcome::done) return seen;
 
-  for (const auto& [parameter, rule] : behind) {
+  for (const auto& [parameter, rule, stream] : behind) {
     if (numbers)
-      stepper.catch_up(parameter->slot, *rule, *numbers->at(parameter->index));
+      stepper.catch_up(parameter->slot, *rule, *numbers->at(parameter->index), stream);
     else
-      stepper.catch_up(parameter->slot, *rule);
+      stepper.catch_up(parameter->slot, *rule, stream);
   }
   tensors_.increment_versions(tensors.ptr());
   return Outcome::done;
@@ -350,13 +353,20 @@ void TorchOptimizer::fetch_rate(FollowedGroup& followed) {
   check_rate(followed.group.lr);
 }
 
+// Then the host counts all steps.
+bool TorchOptimizer::keeps_history() const {
+  return std::ranges::any_of(parameters_, [](const FollowedParameter& parameter) {
+    return parameter.slot.history != nullptr;
+  });
+}
+
 // A rate on a GPU is left there, for steps to find. False where these could, and have to be told.
 bool TorchOptimizer::read_rates(bool options_are_new) {
   for (FollowedGroup& followed : groups_) {
     followed.group.rate.reset();
     PyObject* lr = followed.lr.ptr();
     const auto on_gpu = PyFloat_CheckExact(lr) ? std::nullopt : tensors_.number_on_gpu(lr);
-    if (on_gpu && !is_resident_ && !options_are_new) return false;
+    if (on_gpu && !is_resident_ && !options_are_new && !keeps_history()) return false;
     if (on_gpu && is_resident_)
       followed.group.rate = RateOnDevice{on_gpu->device, {on_gpu->data, on_gpu->is_double}};
     else
@@ -414,7 +424,6 @@ void TorchOptimizer::view_unusual_gradient(FollowedParameter& parameter, const p
       tensors_.unusual_gradient(parameter.tensor, parameter.slot.parameter(), gradient.ptr(),
                                 {"the gradient of ", parameter.slot.name()});
   parameter.had_sparse_gradient = row_numbers.has_value();
-  if (row_numbers && parameter.slot.history) parameter.slot.check_rows_can_miss_steps();
   if (is_copy || row_numbers) unusual_gradients_.push_back(gradient);
   update.gradient = std::move(view);
   update.row_numbers = std::move(row_numbers);
@@ -482,9 +491,6 @@ void TorchOptimizer::follow_history(FollowedParameter& parameter) {
   if (!history.has_missed_steps()) {
     history.mark_all();
     history.resize(rows);
-  } else if (slot.device().kind != Device::cpu) {
-    throw TypeError(slot.name() + " is on " + name_of(slot.device()) +
-                    ", and has rows that have missed steps: call flush() before it is moved");
   } else if (history.rows() != rows) {
     throw ValueError(slot.name() + " has been given " + std::to_string(rows) +
                      " rows where it had " + std::to_string(history.rows()) +

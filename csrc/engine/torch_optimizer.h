@@ -219,6 +219,7 @@ class TorchOptimizer {
   bool holds_its_parameters(const FollowedGroup& group) const;
   bool is_known_state(PyObject* state) const;
   void fetch_rate(FollowedGroup& group);
+  bool keeps_history() const;
   bool read_rates(bool options_are_new);
   void complete_rates();
   void find_streams();

@@ -14,6 +14,7 @@ void RowHistory::compute_in(DType compute, std::size_t states) {
         "rows that have missed steps, which are to be made up for with the state of that time");
   if (compute == compute_) return;
   compute_ = compute;
+  ++series_;
   for (std::size_t i = 0; i < replay_.size(); ++i)
     replay_[i].coefficients =
         rules_[i]->coefficients(steps_[i].progress, compute, steps_[i].lr, states);
@@ -53,6 +54,7 @@ std::vector<std::int64_t> RowHistory::rows_behind() const {
 
 void RowHistory::mark_all() {
   behind_ = 0;
+  if (size() > 0) ++series_;
   steps_.clear();
   rules_.clear();
   replay_.clear();

@@ -16,7 +16,7 @@
 
 namespace fusestep::rules {
 
-class RowHistory {
+class RowHistory : public std::enable_shared_from_this<RowHistory> {
  public:
   explicit RowHistory(std::int64_t rows) : current_at_(static_cast<std::size_t>(rows), 0) {}
 
@@ -63,6 +63,11 @@ class RowHistory {
   };
   std::span<const MissedStep> each_missed_step(std::int64_t row) const;
 
+  // All steps that rows may have missed, for who keeps a copy of them: as long as the number of the
+  // series is the same, they have only become more.
+  std::span<const MissedStep> each_step() const { return replay_; }
+  std::int64_t series() const { return series_; }
+
   // ---- for state dicts ----
 
   // How many of the last steps each row has missed, and all that is known of these: of each its
@@ -86,6 +91,7 @@ class RowHistory {
   DType compute_ = DType::float32;
   std::int64_t behind_ = 0;  // rows that have missed any
   std::int64_t now_ = 0;     // steps ever recorded
+  std::int64_t series_ = 0;
   std::vector<std::int64_t>
       current_at_;  // for each row: the steps that it has had, or was marked at
 

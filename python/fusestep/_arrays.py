@@ -45,6 +45,9 @@ class Backend(Protocol):
         state), so that both are one dense run.
         """
 
+    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
+        """Return an array to be filled, in C order, of the dtype and on the device of `like`."""
+
     def copy(self, array: Any) -> Any:
         """Return a copy with the same order of axes in memory."""
 
@@ -76,6 +79,9 @@ class _NumPy:
         array.fill(fill)
         return array.reshape(shape).transpose(axes)
 
+    def empty(self, shape: tuple[int, ...], like: Any) -> npt.NDArray[Any]:
+        return np.empty(shape, like.dtype)
+
     def copy(self, array: Any) -> npt.NDArray[Any]:
         result: npt.NDArray[Any] = array.copy(order="K")
         return result
@@ -101,6 +107,10 @@ class _CuPy:
         shape, axes = _memory_order(parameter)
         with cupy.cuda.Device(_index(parameter.device)):
             return cupy.full(shape, fill, dtype).transpose(*axes)
+
+    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
+        with like.device:
+            return importlib.import_module("cupy").empty(shape, like.dtype)
 
     def copy(self, array: Any) -> Any:
         with array.device:
@@ -130,11 +140,16 @@ class _Torch:
         options = {"dtype": getattr(torch, dtype), "device": parameter.device}
         return torch.full(shape, fill, **options).permute(*axes)
 
+    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
+        torch = importlib.import_module("torch")
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
     def copy(self, array: Any) -> Any:
         return array.detach().clone()
 
     def assign(self, target: Any, value: Any) -> None:
-        target[...] = value
+        with importlib.import_module("torch").no_grad():
+            target[...] = value
 
     def to_numpy(self, array: Any) -> npt.NDArray[Any]:
         torch = importlib.import_module("torch")
@@ -162,6 +177,11 @@ _OTHERS: dict[str, Backend] = {"cupy": _CuPy(), "torch": _Torch()}
 def backend_of(array: Any) -> Backend:
     """Return the library of an array, by the name of its type's module."""
     return _OTHERS.get(type(array).__module__.partition(".")[0], _NUMPY)
+
+
+def has_backend(array: Any) -> bool:
+    """Return whether an array is of a library that is known here: NumPy, CuPy or torch."""
+    return isinstance(array, np.ndarray) or backend_of(array) is not _NUMPY
 
 
 def backend_for_state(parameter: Any, description: ArrayDescription) -> Backend:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _anchors, _penalties
-from ._arrays import backend_of
+from ._arrays import backend_of, has_backend
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -16,18 +16,24 @@ if TYPE_CHECKING:
     from .optimizer import Optimizer
 
 _GROWTH = 1.5
-"""Room for so many times the rows that are needed now. Pages that nobody touches cost nothing."""
+"""Room for so many times the rows that are needed now.
+
+On the CPU, pages that nobody touches cost nothing.
+"""
 
 
 def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any:
     """Give a parameter, and its state, `n_rows` rows; see :meth:`Optimizer.resize`."""
     i = _index_of(optimizer, name)
     old, label = optimizer._parameters.arrays[i], optimizer._parameters.labels[i]
-    if not isinstance(old, np.ndarray):
-        raise TypeError(f"{label} is a {type(old).__name__}; only NumPy arrays can be resized")
-    count = check_count(old.shape, label, n_rows)
+    if not has_backend(old):
+        raise TypeError(
+            f"{label} is a {type(old).__name__}; only arrays of NumPy, CuPy and PyTorch can be "
+            "resized"
+        )
+    count = check_count(tuple(old.shape), label, n_rows)
     new_rows = (count - old.shape[0], *old.shape[1:])
-    values = check_init(init, new_rows, label)
+    values = backend_of(old).from_numpy(check_init(init, new_rows, label), old)
 
     if i in optimizer._anchors:  # which is about to change: rows that are behind need the old one
         optimizer._native.flush()
@@ -36,10 +42,10 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
         state: _grown(optimizer, (i, state), array, count)
         for state, array in optimizer._arrays[i].items()
     }
-    table[old.shape[0] :] = values
+    backend_of(table).assign(table[old.shape[0] :], values)
     initial = optimizer._initial_state()
     for array in states.values():
-        array[old.shape[0] :] = initial
+        backend_of(array).assign(array[old.shape[0] :], initial)
 
     anchor = optimizer._anchors.get(i)
     if anchor is not None:
@@ -80,18 +86,17 @@ def check_init(init: Any, shape: tuple[int, ...], label: str) -> npt.NDArray[Any
         raise ValueError(
             f"the new rows of {label} have shape {shape}; init has shape {values.shape}"
         )
-    return values
+    return values if values.dtype.kind == "f" else values.astype(np.float64)
 
 
-def _grown(
-    optimizer: Optimizer, key: tuple[int, str | None], old: npt.NDArray[Any], count: int
-) -> npt.NDArray[Any]:
+def _grown(optimizer: Optimizer, key: tuple[int, str | None], old: Any, count: int) -> Any:
     """Return an array of so many rows that begins with the old ones; the rest is to be filled."""
-    room: npt.NDArray[Any] | None = optimizer._growing.get(key)
-    if room is None or old.base is not room or len(room) < count:
+    room, table = optimizer._growing.get(key, (None, None))
+    if room is None or old is not table or room.shape[0] < count:
         rows = max(count, int(old.shape[0] * _GROWTH))
-        room = np.empty((rows, *old.shape[1:]), old.dtype)
-        room[: old.shape[0]] = old
-        optimizer._growing[key] = room
-    table: npt.NDArray[Any] = room[:count]
+        backend = backend_of(old)
+        room = backend.empty((rows, *old.shape[1:]), old)
+        backend.assign(room[: old.shape[0]], old)
+    table = room[:count]
+    optimizer._growing[key] = room, table
     return table

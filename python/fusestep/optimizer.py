@@ -75,17 +75,17 @@ class Optimizer:
         nothing, they and their state stay as they are, as in ``torch.optim.SparseAdam``.
         ``"exact"``: a gradient of zero, as if the whole table had been given. They are brought up
         to date when they are next listed; before reading rows, call :meth:`catch_up`, before
-        reading the whole table, :meth:`flush`.
+        reading the whole table, :meth:`flush`. What rows have missed is noted on the host, which
+        a CUDA graph does not reach; with ``skip_nonfinite`` it waits for a GPU in every step.
 
     Raises
     ------
     TypeError
-        Something is not an array, not of a supported dtype, or a hyper-parameter is not a number;
-        with ``rows="exact"``, a parameter is on a GPU.
+        Something is not an array, not of a supported dtype, or a hyper-parameter is not a number.
     ValueError
         A hyper-parameter is out of range; an array is read-only, overlaps itself or another one;
         there are no parameters; with ``capturable``, a parameter is not on the GPU of the others,
-        or ``lr`` is a callable.
+        ``lr`` is a callable, or ``rows`` is "exact".
     RuntimeError
         A parameter is on a GPU that cannot be used; the message says why.
 
@@ -155,6 +155,11 @@ class Optimizer:
         self._capturable = flag("capturable", capturable)
         self._check_rate(self._hyperparameters)
         self._rows = one_of("rows", rows, ("lazy", "exact"))
+        if self._capturable and self._rows == "exact":
+            raise ValueError(
+                "capturable=True is for CUDA graphs, and rows='exact' notes on the host, which "
+                "they do not reach, what rows have missed: leave out one of them"
+            )
 
         self._parameters = Parameters(params)
         options = self._native_options(self._hyperparameters)
@@ -164,7 +169,7 @@ class Optimizer:
             for array, label in zip(self._parameters.arrays, self._parameters.labels, strict=True)
         ]
         self._anchors: dict[int, Anchor] = {}
-        self._growing: dict[tuple[int, str | None], Any] = {}
+        self._growing: dict[tuple[int, str | None], tuple[Any, Any]] = {}
         self._native = _cpu.Optimizer(
             self._rule,
             options,
@@ -335,8 +340,8 @@ class Optimizer:
         """Give a table more rows: there are new users, or new items.
 
         Old rows and their state keep their bits; new ones start fresh. The table moves to other
-        memory, which has room to spare: resizing again and again, one row at a time, copies each
-        row a few times in all.
+        memory on its device, which has room to spare: resizing again and again, one row at a time,
+        copies each row a few times in all. CUDA graphs go on with the memory before.
 
         Parameters
         ----------
@@ -351,15 +356,16 @@ class Optimizer:
         Returns
         -------
         array
-            The parameter from now on, also to be found in :attr:`params`: a NumPy array. Use it in
-            place of the one before, which steps do not update, or only sometimes.
+            The parameter from now on, also to be found in :attr:`params`: an array of the same
+            library, in C order; a torch tensor requires no gradient. Use it in place of the one
+            before, which steps do not update, or only sometimes.
 
         Raises
         ------
         KeyError
             There is no such parameter.
         TypeError
-            `n_rows` is not an int; the parameter is not a NumPy array.
+            `n_rows` is not an int; the parameter is not an array of NumPy, CuPy or PyTorch.
         ValueError
             It has more rows already, or no dimensions; `init` does not have the shape of the new
             rows. Nothing has been changed then.

@@ -911,6 +911,92 @@ void check_decisions_on_rows() {
   }
 }
 
+// A table of which some rows have missed steps.
+class TableBehind {
+ public:
+  explicit TableBehind(Parameter& table)
+      : table_(table),
+        history_(std::make_shared<rules::RowHistory>(table.spec.parameter.shape[0])),
+        loop_{table.rule->loop(table.states()), {}} {}
+
+  // Some of the rows have their share of each of these steps.
+  void record(std::int64_t steps, Random& random) {
+    for (std::int64_t i = 0; i < steps; ++i) {
+      const double lr = 0.01 * static_cast<double>(random.below(4));
+      progress_ = table_.rule->advance(progress_);
+      history_->record(
+          *table_.rule, {lr, progress_},
+          table_.rule->coefficients(progress_, table_.on_host.compute, lr, table_.states()));
+      for (std::int64_t row = 0; row < history_->rows(); ++row)
+        if (random.below(9) == 0) history_->mark(row);
+    }
+  }
+
+  // Lists all rows that are behind.
+  void list() {
+    missed_.clear();
+    std::vector<std::int64_t> behind = history_->rows_behind(), places(behind.size());
+    std::iota(places.begin(), places.end(), 0);
+    for (const std::int64_t row : behind)
+      missed_.push_back({history_->missed_steps(row), std::ssize(history_->each_missed_step(row))});
+    rows_.plan_pairs(std::move(behind), std::move(places));
+    rows_.stride = table_.rows.stride;
+    rows_.stride[kGradient] = sizeof(cuda::MissedSteps);
+    on_host_ = table_.on_host;
+    on_device_ = table_.on_device;
+    for (Work* work : {&on_host_, &on_device_}) {
+      work->rows = &rows_;
+      work->history = history_.get();
+      work->only_catches_up = true;
+      work->rule = &loop_;
+    }
+  }
+
+  const Work* on_host() const { return &on_host_; }
+  cuda::RowsBehind on_device() const { return {&on_device_, missed_}; }
+  void mark_all() { history_->mark_all(); }
+
+ private:
+  Parameter& table_;
+  std::shared_ptr<rules::RowHistory> history_;
+  Coefficients loop_;
+  Progress progress_{};
+  gradients::Rows rows_;
+  Work on_host_{}, on_device_{};
+  std::vector<cuda::RowsBehind::Missed> missed_;
+};
+
+// In closed form, or else step by step; more steps are noted from one time to the next.
+void check_rows_that_are_behind(bool quick) {
+  scene() = "rows that are behind";
+  Random random(8);
+  const std::vector<RuleCase> rules = all_rules();
+  for (const RuleCase& rule : rules) {
+    for (const DTypes& dtypes : quick ? std::vector{kSingle, kHalf, kDouble} : all_dtypes()) {
+      std::vector<Spec> specs = some_tables(rule, dtypes, random);
+      for (std::size_t i = 0; i < specs.size(); i += 3) specs[i].fill = Fill::special;
+      Problem problem(specs);
+      std::deque<TableBehind> tables;
+      for (std::size_t i = 0; i < problem.size(); ++i) tables.emplace_back(problem[i]);
+      for (const std::int64_t steps : {1, 5, 40}) {
+        std::vector<const Work*> on_host;
+        std::vector<cuda::RowsBehind> on_device;
+        for (TableBehind& table : tables) {
+          table.record(steps, random);
+          table.list();
+          on_host.push_back(table.on_host());
+          on_device.push_back(table.on_device());
+        }
+        cpu::update(on_host, {});
+        cuda::catch_up(problem.workspace(), 0, on_device);
+        problem.check();
+        if (steps == 5)
+          for (TableBehind& table : tables) table.mark_all();
+      }
+    }
+  }
+}
+
 // A graph brings the lists that it was captured with, whatever has been listed since.
 void check_captured_rows() {
   scene() = "captured rows";
@@ -1557,6 +1643,7 @@ void run(bool quick) {
   check_anchors(quick);
   check_rows(quick);
   check_decisions_on_rows();
+  check_rows_that_are_behind(quick);
   check_captured_rows();
   if (!quick) check_large();
   check_all_strided(quick);

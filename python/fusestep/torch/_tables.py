@@ -27,7 +27,7 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
     anchor = _anchors.of(optimizer.state.get(parameter, {}))
     if anchor is not None:  # it is about to change: rows that are behind need the old one
         optimizer.flush()
-    table = _grown(parameter.detach(), torch.empty((count, *new_rows[1:]), dtype=parameter.dtype))
+    table = _grown(parameter.detach(), parameter.detach().new_empty((count, *new_rows[1:])))
     table[parameter.shape[0] :] = values
     entry = {**optimizer.state.get(parameter, {})}
     dtype = _state.dtype_for(optimizer._state_dtype, parameter)
@@ -58,7 +58,7 @@ def _find(optimizer: Optimizer, parameter: Tensor) -> str:
     KeyError
         It is not a parameter of this optimizer.
     TypeError
-        It is not a plain tensor on the CPU.
+        It is not a plain tensor on the CPU or an NVIDIA GPU.
     """
     found = [label for each, label in optimizer._parameters() if each is parameter]
     if not found:
@@ -66,8 +66,10 @@ def _find(optimizer: Optimizer, parameter: Tensor) -> str:
         raise KeyError(f"this {what} is not a parameter of this optimizer")
     label = found[0]
     device = _tensors.device_of(parameter)
-    if device.type != "cpu":
-        raise TypeError(f"{label} is on {device}, where this version of fusestep cannot resize it")
+    if device.type not in ("cpu", "cuda"):
+        raise TypeError(
+            f"{label} is on {device}; only parameters on the CPU and on NVIDIA GPUs can be resized"
+        )
     if not _tensors.is_plain(parameter):
         raise TypeError(
             f"{label} is a {type(parameter).__name__}; only plain parameters can be resized"
@@ -107,6 +109,6 @@ def _give_memory(parameter: Tensor, table: Tensor) -> None:
     with torch.no_grad():
         parameter.grad = None
         other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
-        parameter.data = torch.empty(0, dtype=other)
+        parameter.data = table.new_empty(0, dtype=other)
         parameter.data = table
     _tensors.increment_versions([parameter])

@@ -81,7 +81,8 @@ class Optimizer(torch.optim.Optimizer):
         nothing, they and their state stay as they are, as with ``torch.optim.SparseAdam``.
         ``"exact"``: a gradient of zero, as if it were dense. They are brought up to date when they
         next have a gradient; before a forward pass reads rows, call :meth:`catch_up`, before
-        anything reads the whole table, :meth:`flush`. For parameters on the CPU.
+        anything reads the whole table, :meth:`flush`. Step counts are on the CPU then, and with
+        ``skip_nonfinite`` or a ``GradScaler`` each step waits for the GPU.
     seed
         Of every random choice, from 0 to 2**64 - 1: which blocks :class:`fusestep.RandomBlocks`
         draws.
@@ -158,7 +159,7 @@ class Optimizer(torch.optim.Optimizer):
         TypeError
             A gradient or parameter is on a device that is neither the CPU nor an NVIDIA GPU, or not
             of a supported dtype. A parameter is sparse; or a gradient is, and
-            ``gradient.sparse_dim() != 1``, or the parameter on a GPU with ``rows="exact"``.
+            ``gradient.sparse_dim() != 1``.
         IndexError
             A sparse gradient has a row that its parameter has not.
         ValueError
@@ -168,7 +169,7 @@ class Optimizer(torch.optim.Optimizer):
             is capturable.
         RuntimeError
             A CUDA graph is being captured, and its replays would not be steps; or a gradient on the
-            GPU is sparse.
+            GPU is sparse, or ``rows`` is "exact".
 
         Notes
         -----
@@ -266,8 +267,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _on_the_gpu(self, *numbers: Any) -> tuple[Tensor | None, ...] | None:
         """Return a scaler's numbers on the GPU of all parameters; None where there is no such."""
-        if not any(_tensors.is_on_gpu(value) for value in numbers):
-            return None
+        if self._rows == "exact" or not any(_tensors.is_on_gpu(value) for value in numbers):
+            return None  # the host has to know which steps are taken
         parameters = [p for group in self.param_groups for p in group["params"]]
         devices = {_tensors.device_of(parameter) for parameter in parameters}
         if len(devices) != 1 or any(map(_tensors.is_sharded, parameters)):
@@ -404,7 +405,7 @@ class Optimizer(torch.optim.Optimizer):
         Parameters
         ----------
         parameter
-            One of this optimizer's, on the CPU.
+            One of this optimizer's.
         n_rows
             Its new extent along the first axis; not less than the present one.
         init
@@ -416,7 +417,7 @@ class Optimizer(torch.optim.Optimizer):
         KeyError
             It is not a parameter of this optimizer.
         TypeError
-            `n_rows` is not an int; the parameter is not a plain tensor on the CPU.
+            `n_rows` is not an int; the parameter is not a plain tensor on the CPU or an NVIDIA GPU.
         ValueError
             It has more rows already, or no dimensions; `init` does not have the shape of the new
             rows. Nothing has been changed then.
@@ -563,10 +564,10 @@ class Optimizer(torch.optim.Optimizer):
     def _should_count_on_gpu(self) -> bool:
         """Return whether step counts of parameters on a GPU belong there.
 
-        Where the host cannot know whether a step happens, or how often; but it is the host that
-        counts the updates of blocks.
+        Where the host cannot know whether a step happens, or how often; but it has to where it
+        counts the updates of blocks, or notes which rows have missed one.
         """
-        if _selections.are_on_gpu(self, None):
+        if self._rows == "exact" or _selections.are_on_gpu(self, None):
             return False
         return any(
             self.skip_nonfinite
@@ -761,8 +762,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         TypeError, ValueError
-            As torch; and where it asks for ``differentiable`` or, on the CPU, ``capturable``. With
-            ``rows="exact"``, a parameter is on a GPU.
+            As torch; and where it asks for ``differentiable`` or, on the CPU or with
+            ``rows="exact"``, ``capturable``.
         """
         super().add_param_group(param_group)
         try:
@@ -929,16 +930,13 @@ class Optimizer(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
 
     def _check_rows(self) -> None:
-        """Raise TypeError for tables on a GPU, where rows do not miss steps."""
-        if self._rows != "exact":
-            return
-        for parameter, label in self._parameters():
-            device = _tensors.device_of(parameter)
-            if parameter.ndim > 0 and device.type not in ("cpu", "meta"):
-                raise TypeError(
-                    f"{label} is on {device}, where this version of fusestep cannot move single "
-                    "rows: leave out rows='exact'"
-                )
+        """Raise ValueError for rows that may miss steps in a CUDA graph."""
+        is_captured = any(group.get("capturable") for group in getattr(self, "param_groups", []))
+        if self._rows == "exact" and is_captured:
+            raise ValueError(
+                "capturable=True is for CUDA graphs, and rows='exact' notes on the host, which "
+                "they do not reach, what rows have missed: leave out one of them"
+            )
 
     def _parameters(self) -> list[tuple[Tensor, str]]:
         """Return all parameters, each with what error messages call it."""
