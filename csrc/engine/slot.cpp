@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/errors.h"
+#include "cpu/samples.h"
 #include "cpu/top.h"
 #include "engine/stepper.h"
 
@@ -158,10 +159,18 @@ void Slot::check_can_take_samples() const {
                     " is one of samples, which this version of "
                     "fusestep adds up on the CPU alone; " +
                     name_ + " is on " + name_of(device()));
-  if (is_rowwise_)
-    throw TypeError("the gradient of " + name_ +
-                    " is one of samples, which a rule with state of "
-                    "rows cannot add up; give their sum, or fs.Rows");
+}
+
+// For a rule that has to see all of a row.
+void Slot::plan_sums(const Array& values) {
+  part_.size = parameter_.size;
+  part_.operand[kGradient].view(values.operand(), values.geometry());
+  sums_memory_.resize(static_cast<std::size_t>(part_.size * item_size(work.compute)));
+  sums_ = Array::dense(sums_memory_.data(), work.compute, parameter_.geometry().shape, device());
+}
+
+void Slot::add_up_samples() {
+  if (part_.samples && is_rowwise_) cpu::add_up_samples(part_, work.compute, sums_memory_.data());
 }
 
 void Slot::check_samples(const Array& values, const OccupiedMemory& memory, bool clears_gradient) {
@@ -201,9 +210,10 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
   else
     check_gradient(gradient, memory, clears_gradient);
   part_.rows = numbers ? &rows_ : nullptr;
-  part_.samples = update.samples ? &*update.samples : nullptr;
+  part_.samples = update.samples.get();
+  if (is_rowwise_ && update.samples) plan_sums(gradient);
   if (is_rowwise_)
-    plan_selected_rows(gradient, !numbers);
+    plan_selected_rows(update.samples ? sums_ : gradient, !numbers);
   else
     plan_part(gradient);
   whole_gradient_.view(gradient.operand(), gradient.geometry());

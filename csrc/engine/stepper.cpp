@@ -260,12 +260,15 @@ std::vector<double> Stepper::norms_of_samples(const std::vector<Update>& updates
 }
 
 void Stepper::plan_samples(std::vector<Update>& updates, const StepArguments& arguments) {
-  const auto has_samples = [](const Update& update) { return update.samples.has_value(); };
+  const auto has_samples = [](const Update& update) { return update.samples != nullptr; };
   if (std::ranges::none_of(updates, has_samples)) return;
   const GilRelease release(will_release_gil());
   const std::vector<double> norms = norms_of_samples(updates);
-  for (Update& update : updates)
-    if (update.samples) update.samples->plan(norms, arguments.grad_scale, update.draw.noise());
+  for (Update& update : updates) {
+    if (!update.samples) continue;
+    update.samples->plan(norms, arguments.grad_scale, update.draw.noise());
+    update.slot->add_up_samples();
+  }
 }
 
 // ---- parts of parameters ----

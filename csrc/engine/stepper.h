@@ -58,12 +58,12 @@ struct Update {
       : slot(slot),
         group(group),
         gradient(std::move(samples.values)),
-        samples(std::move(samples.samples)) {}
+        samples(std::make_unique<gradients::Samples>(std::move(samples.samples))) {}
   Slot* slot;
   const Group* group;
   arrays::Array gradient;
   std::optional<std::vector<std::int64_t>> row_numbers;  // where it is of some rows only
-  std::optional<gradients::Samples> samples = {};        // where it is one for each sample
+  std::unique_ptr<gradients::Samples> samples = {};      // where it is one for each sample
   const selections::Choice* choice = nullptr;            // which part of the parameter moves
   selections::Draw draw{};
   cuda::Stream stream = 0;  // on a GPU: where the parameter's library works

@@ -43,6 +43,9 @@ struct Part {
   double lr = 0;
   std::size_t states = 0;
 
+  // Whether gradients are made as they are used, rather than lie in an array like the parameter.
+  bool makes_gradients() const { return rows || samples; }
+
   // Tiles that may hold something to move.
   const Selection& visited() const { return rows ? listed : tracks ? everything : selected; }
   std::int64_t tiles() const { return visited().tiles(); }

@@ -163,7 +163,9 @@ class Samples:
                 f"noise_multiplier is {noise_multiplier!r}; expected a number that is not negative"
             )
         if self.noise_multiplier > 0 and self.max_norm is None:
-            raise ValueError("noise_multiplier is given without max_norm, of which it is a multiple")
+            raise ValueError(
+                "noise_multiplier is given without max_norm, of which it is a multiple"
+            )
         if isinstance(reduction, str) and reduction not in ("mean", "sum"):
             raise ValueError(
                 f"reduction is {reduction!r}; expected 'mean', 'sum' or the number to divide by"
@@ -195,7 +197,7 @@ def _positive(name: str, value: Any) -> float:
 def as_weights(weight: Any, label: str) -> npt.NDArray[np.float64]:
     """Return weights as float64 in the CPU's memory, of whatever library they are."""
     array = np.asarray(backend_of(weight).to_numpy(weight))
-    if array.dtype.kind not in "fiuV" and array.size:
+    if array.dtype.kind not in "fiubV" and array.size:
         raise TypeError(f"{label} have dtype {array.dtype}; expected real numbers")
     return array.astype(np.float64)
 
