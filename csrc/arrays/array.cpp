@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <numeric>
 #include <utility>
 
@@ -17,6 +18,23 @@
 namespace py = pybind11;
 
 namespace fusestep::arrays {
+
+Array Array::dense(std::byte* data, DType dtype, std::span<const std::int64_t> shape,
+                   const Device& device) {
+  Array array;
+  array.data = data;
+  array.dtype = dtype;
+  array.device = device;
+  array.writable = array.c_contiguous = true;
+  array.size = std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies());
+  const std::vector<std::int64_t> strides = c_strides(shape, item_size(dtype));
+  array.owned_.assign(shape.begin(), shape.end());
+  array.owned_.insert(array.owned_.end(), strides.begin(), strides.end());
+  array.ndim_ = shape.size();
+  array.shape_ = array.owned_.data();
+  array.strides_ = array.shape_ + array.ndim_;
+  return array;
+}
 
 void Array::swap(Array& other) noexcept {
   std::swap(data, other.data);

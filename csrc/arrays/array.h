@@ -53,6 +53,10 @@ class Array {
   bool c_contiguous = false;
   std::int64_t size = 0;  // elements
 
+  // Of memory that the caller keeps, in C order.
+  static Array dense(std::byte* data, DType dtype, std::span<const std::int64_t> shape,
+                     const Device& device);
+
   // On a GPU: the cudaStream_t on which its library worked when the view was made. What is in the
   // array now is complete when that stream has got there.
   std::uintptr_t stream = 0;

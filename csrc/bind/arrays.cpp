@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "arrays/rows.h"
+#include "arrays/samples.h"
 #include "bind/register.h"
 
 namespace py = pybind11;
@@ -30,6 +31,9 @@ py::tuple describe(const py::object& object, const std::string& name) {
 void register_arrays(py::module_& module) {
   module.def(
       "set_rows_type", [](const py::type& type) { arrays::set_rows_type(type.ptr()); },
+      py::arg("type"));
+  module.def(
+      "set_samples_type", [](const py::type& type) { arrays::set_samples_type(type.ptr()); },
       py::arg("type"));
   module.def("describe_array", &describe, py::arg("array"), py::arg("name"));
   module.def(

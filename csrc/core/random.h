@@ -31,6 +31,11 @@ struct RandomStream {
     return {key};
   }
 
+  // Another stream for the same, for each purpose that is not 0.
+  FUSESTEP_HOST_DEVICE RandomStream other(std::uint64_t purpose) const {
+    return {mixed(key ^ mixed(purpose))};
+  }
+
   // 64 random bits for each number.
   FUSESTEP_HOST_DEVICE std::uint64_t bits(std::uint64_t number) const {
     return mixed(key + 0x9e3779b97f4a7c15ull * (number + 1));

@@ -21,7 +21,7 @@ class Ahead {
   static constexpr std::int64_t kPiece = 64;
 
   explicit Ahead(const selections::Part& part) : part_(part) {
-    if (part.rows) return;  // whose gradient lies elsewhere
+    if (part.makes_gradients()) return;  // from memory that lies elsewhere
     std::int64_t bytes = 0;
     for (int i = 0; i < part.operands; ++i) bytes += part.size * item_size(operand(i).dtype());
     pays_ = bytes > kMostCached;

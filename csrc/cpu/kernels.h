@@ -57,6 +57,9 @@ struct Kernels {
   // to[i] = from[i] where meant[i] is not 0.
   void (*select)(const unsigned char* meant, const T* from, T* to, std::int64_t size);
 
+  // sum[i] += times[0] * from[0][i] + ..., of one or four arrays.
+  void (*add_products)(const T* const* from, const T* times, int count, T* sum, std::int64_t size);
+
   // The sum of (prescale * x)^2 over at most kTileSize elements, in a fixed order.
   double (*sum_of_squares)(const T* x, std::int64_t size, double prescale);
 };

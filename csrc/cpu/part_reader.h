@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "core/tile_bits.h"
@@ -16,11 +17,12 @@ template <class T>
 class PartReader {
  public:
   PartReader(const Kernels<T>& kernels, const selections::Part& part)
-      : access_(kernels), part_(part) {}
+      : kernels_(kernels), access_(kernels), part_(part) {}
 
   // Where they are, or copied to `buffer`.
   T* read(int operand, std::int64_t begin, std::int64_t count, T* buffer) const {
     if (operand == kGradient && part_.rows) return add_up_rows(begin, count, buffer);
+    if (operand == kGradient && part_.samples) return add_up_samples(begin, count, buffer);
     return read(part_.operand[static_cast<std::size_t>(operand)], begin, count, buffer);
   }
 
@@ -71,6 +73,31 @@ class PartReader {
     }
   }
 
+  // Four samples at a time, the last ones one by one. The sum begins with -0, to which x adds x.
+  T* add_up_samples(std::int64_t begin, std::int64_t count, T* sum) const {
+    const gradients::Samples& samples = *part_.samples;
+    alignas(kCacheLine) T buffer[kFour][kTileSize];
+    std::fill_n(sum, count, T{-0.0});
+    const std::size_t present = samples.present.size();
+    for (std::size_t first = 0; first < present;) {
+      const std::size_t some = first + kFour <= present ? kFour : 1;
+      std::array<const T*, kFour> from{};
+      std::array<T, kFour> times{};
+      for (std::size_t k = 0; k < some; ++k) {
+        from[k] = read(part_.operand[kGradient], samples.present[first + k] * part_.size + begin,
+                       count, buffer[k]);
+        times[k] = static_cast<T>(samples.coefficient[first + k]);
+      }
+      kernels_.add_products(from.data(), times.data(), static_cast<int>(some), sum, count);
+      first += some;
+    }
+    if (samples.has_noise())
+      for (std::int64_t i = 0; i < count; ++i) sum[i] += static_cast<T>(samples.noise(begin + i));
+    return sum;
+  }
+
+  static constexpr std::size_t kFour = 4;
+  const Kernels<T>& kernels_;
   TileAccess<T> access_;
   const selections::Part& part_;
 };

@@ -250,7 +250,7 @@ class PartUpdater : Mover<T> {
 
   void gather(int operand, const Places& places, T* values) const {
     const DType dtype = part_.operand[static_cast<std::size_t>(operand)].dtype();
-    if (operand == kGradient && part_.rows) {
+    if (operand == kGradient && part_.makes_gradients()) {
       T of_tile[kTileSize];
       reader_.read(kGradient, first_, size_, of_tile);
       for (std::int64_t k = 0; k < places.count(); ++k) values[k] = of_tile[places[k]];

@@ -149,6 +149,19 @@ void select(const unsigned char* meant, const T* from, T* to, std::int64_t size)
   }
 }
 
+template <class T>
+void add_products(const T* const* from, const T* times, int count, T* __restrict sum,
+                  std::int64_t size) {
+  const T *const a = from[0], *const b = from[1], *const c = from[2], *const d = from[3];
+  const T ta = times[0], tb = times[1], tc = times[2], td = times[3];
+  if (count == 1) {
+    for (std::int64_t i = 0; i < size; ++i) sum[i] += ta * a[i];
+    return;
+  }
+  for (std::int64_t i = 0; i < size; ++i)
+    sum[i] += (ta * a[i] + tb * b[i]) + (tc * c[i] + td * d[i]);
+}
+
 // Squares of floats are exact in double: the norm of a float gradient can neither overflow nor lose
 // its small values.
 template <class T>
@@ -194,6 +207,7 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},
           {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
           select<T>,
+          add_products<T>,
           sum_of_squares<T>};
 }
 

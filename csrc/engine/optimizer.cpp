@@ -112,13 +112,15 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count, const Cho
     if (arrays::is_rows(gradients[i]))
       updates_.emplace_back(&slot, &group,
                             arrays::from_rows(gradients[i], slot.parameter(), slot.name()));
+    else if (arrays::is_samples(gradients[i]))
+      updates_.emplace_back(&slot, &group, arrays::from_samples(gradients[i], slot.name()));
     else
       updates_.emplace_back(&slot, &group,
                             arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));
     Update& update = updates_.back();
     if (!choices.empty()) update.choice = choices.at(i);
     update.draw = {seed, stepper.steps, i};
-    foreign = foreign || update.gradient.is_foreign() || update.row_numbers;
+    foreign = foreign || update.gradient.is_foreign() || update.row_numbers || update.samples;
     if (slot.device().kind == Device::cuda)
       update.stream = slot.parameter().is_of_library_of(update.gradient)
                           ? update.gradient.stream

@@ -6,7 +6,9 @@
 #include <utility>
 
 #include "core/errors.h"
+#include "cpu/samples.h"
 #include "cpu/top.h"
+#include "engine/stepper.h"
 
 namespace fusestep::engine {
 
@@ -151,6 +153,37 @@ void Slot::check_rows(const Array& values, std::span<const std::int64_t> numbers
   }
 }
 
+void Slot::check_can_take_samples() const {
+  if (is_on_gpu())
+    throw TypeError("the gradient of " + name_ +
+                    " is one of samples, which this version of "
+                    "fusestep adds up on the CPU alone; " +
+                    name_ + " is on " + name_of(device()));
+}
+
+// For a rule that has to see all of a row.
+void Slot::plan_sums(const Array& values) {
+  part_.size = parameter_.size;
+  part_.operand[kGradient].view(values.operand(), values.geometry());
+  sums_memory_.resize(static_cast<std::size_t>(part_.size * item_size(work.compute)));
+  sums_ = Array::dense(sums_memory_.data(), work.compute, parameter_.geometry().shape, device());
+}
+
+void Slot::add_up_samples() {
+  if (part_.samples && is_rowwise_) cpu::add_up_samples(part_, work.compute, sums_memory_.data());
+}
+
+void Slot::check_samples(const Array& values, const OccupiedMemory& memory, bool clears_gradient) {
+  const auto shape = parameter_.geometry().shape, given = values.geometry().shape;
+  if (!std::ranges::equal(shape, given.subspan(1)))
+    throw ValueError("the samples for " + name_ + " have values of shape " + shape_text(values) +
+                     "; expected one gradient for each sample, of shape " + shape_text(parameter_));
+  known_ = {};  // their shape is not the parameter's
+  check_memory(values, memory, clears_gradient);
+  known_ = {};
+  gradient_is_known_ = false;
+}
+
 void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
                             bool clears_gradient) {
   check_gradient(gradient, memory, clears_gradient);
@@ -160,23 +193,27 @@ void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
 
 // ---- a part of the parameter ----
 
-void Slot::prepare_part(const Array& gradient,
-                        const std::optional<std::vector<std::int64_t>>& numbers,
-                        const selections::Choice* choice, const selections::Draw& draw,
-                        const OccupiedMemory& memory, bool clears_gradient) {
+void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool clears_gradient) {
+  const Array& gradient = update.gradient;
+  const auto& numbers = update.row_numbers;
   // First what may be refused: a gradient that has been checked counts as known.
-  if (choice) check_can_choose(*choice, numbers.has_value());
+  if (update.choice) check_can_choose(*update.choice, numbers.has_value());
+  if (update.samples) check_can_take_samples();
   select_all();
-  if (choice) select(*choice, draw);
+  if (update.choice) select(*update.choice, update.draw);
   if (is_rowwise_) check_selects_rows();
   if (is_on_gpu() && !is_rowwise_) check_state_has_one_layout();
   if (numbers)
     check_rows(gradient, *numbers, memory, clears_gradient);
+  else if (update.samples)
+    check_samples(gradient, memory, clears_gradient);
   else
     check_gradient(gradient, memory, clears_gradient);
   part_.rows = numbers ? &rows_ : nullptr;
+  part_.samples = update.samples.get();
+  if (is_rowwise_ && update.samples) plan_sums(gradient);
   if (is_rowwise_)
-    plan_selected_rows(gradient, !numbers);
+    plan_selected_rows(update.samples ? sums_ : gradient, !numbers);
   else
     plan_part(gradient);
   whole_gradient_.view(gradient.operand(), gradient.geometry());

@@ -26,6 +26,8 @@
 
 namespace fusestep::engine {
 
+struct Update;
+
 class Slot {
  public:
   Slot(std::string name, const rules::AnyRule& rule);
@@ -55,14 +57,15 @@ class Slot {
                     const OccupiedMemory& memory, bool clears_gradient);
 
   // The same where a part of the parameter moves: what is chosen of it, or, where its blocks have
-  // come differently far, all. Without `numbers` the gradient is of all rows.
-  void prepare_part(const arrays::Array& gradient,
-                    const std::optional<std::vector<std::int64_t>>& numbers,
-                    const selections::Choice* choice, const selections::Draw& draw,
-                    const OccupiedMemory& memory, bool clears_gradient);
+  // come differently far, all; or where the gradient is made as it is used.
+  void prepare_part(const Update& update, const OccupiedMemory& memory, bool clears_gradient);
 
   // Before a part moves: by which rule. From now on its blocks may come differently far.
   void begin_part(const rules::AnyRule& rule, double lr);
+
+  // Adds up samples, of which it is known by now how much each counts, where that is not done piece
+  // by piece.
+  void add_up_samples();
 
   // Selects what depends on the gradients, of which the factor is known by now. That happens here:
   // of what is on a GPU, `fetch` brings copies of so many bytes.
@@ -122,6 +125,10 @@ class Slot {
   void check_rows(const arrays::Array& values, std::span<const std::int64_t> numbers,
                   const OccupiedMemory& memory, bool clears_gradient);
   void check_shape_of_rows(const arrays::Array& values) const;
+  void check_can_take_samples() const;
+  void plan_sums(const arrays::Array& values);
+  void check_samples(const arrays::Array& values, const OccupiedMemory& memory,
+                     bool clears_gradient);
   void check_memory(const arrays::Array& gradient, const OccupiedMemory& memory,
                     bool clears_gradient);
   void plan(const arrays::Array& gradient);
@@ -161,6 +168,8 @@ class Slot {
   std::optional<Anchor> anchor_;
   selections::Part part_;  // of the last step that moved one
   FlatArray whole_gradient_;
+  std::vector<std::byte> sums_memory_;  // of samples, where they are not added up piece by piece
+  arrays::Array sums_;
   gradients::Rows rows_;  // of the last gradient that was one of rows
 
   // The last gradient's memory, which was found to be disjoint from all parameters and states.

@@ -25,6 +25,44 @@ bool chooses_top(const Update& update) {
   return update.choice && update.choice->kind == selections::Choice::Kind::top;
 }
 
+// A bound goes for the gradients of all parameters together.
+void check_samples(const std::vector<Update>& updates, const StepArguments& arguments) {
+  const Update* first = nullptr;
+  for (const Update& update : updates) {
+    if (!update.samples) continue;
+    const gradients::Samples& samples = *update.samples;
+    if (samples.has_noise() && arguments.grad_scale == 0)
+      throw ValueError("grad_scale is 0, which noise cannot be scaled against");
+    if (!samples.max_norm) continue;
+    if (!first) first = &update;
+    if (samples.max_norm == first->samples->max_norm && samples.count() == first->samples->count())
+      continue;
+    const auto text = [](const Update& of) {
+      return std::to_string(of.samples->count()) + " samples for " + of.slot->name() +
+             " with max_norm " + text_of(*of.samples->max_norm);
+    };
+    throw ValueError(
+        "there are " + text(*first) + ", and " + text(update) +
+        "; expected as many with the same, since a sample's gradients are bounded together");
+  }
+}
+
+// One sample's gradient for a parameter, to be summed.
+Work one_sample(const Update& update) {
+  const arrays::Array& values = update.gradient;
+  Work work;
+  work.compute = update.slot->work.compute;
+  for (const std::size_t i : {std::size_t{kParameter}, std::size_t{kGradient}})
+    work.iteration.operand[i] = values.operand();
+  const auto [shape, strides] = values.geometry();
+  const Geometry one{shape.subspan(1), strides.subspan(1)};
+  if (values.c_contiguous)
+    work.iteration.plan_dense(values.size / shape[0], 2);
+  else
+    work.iteration.plan(std::array{one, one});
+  return work;
+}
+
 }  // namespace
 
 void check_rate(double lr) {
@@ -39,13 +77,13 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
                      "; expected a finite number");
   next_.clear();
   work_.clear();
+  unmoved_.clear();
   elements_ = 0;
   is_on_gpus_ = false;
   for (const Update& update : updates) {
     Slot& slot = *update.slot;
-    if (update.choice || slot.has_split_progress())
-      slot.prepare_part(update.gradient, update.row_numbers, update.choice, update.draw, memory,
-                        arguments.zero_grad);
+    if (update.choice || update.samples || slot.has_split_progress())
+      slot.prepare_part(update, memory, arguments.zero_grad);
     else if (update.row_numbers)
       slot.prepare_rows(update.gradient, *update.row_numbers, memory, arguments.zero_grad);
     else if (slot.is_rowwise())
@@ -54,6 +92,10 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
       slot.prepare(update.gradient, memory, arguments.zero_grad);
     slot.work.gradient_factor = update.group->maximize ? -1 : 1;
     if (!slot.gradient_is_known()) disjoint_gradients_.clear();
+    if (update.samples && update.samples->is_nothing()) {
+      unmoved_.push_back(&slot.work);
+      continue;
+    }
     next_.push_back(update.group->rule->advance(slot.progress));
     work_.push_back(&slot.work);
     if (slot.device().kind == Device::cpu)
@@ -61,7 +103,10 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
     else
       is_on_gpus_ = true;
   }
+  check_samples(updates, arguments);
   if (arguments.zero_grad) check_gradients_are_disjoint(updates);
+  std::erase_if(
+      updates, [](const Update& update) { return update.samples && update.samples->is_nothing(); });
 }
 
 // A gradient cleared for one parameter must not still be wanted by another.
@@ -103,8 +148,9 @@ void Stepper::add_coefficients(const std::vector<Update>& updates) {
 
 bool Stepper::will_release_gil() const { return elements_ >= kElementsWorthReleasingGil; }
 
-bool Stepper::take(const std::vector<Update>& updates, const StepArguments& arguments,
+bool Stepper::take(std::vector<Update>& updates, const StepArguments& arguments,
                    const cpu::Errand& errand) {
+  if (arguments.zero_grad) cpu::clear_whole_gradients(unmoved_);
   if (updates.empty()) return true;
   catch_up_whole_tables(updates);
   add_coefficients(updates);
@@ -125,8 +171,9 @@ bool Stepper::take(const std::vector<Update>& updates, const StepArguments& argu
   return true;
 }
 
-bool Stepper::run(const std::vector<Update>& updates, const StepArguments& arguments,
+bool Stepper::run(std::vector<Update>& updates, const StepArguments& arguments,
                   const Settings& settings, const cpu::Errand& errand) {
+  plan_samples(updates, arguments);
   if (is_on_gpus_) distribute(updates);
   Gpu::Request request{.options = {arguments.grad_scale, arguments.zero_grad},
                        .scaling = arguments.scaling};
@@ -163,6 +210,65 @@ bool Stepper::run(const std::vector<Update>& updates, const StepArguments& argum
   });
   finish_parts(arguments.zero_grad);
   return true;
+}
+
+// ---- samples ----
+
+// Over all parameters whose samples are bounded; of samples that are not there, 0.
+std::vector<double> Stepper::norms_of_samples(const std::vector<Update>& updates) const {
+  constexpr std::int64_t kAtOnce = 64;
+  std::vector<Work> ones;
+  std::vector<std::int64_t> strides;
+  std::int64_t count = 0;
+  for (const Update& update : updates) {
+    if (!update.samples || !update.samples->max_norm || update.samples->present.empty()) continue;
+    count = update.samples->count();
+    ones.push_back(one_sample(update));
+    strides.push_back(update.gradient.geometry().strides[0]);
+  }
+  std::vector<double> norms;
+  for (std::int64_t begin = 0; begin < count; begin += kAtOnce) {
+    const std::int64_t end = std::min(count, begin + kAtOnce);
+    std::deque<Work> work;
+    std::vector<const Work*> list;
+    std::int64_t tiles = 0;
+    for (std::int64_t sample = begin; sample < end; ++sample)
+      for (std::size_t i = 0; i < ones.size(); ++i) {
+        Work& one = work.emplace_back(ones[i]);
+        one.iteration.operand[kGradient].data += sample * strides[i];
+        list.push_back(&one);
+        if (sample == begin) tiles += one.tiles();
+      }
+    const auto sums = [&](double prescale) {
+      std::vector<double> of_tiles = cpu::tile_sums(list, prescale), result;
+      for (std::int64_t i = 0; i < end - begin; ++i)
+        result.push_back(sum_in_groups(of_tiles.data() + i * tiles, tiles));
+      return result;
+    };
+    std::vector<double> prescaled;
+    const std::vector<double> of_samples = sums(1);
+    for (std::size_t i = 0; i < of_samples.size(); ++i) {
+      GradientNorm norm = norm_of(of_samples[i]);
+      if (!norm.finite) {
+        if (prescaled.empty()) prescaled = sums(kPrescale);
+        norm = norm_of_prescaled(prescaled[i]);
+      }
+      norms.push_back(norm.value);
+    }
+  }
+  return norms;
+}
+
+void Stepper::plan_samples(std::vector<Update>& updates, const StepArguments& arguments) {
+  const auto has_samples = [](const Update& update) { return update.samples != nullptr; };
+  if (std::ranges::none_of(updates, has_samples)) return;
+  const GilRelease release(will_release_gil());
+  const std::vector<double> norms = norms_of_samples(updates);
+  for (Update& update : updates) {
+    if (!update.samples) continue;
+    update.samples->plan(norms, arguments.grad_scale, update.draw.noise());
+    update.slot->add_up_samples();
+  }
 }
 
 // ---- parts of parameters ----

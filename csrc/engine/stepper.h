@@ -12,6 +12,7 @@
 
 #include "arrays/array.h"
 #include "arrays/rows.h"
+#include "arrays/samples.h"
 #include "core/gradient_norm.h"
 #include "cpu/step.h"
 #include "engine/gpu.h"
@@ -53,10 +54,16 @@ struct Update {
         group(group),
         gradient(std::move(rows.values)),
         row_numbers(std::move(rows.numbers)) {}
+  Update(Slot* slot, const Group* group, arrays::Samples samples)
+      : slot(slot),
+        group(group),
+        gradient(std::move(samples.values)),
+        samples(std::make_unique<gradients::Samples>(std::move(samples.samples))) {}
   Slot* slot;
   const Group* group;
   arrays::Array gradient;
   std::optional<std::vector<std::int64_t>> row_numbers;  // where it is of some rows only
+  std::unique_ptr<gradients::Samples> samples = {};      // where it is one for each sample
   const selections::Choice* choice = nullptr;            // which part of the parameter moves
   selections::Draw draw{};
   cuda::Stream stream = 0;  // on a GPU: where the parameter's library works
@@ -112,7 +119,7 @@ class Stepper {
   // GIL and may be empty, is run while other threads are at work already. False, without the
   // errand, where a gradient was not finite and the step was therefore left out. On a GPU that is
   // found out later, and true.
-  bool take(const std::vector<Update>& updates, const StepArguments& arguments,
+  bool take(std::vector<Update>& updates, const StepArguments& arguments,
             const cpu::Errand& errand = {});
 
   // The part of steps that is taken on a GPU.
@@ -146,13 +153,15 @@ class Stepper {
   void catch_up_whole_tables(const std::vector<Update>& updates);
   void catch_up_on_gpus(const std::vector<Update>& updates);
   void record(const Update& update, const rules::Progress& progress);
+  void plan_samples(std::vector<Update>& updates, const StepArguments& arguments);
+  std::vector<double> norms_of_samples(const std::vector<Update>& updates) const;
   void find_tops(const std::vector<Update>& updates, const StepOptions& options);
   void finish_parts(bool clears_gradients);
   std::size_t place_of(int gpu);
   void check_gradients_are_disjoint(const std::vector<Update>& updates);
   void add_coefficients(const std::vector<Update>& updates);
-  bool run(const std::vector<Update>& updates, const StepArguments& arguments,
-           const Settings& settings, const cpu::Errand& errand);
+  bool run(std::vector<Update>& updates, const StepArguments& arguments, const Settings& settings,
+           const cpu::Errand& errand);
 
   // The parameters whose last gradients were found to be disjoint from each other. Void as soon as
   // one of them meets other memory, with or without zero_grad.
@@ -165,6 +174,7 @@ class Stepper {
   std::vector<std::size_t> part_;      // for each piece: 0 is the CPU, then the GPUs in order
   std::int64_t elements_ = 0;
   std::vector<rules::Coefficients> coefficients_;
+  std::vector<const Work*> unmoved_;  // of which no sample is there
 
   std::deque<Gpu> gpus_;
   bool is_on_gpus_ = false;  // some of the step under way is

@@ -30,8 +30,7 @@ std::vector<bool> sample(std::int64_t n, std::int64_t count, const RandomStream&
 }  // namespace
 
 std::vector<std::int64_t> draw_blocks(std::int64_t blocks, double fraction, const Draw& draw) {
-  const auto random = RandomStream::of(draw.seed, static_cast<std::uint64_t>(draw.step),
-                                       static_cast<std::uint64_t>(draw.parameter));
+  const RandomStream random = draw.random();
   const std::int64_t count =
       std::min(blocks, rounded_at_random(fraction * static_cast<double>(blocks), random));
   // Those, or all but the others.

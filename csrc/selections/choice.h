@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/layout.h"
+#include "core/random.h"
 
 namespace fusestep::selections {
 
@@ -38,6 +39,14 @@ struct Draw {
   std::uint64_t seed;
   std::int64_t step;  // steps taken before
   std::size_t parameter;
+
+  RandomStream random() const {
+    return RandomStream::of(seed, static_cast<std::uint64_t>(step),
+                            static_cast<std::uint64_t>(parameter));
+  }
+
+  // For another purpose than blocks.
+  RandomStream noise() const { return random().other(1); }
 };
 
 }  // namespace fusestep::selections

@@ -11,6 +11,7 @@
 #include "core/flat_array.h"
 #include "core/tile_bits.h"
 #include "gradients/rows.h"
+#include "gradients/samples.h"
 #include "rules/block_progress.h"
 #include "selections/choice.h"
 #include "selections/selection.h"
@@ -30,6 +31,9 @@ struct Part {
   Selection listed;
   std::int64_t row_size = 0;
 
+  // Where the gradient is one for each sample: what is added up.
+  const gradients::Samples* samples = nullptr;
+
   // Where the selection depends on what the step finds, it is made when that is known.
   const Choice* top = nullptr;
 
@@ -38,6 +42,9 @@ struct Part {
   const rules::AnyRule* rule = nullptr;
   double lr = 0;
   std::size_t states = 0;
+
+  // Whether gradients are made as they are used, rather than lie in an array like the parameter.
+  bool makes_gradients() const { return rows || samples; }
 
   // Tiles that may hold something to move.
   const Selection& visited() const { return rows ? listed : tracks ? everything : selected; }

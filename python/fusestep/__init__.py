@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import functional
 from ._version import __version__
 from .fisher import Fisher
-from .gradients import Rows
+from .gradients import Rows, Samples
 from .optimizer import Optimizer
 from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam, RowwiseAdagrad
 from .runtime import get_num_threads, set_num_threads, show_config
@@ -39,6 +39,7 @@ __all__ = [
     "RandomBlocks",
     "Rows",
     "RowwiseAdagrad",
+    "Samples",
     "TopK",
     "__version__",
     "functional",

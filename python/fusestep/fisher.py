@@ -9,6 +9,7 @@ import numpy as np
 from ._arrays import backend_of
 from ._hyperparameters import number
 from ._parameters import Parameters
+from .gradients import Samples, as_weights
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -63,12 +64,12 @@ class Fisher:
         self._start_task()
 
     def _start_task(self) -> None:
-        self._samples = 0
+        self._samples: float = 0
         self._sums = [np.zeros_like(past) for past in self._past]
 
     @property
-    def samples(self) -> int:
-        """Samples of the present task."""
+    def samples(self) -> float:
+        """Samples of the present task; where they have weights, the sum of these."""
         return self._samples
 
     def add(self, grads: Gradients) -> None:
@@ -78,15 +79,17 @@ class Fisher:
         ----------
         grads
             In the form that `params` had: for each parameter a float array [N, *shape], one
-            gradient of the log likelihood (or of its negative) for each sample.
+            gradient of the log likelihood (or of its negative) for each sample; or
+            :class:`fusestep.Samples` of such, where a sample with weight 2 counts as two of them.
 
         Raises
         ------
         TypeError
             They are not arrays, or in another form.
         ValueError
-            A shape is not [N, *shape], with the same N for all parameters; or a gradient is missing
-            or not finite. Nothing has been added then.
+            A shape is not [N, *shape], with the same N for all parameters; a gradient is missing
+            or not finite; or samples are bounded, or have weights that differ between parameters.
+            Nothing has been added then.
         """
         in_order = list(self._parameters.in_order(grads))
         if len(in_order) != len(self._sums):
@@ -100,19 +103,44 @@ class Fisher:
         counts = {len(array) for array in arrays}
         if len(counts) != 1:
             raise ValueError(f"gradients of {sorted(counts)} samples; expected as many for all")
+        weight = self._weights(in_order, counts.pop())
         with np.errstate(over="ignore", invalid="ignore"):
             sums = [
-                total + np.einsum("i...,i...->...", array, array)
+                total + np.einsum("i,i...,i...->...", weight[there], array[there], array[there])
                 for total, array in zip(self._sums, arrays, strict=True)
+                for there in [weight != 0]
             ]
         if not all(np.isfinite(total).all() for total in sums):
             raise ValueError("a gradient is not finite, or too large to be squared and added up")
         self._sums = [np.asarray(total) for total in sums]
-        self._samples += counts.pop()
+        self._samples += float(weight.sum())
+
+    def _weights(self, grads: list[Any], count: int) -> npt.NDArray[np.float64]:
+        """Return how much each sample counts, for all parameters alike."""
+        weights = []
+        for gradient, label in zip(grads, self._parameters.labels, strict=True):
+            weight = np.ones(count)
+            if isinstance(gradient, Samples) and gradient.weight is not None:
+                weight = as_weights(gradient.weight, f"the weights of the samples for {label}")
+            if weight.shape != (count,) or not (np.isfinite(weight) & (weight >= 0)).all():
+                raise ValueError(
+                    f"the weights of the samples for {label} are {weight!r}; expected {count} "
+                    "finite numbers that are not negative"
+                )
+            weights.append(weight)
+        if any((weight != weights[0]).any() for weight in weights):
+            raise ValueError("samples have other weights for one parameter than for another")
+        return weights[0]
 
     def _checked(self, gradient: Any, i: int, label: str) -> npt.NDArray[np.float64]:
         if gradient is None:
             raise ValueError(f"the gradients of {label} are missing")
+        if isinstance(gradient, Samples):
+            if gradient.max_norm is not None:
+                raise ValueError(
+                    f"the samples for {label} have max_norm; the Fisher takes them all"
+                )
+            gradient = gradient.values
         if not hasattr(gradient, "shape"):
             raise TypeError(f"the gradients of {label} are a {type(gradient).__name__}")
         array = np.asarray(backend_of(gradient).to_numpy(gradient))

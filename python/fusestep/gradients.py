@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from . import _cpu
+from ._arrays import backend_of
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from ._parameters import Array
 
 
@@ -76,4 +80,127 @@ def as_indices(indices: Any) -> Any:
     return array.astype(np.int64)
 
 
+class Samples:
+    """Gradients of several samples, one for each, which the step weighs and adds up.
+
+    The step takes ``sum_i weight_i * clip_i * values_i``, divided as `reduction` says, without ever
+    storing it: each piece of the sum is made and used while it is in the cache.
+
+    With `max_norm` and `noise_multiplier` that is the step of DP-SGD [1]_: no sample moves the
+    parameters by more than `max_norm` allows, and noise hides whether it was there.
+
+    Parameters
+    ----------
+    values
+        A float array of shape [N, *shape], where the parameter has `shape`, on its device. N may
+        be 0.
+    weight
+        How much each sample counts: N numbers that are not negative; None: 1 each. A sample with
+        weight 0 is as if it were not there.
+    max_norm
+        Bounds each sample's gradient: it is multiplied by ``max_norm / norm`` where its L2 norm,
+        over the samples for all parameters of the step together, is larger. Weights come after
+        that. All samples of a step that have a bound must have the same one, and be equally many.
+    noise_multiplier
+        With `max_norm`: adds normal noise, of standard deviation ``noise_multiplier * max_norm``,
+        to each element of the sum. It depends on the optimizer's ``seed``, its ``steps``, the
+        position of the parameter and that of the element alone. It is drawn for an empty batch,
+        too.
+    reduction
+        ``"mean"``: the sum is divided by the number of samples that are there; ``"sum"``: it is
+        not; or a number by which it is divided, such as the expected size of a batch that is
+        drawn at random.
+
+    Raises
+    ------
+    TypeError
+        `max_norm`, `noise_multiplier` or `reduction` is not a number.
+    ValueError
+        One of them is out of range, or there is noise without a bound.
+
+    Notes
+    -----
+    Arrays are kept, not copied. If no sample is there, and no noise, the parameter does not move
+    and its state does not age. ``grad_scale`` multiplies the gradients before they are bounded, and
+    does not multiply the noise; ``zero_grad=True`` sets `values` to zero.
+
+    The generator is not a cryptographic one: whoever knows the seed can subtract the noise. How
+    much privacy a training run has spent is for an accountant to say, such as Opacus' or
+    dp-accounting's; it has to assume weights of at most 1.
+
+    References
+    ----------
+    .. [1] Abadi et al., "Deep learning with differential privacy", 2016, algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np, fusestep as fs
+    >>> w = np.zeros(2)
+    >>> opt = fs.SGD(w, lr=1.0)
+    >>> gradients = np.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> opt.step(fs.Samples(gradients, weight=[2.0, 1.0], reduction="sum"))
+    >>> w
+    array([-2., -3.])
+    """
+
+    __slots__ = ("max_norm", "noise_multiplier", "reduction", "values", "weight")
+
+    def __init__(
+        self,
+        values: Array,
+        weight: Array | None = None,
+        *,
+        max_norm: float | None = None,
+        noise_multiplier: float = 0.0,
+        reduction: Literal["mean", "sum"] | float = "mean",
+    ) -> None:
+        self.values: Any = values
+        self.weight: Any = weight
+        self.max_norm = None if max_norm is None else _positive("max_norm", max_norm)
+        self.noise_multiplier = _number("noise_multiplier", noise_multiplier)
+        if self.noise_multiplier < 0:
+            raise ValueError(
+                f"noise_multiplier is {noise_multiplier!r}; expected a number that is not negative"
+            )
+        if self.noise_multiplier > 0 and self.max_norm is None:
+            raise ValueError(
+                "noise_multiplier is given without max_norm, of which it is a multiple"
+            )
+        if isinstance(reduction, str) and reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"reduction is {reduction!r}; expected 'mean', 'sum' or the number to divide by"
+            )
+        self.reduction: Any = (
+            reduction if isinstance(reduction, str) else _positive("reduction", reduction)
+        )
+
+    def __repr__(self) -> str:
+        return f"Samples(values of shape {getattr(self.values, 'shape', '?')})"
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    return number
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} is {value!r}; expected a positive number")
+    return number
+
+
+def as_weights(weight: Any, label: str) -> npt.NDArray[np.float64]:
+    """Return weights as float64 in the CPU's memory, of whatever library they are."""
+    array = np.asarray(backend_of(weight).to_numpy(weight))
+    if array.dtype.kind not in "fiubV" and array.size:
+        raise TypeError(f"{label} have dtype {array.dtype}; expected real numbers")
+    return array.astype(np.float64)
+
+
 _cpu.set_rows_type(Rows)
+_cpu.set_samples_type(Samples)
