@@ -117,8 +117,8 @@ class LinearModel {
  public:
   LinearModel(const std::string& loss, const std::string& rule,
               const std::map<std::string, double>& options, bool is_importance_aware,
-              bool has_intercept, double l2, const py::array& weights, const py::list& states,
-              const py::object& anchor, std::int64_t steps)
+              bool has_intercept, double l2, std::int64_t features, const py::array& weights,
+              const py::list& states, const py::object& anchor, std::int64_t steps)
       : steps(steps),
         rule_(make_rule(rule, options)),
         keep_(py::make_tuple(weights, states, anchor)) {
@@ -128,11 +128,12 @@ class LinearModel {
                                 .l2 = l2,
                                 .rests = states.empty() || rule == "adagrad",
                                 .adds_squares = rule == "adagrad"};
-    if (weights.ndim() != 2 || weights.shape(1) < (has_intercept ? 1 : 0))
-      throw ValueError("the weights do not have two dimensions");
+    if (weights.ndim() != 2 || weights.shape(1) % linear::kColumns != 0 || features < 0 ||
+        features + (has_intercept ? 1 : 0) > weights.shape(1))
+      throw ValueError("the weights do not have the shape of a model's");
     is_softmax_ = model.loss == linear::Loss::softmax;
     outputs_ = weights.shape(0);
-    features_ = weights.shape(1) - (has_intercept ? 1 : 0);
+    features_ = features;
     if (py::isinstance<py::array_t<float>>(weights))
       emplace<float>(model, weights, states, anchor);
     else
@@ -178,7 +179,8 @@ class LinearModel {
   void emplace(const linear::Options& options, const py::array& weights, const py::list& states,
                const py::object& anchor) {
     const std::int64_t size = weights.size();
-    linear::Arrays<T> arrays{outputs_, features_, writable<T>(weights, size, "the weights"), {}};
+    linear::Arrays<T> arrays{
+        outputs_, features_, weights.shape(1), writable<T>(weights, size, "the weights"), {}};
     for (const py::handle state : states)
       arrays.states.push_back(writable<T>(state, size, "the state"));
     if (!anchor.is_none()) {
@@ -236,12 +238,13 @@ class LinearModel {
 
 void register_linear(py::module_& module) {
   using namespace py::literals;
+  module.attr("LINEAR_COLUMNS") = linear::kColumns;
   py::class_<LinearModel>(module, "LinearModel")
       .def(py::init<const std::string&, const std::string&, const std::map<std::string, double>&,
-                    bool, bool, double, const py::array&, const py::list&, const py::object&,
-                    std::int64_t>(),
+                    bool, bool, double, std::int64_t, const py::array&, const py::list&,
+                    const py::object&, std::int64_t>(),
            "loss"_a, "rule"_a, "options"_a, "importance_aware"_a, "intercept"_a, "l2"_a,
-           "weights"_a, "states"_a, "anchor"_a, "steps"_a)
+           "features"_a, "weights"_a, "states"_a, "anchor"_a, "steps"_a)
       .def_readonly("steps", &LinearModel::steps)
       .def("learn", &LinearModel::learn, "x"_a, "targets"_a, "weights"_a, "rates"_a, "order"_a,
            "predictions"_a)

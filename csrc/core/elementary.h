@@ -56,8 +56,10 @@ FUSESTEP_HOST_DEVICE double log_of(double x) {
   const std::int64_t exponent = static_cast<std::int64_t>(shifted) >> 52;
   const double m = bit_cast<double>(bits - (static_cast<std::uint64_t>(exponent) << 52));
   const double t = (m - 1) / (m + 1), t2 = t * t;
-  double series = 0;
-  for (int k = 21; k >= 3; k -= 2) series = t2 * (1. / k + series);
+  const double t4 = t2 * t2, t8 = t4 * t4;
+  const double low = (1. / 3 + t2 * (1. / 5)) + t4 * (1. / 7 + t2 * (1. / 9));
+  const double high = (1. / 11 + t2 * (1. / 13)) + t4 * (1. / 15 + t2 * (1. / 17));
+  const double series = t2 * (low + t8 * (high + t8 * (1. / 19 + t2 * (1. / 21))));
   return static_cast<double>(exponent) * 0x1.62e42fefa39efp-1 + 2 * (t + t * series);
 }
 

@@ -25,25 +25,33 @@ enum class Loss : std::uint8_t { squared, logistic, hinge, softmax };
 
 // The root d of d + e (exp(d) - 1) = r, for e >= 0.
 //
-// Halley's steps from above. The left side rises and is convex, so r / (1 + e) lies above the root;
-// where r > 0 so does ln(1 + r / e), and where r < 0, r + e. The nearest of them is near enough for
-// two or three steps.
+// The left side rises and is convex. Halley's steps, the errors of which are cubed, start near
+// enough for two or three of them:
+// at the root of 1 + e and the square's terms where that is small, and else at an upper bound, of
+// which r / (1 + e) is one; where r < 0, r + e is another.
 inline double root_of_line_and_exponential(double e, double r) {
-  double d = r / (1 + e);
-  if (d > 1 && 1 + r / e < 1e300) {
-    const double bound = log_of(1 + r / e);
-    d = bound < d ? bound : d;
-  } else if (r < 0 && r + e < d) {
-    d = r + e;
+  const auto halley = [](double value, double slope, double curvature) {
+    return value * slope / (slope * slope - 0.5 * value * curvature);
+  };
+  const double line = 1 + e;
+  double d;
+  if (r > line && r / e < 1e300) {
+    // At ln(1 + r / e) the exponential's part alone is r.
+    d = log_of(1 + r / e);
+    d -= halley(d, line + r, e + r);
+  } else if (r > line) {
+    d = r;  // without an exponential worth the name
+  } else if (r > -0.25 * line) {
+    d = 2 * r / (line + square_root(line * line + 2 * e * r));
+  } else {
+    d = r / line < r + e ? r / line : r + e;
   }
   for (int i = 0; i < 100; ++i) {
-    const double grown = expm1_of(d);
-    const double value = (d - r) + e * grown;
-    const double curvature = e + e * grown, slope = 1 + curvature;
-    const double newton = value / slope;
-    const double step = newton / (1 - 0.5 * newton * curvature / slope);
+    const double grown = e * expm1_of(d), curvature = e + grown;
+    const double step = halley((d - r) + grown, 1 + curvature, curvature);
     d -= step;
-    if (!(step * step > 1e-12 * d * d)) break;  // what is left is of the order of the step's cube
+    const double size = step < 0 ? -step : step;
+    if (!(size * size * size > 1e-14 * (d < 0 ? -d : d))) break;
   }
   return d;
 }

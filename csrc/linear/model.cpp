@@ -17,7 +17,7 @@ namespace fusestep::linear {
 namespace {
 
 // Longer paths and larger reaches change nothing, but their products would overflow.
-constexpr double kLongest = 1e150;
+constexpr double kLongest = 1e75;
 
 // As a T; at most its largest, so that it times 0 is 0.
 template <class T>
@@ -30,10 +30,7 @@ T narrowed(double x) {
 
 template <class T>
 Model<T>::Model(const Options& options, const rules::AnyRule& rule, const Arrays<T>& arrays)
-    : options_(options),
-      rule_(rule),
-      arrays_(arrays),
-      width_(arrays.features + (options.has_intercept ? 1 : 0)) {
+    : options_(options), rule_(rule), arrays_(arrays), width_(arrays.width) {
   const auto outputs = static_cast<std::size_t>(arrays.outputs);
   for (auto* one : {&predictions_, &derivatives_, &reaches_, &integrals_, &logs_})
     one->resize(outputs);
@@ -93,14 +90,15 @@ typename Model<T>::Row Model<T>::load(const Samples<T>& samples, std::int64_t i)
 
 template <class T>
 typename Model<T>::Row Model<T>::load_dense(const Samples<T>& samples, std::int64_t i) {
-  features_.resize(static_cast<std::size_t>(width_));
+  if (static_cast<std::int64_t>(features_.size()) != width_)
+    features_.assign(static_cast<std::size_t>(width_), T{0});
   if (samples.column_stride == static_cast<std::int64_t>(sizeof(T)))
     memcpy(features_.data(), samples.values + i * samples.row_stride,
            static_cast<std::size_t>(samples.features) * sizeof(T));
   else
     for (std::int64_t j = 0; j < samples.features; ++j)
       features_[static_cast<std::size_t>(j)] = samples.at(i, j);
-  if (options_.has_intercept) features_.back() = T{1};
+  if (options_.has_intercept) features_[static_cast<std::size_t>(arrays_.features)] = T{1};
   return {width_, features_.data(), nullptr};
 }
 
@@ -125,7 +123,7 @@ typename Model<T>::Row Model<T>::load_scattered(const Samples<T>& samples, std::
   features_.assign(static_cast<std::size_t>(width_), T{0});
   for (std::int64_t at = samples.starts[i]; at < samples.starts[i + 1]; ++at)
     features_[static_cast<std::size_t>(samples.columns[at])] = samples.value(at);
-  if (options_.has_intercept) features_.back() = T{1};
+  if (options_.has_intercept) features_[static_cast<std::size_t>(arrays_.features)] = T{1};
   return {width_, features_.data(), nullptr};
 }
 
@@ -173,8 +171,8 @@ void Model<T>::check_predictions(const Samples<T>& samples, std::int64_t i) cons
   if (!std::all_of(features_.begin(), features_.end(), [](T x) { return std::isfinite(x); }))
     throw ValueError("Input X contains NaN or infinity, in row " + std::to_string(i) +
                      "; expected finite numbers");
-  throw ValueError("the prediction for row " + std::to_string(i) + " of X overflows " +
-                   (samples.count > 1 ? "after the samples before it" : "") +
+  throw ValueError("the prediction for row " + std::to_string(i) + " of X overflows" +
+                   (samples.count > 1 ? ", the rows before it learnt" : "") +
                    ": the features are too large, or the learning rate is");
 }
 

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "core/reduction.h"
 #include "cpu/kernels.h"
 #include "linear/losses.h"
 #include "linear/samples.h"
@@ -27,11 +28,14 @@ struct Options {
   bool adds_squares = false;
 };
 
-// [outputs, width] each, one row after another; the width is that of the features and the
-// intercept.
+// Rows of weights are multiples of so many columns long, so that loops have no rest. The columns
+// behind the features and the intercept are 0, and stay so.
+inline constexpr std::int64_t kColumns = kLanes;
+
+// [outputs, width] each, one row after another.
 template <class T>
 struct Arrays {
-  std::int64_t outputs = 0, features = 0;
+  std::int64_t outputs = 0, features = 0, width = 0;
   T* weights = nullptr;
   std::vector<T*> states;
 

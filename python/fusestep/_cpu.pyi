@@ -131,6 +131,8 @@ class TorchOptimizer:
     ) -> None: ...
     def seal(self, state: dict[Any, Any]) -> None: ...
 
+LINEAR_COLUMNS: int
+
 class LinearModel:
     @property
     def steps(self) -> int: ...
@@ -142,6 +144,7 @@ class LinearModel:
         importance_aware: bool,
         intercept: bool,
         l2: float,
+        features: int,
         weights: Any,
         states: list[Any],
         anchor: tuple[float, Any, Any] | None,

@@ -93,7 +93,8 @@ class Model:
         self.features = features
         self._steps = 0
         self.anchor: Anchor | None = None
-        shape = outputs, features + settings.fit_intercept
+        blocks = -(-(features + settings.fit_intercept) // _cpu.LINEAR_COLUMNS)
+        shape = outputs, blocks * _cpu.LINEAR_COLUMNS  # the rest are zeros
         names, _, initial = _cpu.describe_rule(settings.rule, settings.options)
         self.weights = np.zeros(shape, dtype)
         self.states = [np.full(shape, initial, dtype) for _ in names]
@@ -125,7 +126,7 @@ class Model:
     def intercept(self) -> NDArray[Any]:
         """The intercepts: a view of shape [outputs], or zeros."""
         if self.settings.fit_intercept:
-            return self.weights[:, -1]
+            return self.weights[:, self.features]
         return np.zeros(self.outputs, self.dtype)
 
     def use(self, settings: Settings) -> None:
@@ -214,6 +215,7 @@ class Model:
             settings.importance_aware,
             settings.fit_intercept,
             settings.l2,
+            self.features,
             self.weights,
             self.states,
             self.anchor,

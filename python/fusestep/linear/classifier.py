@@ -309,11 +309,11 @@ class Classifier(ClassifierMixin, LinearModel):  # type: ignore[misc]
 
         def select(array: NDArray[Any], has_sign: bool) -> NDArray[Any]:
             if outputs == len(array):  # from one class to two: the output is that of the second
-                return -array if has_sign and places[0] == 0 else array.copy()
+                return 0 - array if has_sign and places[0] == 0 else array.copy()
             new = np.zeros((outputs, *array.shape[1:]), array.dtype)
             if len(before) == 2 and not is_softmax:  # what speaks for one class, against the other
                 new[places[1]] = array[0]
-                new[places[0]] = -array[0] if has_sign else array[0]
+                new[places[0]] = 0 - array[0] if has_sign else array[0]
             else:
                 new[places] = array
             return new
