@@ -16,14 +16,11 @@ inline constexpr std::int64_t kReductionGroup = 1024;
 
 inline constexpr int kLanes = 32;
 
-// Adds lanes in pairs; overwrites them. The width is a constant, so that lanes stay in registers.
-template <int width = kLanes / 2>
+// Adds lanes in pairs; overwrites them.
 FUSESTEP_HOST_DEVICE double sum_of_lanes(double* lane) {
-  for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-  if constexpr (width > 1)
-    return sum_of_lanes<width / 2>(lane);
-  else
-    return lane[0];
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  return lane[0];
 }
 
 // The sum of value(0) ... value(size - 1), for size <= kReductionGroup.
