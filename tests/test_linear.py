@@ -150,8 +150,8 @@ def test_extreme_logistic_steps() -> None:
     """Against the equation in 60 digits."""
     mpmath = pytest.importorskip("mpmath")
     mpmath.mp.dps = 60
-    for margin in (-1e4, -740.0, -50.0, -3.0, 0.0, 1e-3, 4.0, 40.0, 600.0):
-        for h in (1e-12, 1e-4, 1.0, 50.0, 701.0, 1e6, 1e12):
+    for margin in (-1e4, -740.0, -50.0, *np.arange(-35.0, -10), -3.0, 0.0, 1e-3, 4.0, 40.0, 600.0):
+        for h in (1e-12, 1e-4, 1.0, 1.3, 2.5, 50.0, 701.0, 1e6, 1e12):
             m, length = mpmath.mpf(margin), mpmath.mpf(h)
             total = m + mpmath.exp(m) + length
             low, high = m, m + length

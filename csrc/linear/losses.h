@@ -25,26 +25,20 @@ enum class Loss : std::uint8_t { squared, logistic, hinge, softmax };
 
 // The root d of d + e (exp(d) - 1) = r, for e >= 0.
 //
-// The left side rises and is convex. Halley's steps, the errors of which are cubed, start near
-// enough for two or three of them:
-// at the root of 1 + e and the square's terms where that is small, and else at an upper bound, of
-// which r / (1 + e) is one; where r < 0, r + e is another.
+// The left side rises and is convex. Halley's steps, whose errors are cubed, start from an upper
+// bound near enough for two or three of them: where the exponential's series up to the square is r,
+// or, if that is nearer, where the exponential's part alone is r. (Where r is far below 0: where
+// the exponential's part is linear, or -e.)
 inline double root_of_line_and_exponential(double e, double r) {
   const auto halley = [](double value, double slope, double curvature) {
     return value * slope / (slope * slope - 0.5 * value * curvature);
   };
   const double line = 1 + e;
-  double d;
-  if (r > line && r / e < 1e300) {
-    // At ln(1 + r / e) the exponential's part alone is r.
-    d = log_of(1 + r / e);
-    d -= halley(d, line + r, e + r);
-  } else if (r > line) {
-    d = r;  // without an exponential worth the name
-  } else if (r > -0.25 * line) {
-    d = 2 * r / (line + square_root(line * line + 2 * e * r));
-  } else {
-    d = r / line < r + e ? r / line : r + e;
+  double d = r / line < r + e ? r / line : r + e;
+  if (r > -0.25 * line) d = 2 * r / (line + square_root(line * line + 2 * e * r));
+  if (d > 1 && 1 + r / e < 1e300) {
+    const double bound = log_of(1 + r / e);
+    if (bound < d) d = bound - halley(bound, line + r, e + r);
   }
   for (int i = 0; i < 100; ++i) {
     const double grown = e * expm1_of(d), curvature = e + grown;

@@ -50,7 +50,7 @@ void softmax_integrals(const double* p, std::int64_t classes, std::int64_t label
       slope += probability / (1 + reach * probability);
     }
     const double step = excess / slope;
-    if (!(step > 1e-9)) break;  // what is left is of the order of its square
+    if (!(step > 1e-13)) break;  // rounding, from here on
     z += step;
   }
 
