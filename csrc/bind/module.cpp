@@ -7,6 +7,7 @@ PYBIND11_MODULE(_cpu, module) {
   fusestep::bind::register_row_history(module);
   fusestep::bind::register_selections(module);
   fusestep::bind::register_optimizer(module);
+  fusestep::bind::register_linear(module);
   fusestep::bind::register_torch(module);
   fusestep::bind::register_runtime(module);
 }

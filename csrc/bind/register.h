@@ -19,6 +19,7 @@ namespace fusestep::bind {
 
 void register_errors(pybind11::module_& module);
 void register_arrays(pybind11::module_& module);
+void register_linear(pybind11::module_& module);
 void register_optimizer(pybind11::module_& module);
 void register_row_history(pybind11::module_& module);
 void register_selections(pybind11::module_& module);

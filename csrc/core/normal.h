@@ -6,26 +6,10 @@
 #include <cstdint>
 
 #include "core/annotations.h"
+#include "core/elementary.h"
 #include "core/floating.h"
 
 namespace fusestep {
-
-// The natural logarithm of a positive normal number, to an ulp or two: x = 2^e m with m about 1,
-// and ln m = 2 artanh((m - 1) / (m + 1)).
-FUSESTEP_HOST_DEVICE double natural_logarithm(double x) {
-  constexpr std::uint64_t kMantissa = 0x000fffffffffffffull, kOne = 0x3ff0000000000000ull;
-  const auto bits = bit_cast<std::uint64_t>(x);
-  auto exponent = static_cast<std::int64_t>(bits >> 52) - 1023;
-  double m = bit_cast<double>((bits & kMantissa) | kOne);
-  if (m > 0x1.6a09e667f3bcdp0) {  // the square root of 2
-    m *= 0.5;
-    ++exponent;
-  }
-  const double s = (m - 1) / (m + 1), t = s * s;
-  double series = 0;
-  for (int k = 21; k >= 1; k -= 2) series = series * t + 1.0 / k;
-  return static_cast<double>(exponent) * 0x1.62e42fefa39efp-1 + 2 * s * series;
-}
 
 // The quantile of the standard normal distribution, for 0 < p < 1: algorithm AS 241, PPND16
 // (Wichura 1988, "The percentage points of the normal distribution"), to about 1 part in 10^16.
@@ -76,7 +60,7 @@ FUSESTEP_HOST_DEVICE double normal_quantile(double p) {
                                    2.04426310338993978564e-15};
   const double q = p - 0.5;
   if (q <= 0.425 && q >= -0.425) return q * ratio(kCentralAbove, kCentralBelow, 0.180625 - q * q);
-  const double r = square_root(-natural_logarithm(q < 0 ? p : 1 - p));
+  const double r = square_root(-log_of(q < 0 ? p : 1 - p));
   const double z =
       r <= 5 ? ratio(kTailAbove, kTailBelow, r - 1.6) : ratio(kFarAbove, kFarBelow, r - 5);
   return q < 0 ? -z : z;

@@ -12,6 +12,7 @@
 #include "gradients/dense.h"
 #include "rules/anchor.h"
 #include "rules/registry.h"
+#include "rules/weight_decay.h"
 
 namespace fusestep::cpu {
 
@@ -19,9 +20,9 @@ namespace fusestep::cpu {
 template <class T>
 struct Run {
   std::int64_t size;
-  T* parameter;
-  gradients::Dense<T> gradient;
-  T* state[kMaxStates];
+  T* parameter = nullptr;
+  gradients::Dense<T> gradient{};
+  T* state[kMaxStates] = {};
 
   // Where the parameter is anchored.
   rules::Anchor<T> anchor{};
@@ -53,6 +54,20 @@ struct Kernels {
 
   std::array<Load, kDTypes> load;    // by stored type; `from` need not be aligned
   std::array<Store, kDTypes> store;  // by stored type; `to` need not be aligned
+
+  // Of linear models, where a rule has its step in pieces (else null): conditioned[i] of the
+  // feature i, after the state has observed run.gradient; and the step by `s` times the features.
+  using Condition = void (*)(const void* rule, const Run<T>& run, T* conditioned);
+  using Finish = void (*)(const void* rule, const Run<T>& run, const T* conditioned, T s);
+  std::array<Condition, rules::Loops::size> condition;
+  std::array<Finish, rules::Loops::size> finish;
+
+  // Their penalty: shrinks weights, and pulls them to the anchor of `run`, if it has one.
+  void (*shrink)(rules::WeightDecay<T> decay, const Run<T>& run);
+  void (*pull)(const Run<T>& run);
+
+  // The inner product of at most kTileSize elements, in a fixed order.
+  double (*dot)(const T* a, const T* b, std::int64_t size);
 
   // to[i] = from[i] where meant[i] is not 0.
   void (*select)(const unsigned char* meant, const T* from, T* to, std::int64_t size);

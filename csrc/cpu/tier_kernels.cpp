@@ -194,6 +194,118 @@ void rule_of_row([[maybe_unused]] void* rule, [[maybe_unused]] double mean_squar
   }
 }
 
+// ---- linear models ----
+
+template <class T, class Rule, class... State>
+void condition(const Rule rule, const Run<T>& run, T* conditioned, State*... state) {
+  const gradients::Dense<T> gradient = run.gradient;
+  const T* const features = gradient.values;
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+  for (std::int64_t i = 0; i < run.size; ++i) {
+    const auto observe = [&](State... s) {
+      rule.observe(gradient(i), s...);
+      conditioned[i] = rule.conditioned(features[i], s...);
+      ((state[i] = s), ...);
+    };
+    observe(state[i]...);
+  }
+}
+
+template <class T, class Rule, class... State>
+void finish(const Rule rule, const Run<T>& run, const T* conditioned, T s, State*... state) {
+  T* const w = run.parameter;
+  const T* const features = run.gradient.values;
+  if constexpr (requires(T x) { rule.advance(x, x, *state...); }) {
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+    for (std::int64_t i = 0; i < run.size; ++i) {
+      const auto advance = [&](T moved, State... kept) {
+        rule.advance(moved, s * features[i], kept...);
+        w[i] = moved;
+        ((state[i] = kept), ...);
+      };
+      advance(w[i], state[i]...);
+    }
+  } else {
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+    for (std::int64_t i = 0; i < run.size; ++i) w[i] -= s * conditioned[i];
+  }
+}
+
+// Whether the rule of this loop has its step in pieces.
+template <class T, class Loop>
+constexpr bool is_in_pieces() {
+  return []<std::size_t... S>(std::index_sequence<S...>) {
+    return requires(typename Loop::template Of<T> rule, T g, std::array<T, kMaxStates> state) {
+      rule.observe(g, state[S]...);
+      rule.conditioned(g, state[S]...);
+    };
+  }(std::make_index_sequence<Loop::kStates>{});
+}
+
+template <class T, class Loop>
+constexpr typename Kernels<T>::Condition condition_of() {
+  if constexpr (is_in_pieces<T, Loop>())
+    return [](const void* rule, const Run<T>& run, T* conditioned) {
+      [&]<std::size_t... S>(std::index_sequence<S...>) {
+        condition(*static_cast<const typename Loop::template Of<T>*>(rule), run, conditioned,
+                  run.state[S]...);
+      }(std::make_index_sequence<Loop::kStates>{});
+    };
+  return nullptr;
+}
+
+template <class T, class Loop>
+constexpr typename Kernels<T>::Finish finish_of() {
+  if constexpr (is_in_pieces<T, Loop>())
+    return [](const void* rule, const Run<T>& run, const T* conditioned, T s) {
+      [&]<std::size_t... S>(std::index_sequence<S...>) {
+        finish(*static_cast<const typename Loop::template Of<T>*>(rule), run, conditioned, s,
+               run.state[S]...);
+      }(std::make_index_sequence<Loop::kStates>{});
+    };
+  return nullptr;
+}
+
+template <class T>
+void shrink(const rules::WeightDecay<T> decay, const Run<T>& run) {
+  T* const w = run.parameter;
+  for (std::int64_t i = 0; i < run.size; ++i) {
+    T shrunk = w[i];
+    decay(shrunk, T{0});
+    w[i] = shrunk;
+  }
+}
+
+template <class T>
+void pull(const Run<T>& run) {
+  const Tied<T> tied(run);
+  T* const w = run.parameter;
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+  for (std::int64_t i = 0; i < run.size; ++i) w[i] = tied(i, w[i]);
+}
+
+template <class T>
+double dot(const T* a, const T* b, std::int64_t size) {
+  return sum_in_lanes(
+      size, [=](std::int64_t i) { return static_cast<double>(a[i]) * static_cast<double>(b[i]); });
+}
+
 template <class T, class... Loop>
 constexpr Kernels<T> table(rules::LoopList<Loop...>) {
   return {{{
@@ -206,6 +318,11 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           {rule_of_row<T, Loop>...},
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},
           {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
+          {condition_of<T, Loop>()...},
+          {finish_of<T, Loop>()...},
+          shrink<T>,
+          pull<T>,
+          dot<T>,
           select<T>,
           add_products<T>,
           sum_of_squares<T>};

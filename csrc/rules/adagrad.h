@@ -42,8 +42,14 @@ struct Adagrad {
 
   FUSESTEP_HOST_DEVICE void operator()(T& w, T g, T& sum) const {
     g = decay(w, g);
-    sum += g * g;
-    w -= lr * (g / (square_root(sum) + eps));
+    observe(g, sum);
+    w -= conditioned(g, sum);
+  }
+
+  // For linear models, too, see rules/rule.h.
+  FUSESTEP_HOST_DEVICE void observe(T g, T& sum) const { sum += g * g; }
+  FUSESTEP_HOST_DEVICE T conditioned(T g, T sum) const {
+    return lr * (g / (square_root(sum) + eps));
   }
 
   using Idle = IdleAtRest;

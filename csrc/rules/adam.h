@@ -68,7 +68,13 @@ struct Moments {
   FUSESTEP_HOST_DEVICE Moments(double beta1, double beta2) : first(beta1), second(beta2) {}
 
   FUSESTEP_HOST_DEVICE void operator()(T g, T& m, T& v) const {
-    m = first(m, first.one_minus_beta * g);
+    average(g, m);
+    average_square(g, v);
+  }
+
+  FUSESTEP_HOST_DEVICE void average(T g, T& m) const { m = first(m, first.one_minus_beta * g); }
+
+  FUSESTEP_HOST_DEVICE void average_square(T g, T& v) const {
     // ((1 - beta2) g) g, because g^2 would overflow earlier; a v that has overflowed stays infinite
     // (and its weight still), where inf - inf would make it NaN.
     const T moved = second(v, (second.one_minus_beta * g) * g);
@@ -94,13 +100,23 @@ struct Adam {
 
   FUSESTEP_HOST_DEVICE void operator()(T& w, T g, T& m, T& v) const {
     moments(decay(w, g), m, v);
-    w -= step_size * (m / (square_root(v) + scaled_eps));
+    w -= conditioned(m, m, v);
   }
 
   FUSESTEP_HOST_DEVICE void operator()(T& w, T g, T& m, T& v, T& v_max) const {
     moments(decay(w, g), m, v);
     v_max = maximum(v_max, v);
-    w -= step_size * (m / (square_root(v_max) + scaled_eps));
+    w -= conditioned(m, m, v_max);
+  }
+
+  // For linear models, too, see rules/rule.h: the moving average passes all of a gradient on.
+  FUSESTEP_HOST_DEVICE void observe(T g, T&, T& v) const { moments.average_square(g, v); }
+  FUSESTEP_HOST_DEVICE T conditioned(T g, T, T v) const {
+    return step_size * (g / (square_root(v) + scaled_eps));
+  }
+  FUSESTEP_HOST_DEVICE void advance(T& w, T g, T& m, T v) const {
+    moments.average(g, m);
+    w -= conditioned(m, m, v);
   }
 
   using Idle = IdleMoments;

@@ -13,6 +13,13 @@
 //     initial_state(options)      the value every state element starts from
 //     advance(options, progress)  what a step does to the parameter's scalars
 //
+// A rule that linear models use has its step in pieces, too. For an importance-aware step
+// (linear/losses.h) the length of the move depends on the metric that the rule will apply:
+//
+//     observe(g, state...)        what the state learns of the size of the gradient
+//     conditioned(g, state...)    what the gradient, in the end, takes from the weight: linear in g
+//     advance(w, g, state...)     the rest of the step, where conditioned(g) is not all at once
+//
 // Host and device compile the same text. It uses + - * / and square_root on T, nothing else, so
 // the result is a fixed sequence of correctly rounded operations (contraction is off in the build).
 #pragma once

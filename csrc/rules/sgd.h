@@ -81,11 +81,21 @@ struct Sgd {
 
   FUSESTEP_HOST_DEVICE void operator()(T& w, T g) const {
     g = decay(w, g);
-    w -= lr * g;
+    w -= conditioned(g);
   }
 
   FUSESTEP_HOST_DEVICE void operator()(T& w, T g, T& b) const {
     g = decay(w, g);
+    advance(w, g, b);
+  }
+
+  // For linear models, see rules/rule.h. What momentum carries on is 1 / (1 - mu) times the
+  // gradient.
+  FUSESTEP_HOST_DEVICE void observe(T) const {}
+  FUSESTEP_HOST_DEVICE void observe(T, T&) const {}
+  FUSESTEP_HOST_DEVICE T conditioned(T g) const { return lr * g; }
+  FUSESTEP_HOST_DEVICE T conditioned(T g, T) const { return lr / (T{1} - momentum) * g; }
+  FUSESTEP_HOST_DEVICE void advance(T& w, T g, T& b) const {
     b = first != T{0} ? g : momentum * b + undamped * g;
     w -= lr * (nesterov != T{0} ? g + momentum * b : b);
   }

@@ -23,6 +23,7 @@ from .runtime import get_num_threads, set_num_threads, show_config
 from .selections import CyclicBlocks, Mask, RandomBlocks, TopK
 
 if TYPE_CHECKING:
+    from . import linear as linear
     from . import torch as torch
 
 __all__ = [
@@ -50,6 +51,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "torch":  # imports the framework, so only when it is asked for
-        return importlib.import_module(".torch", __name__)
+    if name in ("torch", "linear"):  # they import a framework, so only when they are asked for
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -131,6 +131,36 @@ class TorchOptimizer:
     ) -> None: ...
     def seal(self, state: dict[Any, Any]) -> None: ...
 
+LINEAR_COLUMNS: int
+
+class LinearModel:
+    @property
+    def steps(self) -> int: ...
+    def __init__(
+        self,
+        loss: str,
+        rule: str,
+        options: Mapping[str, float],
+        importance_aware: bool,
+        intercept: bool,
+        l2: float,
+        features: int,
+        weights: Any,
+        states: list[Any],
+        anchor: tuple[float, Any, Any] | None,
+        steps: int,
+    ) -> None: ...
+    def learn(
+        self,
+        x: Any,
+        targets: Any,
+        weights: Any,
+        rates: Any,
+        order: Any,
+        predictions: Any,
+    ) -> None: ...
+    def predict(self, x: Any, predictions: Any) -> None: ...
+
 def allocate_state(shape: Sequence[int], strides: Sequence[int], code: int, bits: int) -> Any: ...
 def describe_array(
     array: Any, name: str
