@@ -36,14 +36,19 @@ def chosen(optimizer: Optimizer, where: Any) -> list[tuple[Tensor, _cpu.Where]]:
         for (parameter, _), one in zip(parameters, _one_by_one(parameters, where), strict=True)
         if one is not None
     ]
-    if not optimizer._has_selected:
-        optimizer._native.steps = 0
-        optimizer._has_selected = True
+    count_steps(optimizer)
     for parameter, _ in selections:
         if parameter not in optimizer._blocks:
             optimizer._blocks[parameter] = _cpu.BlockProgress()
             optimizer._native.ask_again()
     return selections
+
+
+def count_steps(optimizer: Optimizer) -> None:
+    """Have the optimizer's steps be counted from now on, if they are not yet."""
+    if not optimizer._has_selected:
+        optimizer._native.steps = 0
+        optimizer._has_selected = True
 
 
 def are_on_gpu(optimizer: Optimizer, where: Any) -> bool:

@@ -18,7 +18,7 @@ from .. import _cpu
 from .._hyperparameters import check_seed, flag, max_norm, one_of
 from .._state_dict import block_entries
 from ..gradients import as_indices
-from . import _anchors, _distributed, _load, _selections, _state, _tables, _tensors
+from . import _anchors, _distributed, _load, _samples, _selections, _state, _tables, _tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,7 +115,9 @@ class Optimizer(torch.optim.Optimizer):
     _native: _cpu.TorchOptimizer
     _histories: dict[Tensor, _cpu.RowHistory]
     _blocks: dict[Tensor, _cpu.BlockProgress]
-    _has_selected: bool  # some step has had where=, and steps have been counted from there on
+    _takes_samples: bool = False  # so zero_grad() is to let go of them
+    _sampled: frozenset[int] = frozenset()  # ids of those that move by samples in this step
+    _has_selected: bool  # some step has had random choices, and steps are counted from there on
     _step_supports_amp_scaling = False  # torch's constructors set it where fused=True
 
     # ---- stepping -------------------------------------------------------------------------------
@@ -127,6 +129,8 @@ class Optimizer(torch.optim.Optimizer):
         grad_scale: float = 1.0,
         zero_grad: bool = False,
         where: Any = None,
+        sample_weight: Any = None,
+        sample_options: Any = None,
     ) -> Any:
         """Update the parameters that have a gradient, and their state, in place.
 
@@ -148,6 +152,14 @@ class Optimizer(torch.optim.Optimizer):
             schedules, from the first one that has it. On a GPU the host knows from then on how far
             the blocks have come: a step waits for a loss scaler and for ``skip_nonfinite``, and
             cannot be captured in a CUDA graph.
+        sample_weight, sample_options
+            With either, the gradients are those of samples: ``p.grad_sample``, of shape
+            [N, *shape], which Opacus' ``GradSampleModule`` makes, or you assign. They are weighed
+            and added up as by :class:`fusestep.Samples`: `sample_weight` are its weights, N numbers
+            or None, and `sample_options` a dict with some of ``max_norm``, ``noise_multiplier`` and
+            ``reduction``. With these it is the step of Opacus' ``DPOptimizer``. ``p.grad`` is not
+            looked at. With `zero_grad`, and from then on with :meth:`zero_grad`, ``p.grad_sample``
+            is set to None, too. For parameters on the CPU.
 
         Returns
         -------
@@ -165,7 +177,8 @@ class Optimizer(torch.optim.Optimizer):
         ValueError
             Shapes differ, two parameters share memory, a gradient shares memory with a parameter or
             state, a gradient is on another device than its parameter, or an option of a group has a
-            value that is out of range; or `where` is given for parameters on a GPU in a group that
+            value that is out of range; there are no samples where they are asked for, or not of all
+            parameters with a gradient; or `where` is given for parameters on a GPU in a group that
             is capturable.
         RuntimeError
             A CUDA graph is being captured, and its replays would not be steps; or a gradient on the
@@ -178,6 +191,8 @@ class Optimizer(torch.optim.Optimizer):
         if (
             closure is not None
             or where is not None
+            or sample_weight is not None
+            or sample_options is not None
             or self._step_supports_amp_scaling
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -185,7 +200,9 @@ class Optimizer(torch.optim.Optimizer):
             or _global_post_hooks
             or profiler._is_profiler_enabled
         ):
-            return self._observed_step(closure, grad_scale, zero_grad, where)
+            return self._observed_step(
+                closure, grad_scale, zero_grad, where, sample_weight, sample_options
+            )
         self._native.step(self, self.param_groups, self.state, grad_scale, zero_grad)
         return None
 
@@ -203,18 +220,33 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not set_to_none or profiler._is_profiler_enabled:
             super().zero_grad(set_to_none)
+            if self._takes_samples:
+                _samples.forget(self)
             return
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+        if self._takes_samples:
+            _samples.forget(self)
 
     @_not_compiled
     def _observed_step(
-        self, closure: Callable[[], Any] | None, grad_scale: float, zero_grad: bool, where: Any
+        self,
+        closure: Callable[[], Any] | None,
+        grad_scale: float,
+        zero_grad: bool,
+        where: Any,
+        sample_weight: Any,
+        sample_options: Any,
     ) -> Any:
         if type(self).step is not Optimizer.step:  # a subclass's, around which torch runs the hooks
             return self._plain_step(
-                closure, grad_scale=grad_scale, zero_grad=zero_grad, where=where
+                closure,
+                grad_scale=grad_scale,
+                zero_grad=zero_grad,
+                where=where,
+                sample_weight=sample_weight,
+                sample_options=sample_options,
             )
         args = () if closure is None else (closure,)
         kwargs: dict[str, Any] = {}  # hooks see what the user wrote
@@ -224,6 +256,10 @@ class Optimizer(torch.optim.Optimizer):
             kwargs["zero_grad"] = zero_grad
         if where is not None:
             kwargs["where"] = where
+        if sample_weight is not None:
+            kwargs["sample_weight"] = sample_weight
+        if sample_options is not None:
+            kwargs["sample_options"] = sample_options
         return self._step_with_hooks(*args, **kwargs)
 
     def _plain_step(
@@ -233,6 +269,8 @@ class Optimizer(torch.optim.Optimizer):
         grad_scale: float = 1.0,
         zero_grad: bool = False,
         where: Any = None,
+        sample_weight: Any = None,
+        sample_options: Any = None,
     ) -> Any:
         loss = None
         if closure is not None:
@@ -251,18 +289,28 @@ class Optimizer(torch.optim.Optimizer):
             if loss_scale is not None:
                 grad_scale /= float(loss_scale)
             on_gpu = None, None
+        samples = None
+        if sample_weight is not None or sample_options is not None:
+            samples = _samples.taken(self, sample_weight, sample_options)
         chosen = [] if where is None else _selections.chosen(self, where)
         scale_there, inf_there = on_gpu
-        self._native.step(
-            self,
-            self.param_groups,
-            self.state,
-            grad_scale,
-            zero_grad,
-            scale_there,
-            inf_there,
-            chosen,
-        )
+        self._sampled = frozenset(id(parameter) for parameter, _ in samples or ())
+        try:
+            self._native.step(
+                self,
+                self.param_groups,
+                self.state,
+                grad_scale,
+                zero_grad and samples is None,
+                scale_there,
+                inf_there,
+                chosen,
+                samples,
+            )
+        finally:
+            self._sampled = frozenset()
+        if zero_grad and samples is not None:
+            self.zero_grad(set_to_none=False)
         return loss
 
     def _on_the_gpu(self, *numbers: Any) -> tuple[Tensor | None, ...] | None:
@@ -520,7 +568,8 @@ class Optimizer(torch.optim.Optimizer):
                 parameter, label = parameters[column]
                 if parameter.is_meta and parameter.grad is not None and group.get("fused"):
                     raise RuntimeError(_META_AND_FUSED.format(label))
-                needs_state = is_for_a_step and parameter.grad is not None
+                has_gradient = parameter.grad is not None or id(parameter) in self._sampled
+                needs_state = is_for_a_step and has_gradient
                 self._tell_parameter(parameter, label, rule, scalars, column, needs_state)
                 column += 1
         self._native.seal(self.state)
