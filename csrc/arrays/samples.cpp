@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -13,7 +14,28 @@ namespace py = pybind11;
 namespace fusestep::arrays {
 namespace {
 
-PyTypeObject* samples_type = nullptr;
+PyTypeObject *samples_type = nullptr, *outer_type = nullptr;
+
+// By a name that is made once: a small step is done in the time it takes to make ten.
+py::object attribute(const py::handle& object, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(object.ptr(), name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+struct Names {
+  PyObject* error = PyUnicode_InternFromString("error");
+  PyObject* max_norm = PyUnicode_InternFromString("max_norm");
+  PyObject* noise_multiplier = PyUnicode_InternFromString("noise_multiplier");
+  PyObject* reduction = PyUnicode_InternFromString("reduction");
+  PyObject* values = PyUnicode_InternFromString("values");
+  PyObject* weight = PyUnicode_InternFromString("weight");
+  PyObject* x = PyUnicode_InternFromString("x");
+};
+const Names& names() {
+  static const Names names;
+  return names;
+}
 
 // As float64 in the CPU's memory; of a GPU they are fetched.
 py::array_t<double> weights_on_host(const py::object& weight, const std::string& name) {
@@ -45,30 +67,62 @@ std::vector<double> read_weights(const py::object& weight, std::int64_t count,
   return weights;
 }
 
-}  // namespace
-
-void set_samples_type(PyObject* type) {
-  samples_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type));
-}
-
-bool is_samples(PyObject* object) {
-  return samples_type && PyObject_TypeCheck(object, samples_type);
-}
-
-Samples from_samples(PyObject* object, const std::string& name) {
-  const py::handle given(object);
-  const py::object values = given.attr("values"), weight = given.attr("weight");
+// What is weighed: gradients, or the errors that they are made from.
+Samples read_values(const py::handle& given, const std::string& name) {
+  const py::object values = attribute(given, names().values);
   Samples result{{}, from_object(values.ptr(), {"the gradient of ", name})};
   const auto shape = result.values.geometry().shape;
   if (shape.empty())
     throw ValueError("the samples for " + name +
                      " have values of no dimensions; expected one gradient for each sample");
+  result.samples.weight = read_weights(attribute(given, names().weight), shape[0], name);
+  return result;
+}
+
+Samples read_factors(const py::handle& given, const std::string& name) {
+  const py::object error = attribute(given, names().error), x = attribute(given, names().x);
+  Samples result{{}, from_object(error.ptr(), {"the error for ", name}), true};
+  if (!x.is_none()) result.x = from_object(x.ptr(), {"the x for ", name});
+  const auto shape = result.values.geometry().shape;
+  const auto text = [&] {
+    return "the error for " + name + " has shape " + shape_text(result.values);
+  };
+  if (shape.empty() || shape.size() > 3)
+    throw ValueError(text() + "; expected (out,), (N, out) or (N, positions, out)");
+  const std::span<const std::int64_t> terms = shape.first(shape.size() - 1);
+  if (result.x) {
+    const auto other = result.x->geometry().shape;
+    if (other.size() != shape.size() || !std::ranges::equal(terms, other.first(terms.size())))
+      throw ValueError(text() + " and its x " + shape_text(*result.x) +
+                       "; expected the same but for the last axis");
+  }
+  result.samples.positions = terms.size() == 2 ? terms[1] : 1;
+  result.samples.weight =
+      read_weights(attribute(given, names().weight), terms.empty() ? 1 : terms[0], name);
+  return result;
+}
+
+}  // namespace
+
+void set_samples_types(PyObject* samples, PyObject* outer) {
+  samples_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(samples));
+  outer_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(outer));
+}
+
+bool is_samples(PyObject* object) {
+  return samples_type &&
+         (PyObject_TypeCheck(object, samples_type) || PyObject_TypeCheck(object, outer_type));
+}
+
+Samples from_samples(PyObject* object, const std::string& name) {
+  const py::handle given(object);
+  Samples result =
+      PyObject_TypeCheck(object, outer_type) ? read_factors(given, name) : read_values(given, name);
   gradients::Samples& samples = result.samples;
-  samples.weight = read_weights(weight, shape[0], name);
-  samples.max_norm = given.attr("max_norm").cast<std::optional<double>>();
-  samples.noise_multiplier = given.attr("noise_multiplier").cast<double>();
+  samples.max_norm = attribute(given, names().max_norm).cast<std::optional<double>>();
+  samples.noise_multiplier = attribute(given, names().noise_multiplier).cast<double>();
   samples.find_present();
-  const py::object reduction = given.attr("reduction");
+  const py::object reduction = attribute(given, names().reduction);
   if (!py::isinstance<py::str>(reduction))
     samples.divisor = reduction.cast<double>();
   else if (reduction.cast<std::string>() == "mean")

@@ -1,8 +1,9 @@
-// fusestep.Samples: a gradient for each of several samples.
+// fusestep.Samples and fusestep.Outer: a gradient for each of several samples.
 #pragma once
 
 #include <Python.h>
 
+#include <optional>
 #include <string>
 
 #include "arrays/array.h"
@@ -12,16 +13,18 @@ namespace fusestep::arrays {
 
 struct Samples {
   gradients::Samples samples;
-  Array values;  // one gradient for each, along the first axis
+  Array values;  // one gradient for each, along the first axis; or errors, the factors of it
+  bool is_outer = false;
+  std::optional<Array> x = std::nullopt;  // the others, if they are not ones
 };
 
-// Tells which class it is. A reference to it is kept.
-void set_samples_type(PyObject* type);
+// Tells which classes they are. References to them are kept.
+void set_samples_types(PyObject* samples, PyObject* outer);
 
-bool is_samples(PyObject* object);
+bool is_samples(PyObject* object);  // or is_outer
 
 // Throws TypeError for weights that are not real numbers, ValueError for those that are negative,
-// not finite, or not one for each sample.
+// not finite, or not one for each sample; and for factors of which there are not as many.
 Samples from_samples(PyObject* object, const std::string& name);
 
 }  // namespace fusestep::arrays

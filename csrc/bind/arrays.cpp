@@ -33,8 +33,11 @@ void register_arrays(py::module_& module) {
       "set_rows_type", [](const py::type& type) { arrays::set_rows_type(type.ptr()); },
       py::arg("type"));
   module.def(
-      "set_samples_type", [](const py::type& type) { arrays::set_samples_type(type.ptr()); },
-      py::arg("type"));
+      "set_samples_types",
+      [](const py::type& samples, const py::type& outer) {
+        arrays::set_samples_types(samples.ptr(), outer.ptr());
+      },
+      py::arg("samples"), py::arg("outer"));
   module.def("describe_array", &describe, py::arg("array"), py::arg("name"));
   module.def(
       "is_array", [](const py::object& object) { return arrays::is_array(object.ptr()); },

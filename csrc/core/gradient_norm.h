@@ -32,4 +32,12 @@ FUSESTEP_HOST_DEVICE double clip_factor(double max_norm, double norm) {
   return clip < 1 || clip != clip ? clip : 1;
 }
 
+// The norm of two vectors together, given the norm of each. (std::hypot may differ from one C
+// library to the next.)
+FUSESTEP_HOST_DEVICE double hypotenuse(double a, double b) {
+  const double larger = a < b ? b : a;
+  if (larger == 0 || !is_finite(larger)) return a + b;
+  return larger * square_root((a / larger) * (a / larger) + (b / larger) * (b / larger));
+}
+
 }  // namespace fusestep

@@ -80,7 +80,7 @@ struct Work {
 
  private:
   std::int64_t tiles_of_part() const;
-  std::int64_t elements_of_part() const;  // at most
+  std::int64_t elements_of_part() const;  // at most; more where each of them is more work
 };
 
 struct StepOptions {

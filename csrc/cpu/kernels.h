@@ -30,6 +30,12 @@ struct Run {
   const T* importance = nullptr;
 };
 
+// A block of a sum of outer products, as large as registers allow, and what it is made from: for
+// each term, the errors of so many rows, and the x of so many columns (gradients/outer.h).
+inline constexpr std::int64_t kOuterRows = 8;
+template <class T>
+inline constexpr std::int64_t kOuterColumns = 192 / static_cast<std::int64_t>(sizeof(T));
+
 template <class T>
 struct Kernels {
   using Update = void (*)(const void* rule, const Run<T>& run);
@@ -72,8 +78,13 @@ struct Kernels {
   // to[i] = from[i] where meant[i] is not 0.
   void (*select)(const unsigned char* meant, const T* from, T* to, std::int64_t size);
 
-  // sum[i] += times[0] * from[0][i] + ..., of one or four arrays.
-  void (*add_products)(const T* const* from, const T* times, int count, T* sum, std::int64_t size);
+  // sum[i] = times[0] * from[0][i], to which the next is added, of one or four arrays; or all are
+  // added to what is there.
+  void (*add_products)(const T* const* from, const T* times, int count, bool begins, T* sum,
+                       std::int64_t size);
+
+  // sum[r * stride + c] += error[0][r] * x[0][c], then those of the next term: a whole block.
+  void (*add_outer)(const T* error, const T* x, std::int64_t terms, T* sum, std::int64_t stride);
 
   // The sum of (prescale * x)^2 over at most kTileSize elements, in a fixed order.
   double (*sum_of_squares)(const T* x, std::int64_t size, double prescale);

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 
 #include "core/tile_bits.h"
 #include "cpu/kernels.h"
+#include "cpu/outer.h"
 #include "cpu/tile_access.h"
 #include "selections/part.h"
 
@@ -17,18 +19,35 @@ template <class T>
 class PartReader {
  public:
   PartReader(const Kernels<T>& kernels, const selections::Part& part)
-      : kernels_(kernels), access_(kernels), part_(part) {}
+      : kernels_(kernels), access_(kernels), part_(part) {
+    if (part.outer) outer_.emplace(kernels, *part.outer, *part.samples);
+  }
+
+  // Gradients of the i-th tile that moves, and of those after it up to `last`, are going to be
+  // read, in this order.
+  void expect(std::int64_t i, std::int64_t last) {
+    if (!outer_ || i < expected_) return;
+    expected_ = i + 1;
+    while (expected_ < last && part_.tile(expected_) == part_.tile(expected_ - 1) + 1) ++expected_;
+    const std::int64_t end = part_.tile(expected_ - 1);
+    outer_->expect(part_.tile(i) * kTileSize, end * kTileSize + part_.size_of(end));
+  }
+
+  // Where the gradient need not be made, but is a multiple of something that is there.
+  bool is_multiple() const { return outer_ && outer_->is_multiple(); }
+  const OuterProducts<T>& outer() const { return *outer_; }
 
   // Where they are, or copied to `buffer`.
-  T* read(int operand, std::int64_t begin, std::int64_t count, T* buffer) const {
+  T* read(int operand, std::int64_t begin, std::int64_t count, T* buffer) {
     if (operand == kGradient && part_.rows) return add_up_rows(begin, count, buffer);
+    if (operand == kGradient && outer_) return outer_->read(begin, count, buffer);
     if (operand == kGradient && part_.samples) return add_up_samples(begin, count, buffer);
-    return read(part_.operand[static_cast<std::size_t>(operand)], begin, count, buffer);
+    return access_.read(part_.operand[static_cast<std::size_t>(operand)], begin, count, buffer);
   }
 
   // The gradient of what moves in the i-th tile, and 0 for the rest of it. Returns how many they
   // are.
-  std::int64_t moved_gradient(std::int64_t i, T* values) const {
+  std::int64_t moved_gradient(std::int64_t i, T* values) {
     const std::int64_t tile = part_.tile(i);
     const std::int64_t size = part_.size_of(tile);
     std::fill_n(values, size, T{0});
@@ -40,14 +59,6 @@ class PartReader {
   }
 
  private:
-  T* read(const FlatArray& array, std::int64_t begin, std::int64_t count, T* buffer) const {
-    if (array.stretch(begin) >= count) return access_.read(array.block(begin, count), buffer);
-    array.for_each_stretch(begin, count, [&](const Block& block, std::int64_t offset) {
-      access_.load(block, buffer + offset);
-    });
-    return buffer;
-  }
-
   T* add_up_rows(std::int64_t begin, std::int64_t count, T* buffer) const {
     for (std::int64_t done = 0; done < count;) {
       const std::int64_t row = (begin + done) / part_.row_size;
@@ -67,32 +78,32 @@ class PartReader {
     if (i == rows.count()) return;
     alignas(kCacheLine) T buffer[kTileSize];
     for (std::int64_t k = 0; k < rows.sources(i); ++k) {
-      const T* const source = read(part_.operand[kGradient],
-                                   rows.source(i, k) * part_.row_size + column, count, buffer);
+      const T* const source = access_.read(
+          part_.operand[kGradient], rows.source(i, k) * part_.row_size + column, count, buffer);
       for (std::int64_t j = 0; j < count; ++j) sum[j] = k == 0 ? source[j] : sum[j] + source[j];
     }
   }
 
-  // Four samples at a time, the last ones one by one. The sum begins with -0, to which x adds x.
+  // One after another, four in a pass. The sum of none is -0, to which x adds x.
   T* add_up_samples(std::int64_t begin, std::int64_t count, T* sum) const {
     const gradients::Samples& samples = *part_.samples;
     alignas(kCacheLine) T buffer[kFour][kTileSize];
-    std::fill_n(sum, count, T{-0.0});
-    const std::size_t present = samples.present.size();
-    for (std::size_t first = 0; first < present;) {
-      const std::size_t some = first + kFour <= present ? kFour : 1;
+    const std::size_t rows = samples.row.size();
+    if (rows == 0) std::fill_n(sum, count, T{-0.0});
+    for (std::size_t first = 0; first < rows;) {
+      const std::size_t some = first + kFour <= rows ? kFour : 1;
       std::array<const T*, kFour> from{};
       std::array<T, kFour> times{};
       for (std::size_t k = 0; k < some; ++k) {
-        from[k] = read(part_.operand[kGradient], samples.present[first + k] * part_.size + begin,
-                       count, buffer[k]);
+        from[k] = access_.read(part_.operand[kGradient],
+                               samples.row[first + k] * part_.size + begin, count, buffer[k]);
         times[k] = static_cast<T>(samples.coefficient[first + k]);
       }
-      kernels_.add_products(from.data(), times.data(), static_cast<int>(some), sum, count);
+      kernels_.add_products(from.data(), times.data(), static_cast<int>(some), first == 0, sum,
+                            count);
       first += some;
     }
-    if (samples.has_noise())
-      for (std::int64_t i = 0; i < count; ++i) sum[i] += static_cast<T>(samples.noise(begin + i));
+    samples.noise.add(begin, count, sum);
     return sum;
   }
 
@@ -100,6 +111,8 @@ class PartReader {
   const Kernels<T>& kernels_;
   TileAccess<T> access_;
   const selections::Part& part_;
+  std::optional<OuterProducts<T>> outer_;
+  std::int64_t expected_ = 0;  // tiles before this one have been announced
 };
 
 }  // namespace fusestep::cpu

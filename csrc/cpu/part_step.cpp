@@ -8,11 +8,15 @@ namespace fusestep::cpu {
 namespace {
 
 template <class T>
-double sum_of_squares(const Kernels<T>& kernels, const selections::Part& part, std::int64_t i,
-                      double prescale) {
+void sum_squares(const Kernels<T>& kernels, const selections::Part& part, std::int64_t first,
+                 std::int64_t last, double prescale, double* sums) {
   alignas(kCacheLine) T moved[kTileSize];
-  const std::int64_t size = PartReader<T>(kernels, part).moved_gradient(i, moved);
-  return kernels.sum_of_squares(moved, size, prescale);
+  PartReader<T> reader(kernels, part);
+  for (std::int64_t i = first; i < last; ++i) {
+    reader.expect(i, last);
+    const std::int64_t size = reader.moved_gradient(i, moved);
+    *sums++ = kernels.sum_of_squares(moved, size, prescale);
+  }
 }
 
 }  // namespace
@@ -25,11 +29,12 @@ void update_part(const KernelTable& kernels, const Work& work, const StepOptions
     PartUpdater<float>(kernels, work, options)(first, last);
 }
 
-double sum_of_moved_squares(const KernelTable& kernels, const Work& work, std::int64_t tile,
-                            double prescale) {
-  return work.compute == DType::float64
-             ? sum_of_squares(kernels.float64, *work.part, tile, prescale)
-             : sum_of_squares(kernels.float32, *work.part, tile, prescale);
+void sum_moved_squares(const KernelTable& kernels, const Work& work, std::int64_t first,
+                       std::int64_t last, double prescale, double* sums) {
+  if (work.compute == DType::float64)
+    sum_squares(kernels.float64, *work.part, first, last, prescale, sums);
+  else
+    sum_squares(kernels.float32, *work.part, first, last, prescale, sums);
 }
 
 }  // namespace fusestep::cpu

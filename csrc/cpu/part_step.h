@@ -13,8 +13,8 @@ namespace fusestep::cpu {
 void update_part(const KernelTable& kernels, const Work& work, const StepOptions& options,
                  std::int64_t first, std::int64_t last);
 
-// The sum of the squares of what moves in a tile.
-double sum_of_moved_squares(const KernelTable& kernels, const Work& work, std::int64_t tile,
-                            double prescale);
+// For each of tiles [first, last): the sum of the squares of what moves in it.
+void sum_moved_squares(const KernelTable& kernels, const Work& work, std::int64_t first,
+                       std::int64_t last, double prescale, double* sums);
 
 }  // namespace fusestep::cpu

@@ -61,12 +61,14 @@ class PartUpdater : Mover<T> {
         part_(*work.part),
         reader_(this->kernels_, part_),
         rules_(part_, work.compute),
+        takes_multiples_(reader_.is_multiple() && std::abs(this->factor_) == 1),
         ahead_(part_) {}
 
   void operator()(std::int64_t first, std::int64_t last) {
     TileBits next = first < last ? part_.moved(first) : TileBits{};
     for (std::int64_t i = first; i < last; ++i) {
       const TileBits moved = next;
+      reader_.expect(i, last);
       ahead_.aim();
       if (i + 1 < last) ahead_.aim(part_.tile(i + 1), next = part_.moved(i + 1));
       update_tile(part_.tile(i), moved);
@@ -81,7 +83,7 @@ class PartUpdater : Mover<T> {
   }
 
  private:
-  using Mover<T>::access_, Mover<T>::rule_;
+  using Mover<T>::access_, Mover<T>::rule_, Mover<T>::factor_;
   using Mover<T>::is_moved, Mover<T>::call_loop, Mover<T>::call_loop_from_line;
   using Buffer = T[kMaxOperands][kTileSize];
   using Elements = std::array<T*, kMaxOperands>;
@@ -148,6 +150,21 @@ class PartUpdater : Mover<T> {
   // ---- elements that lie together, moved where they are ----
 
   void move_run(std::int64_t begin, std::int64_t end) {
+    if (!takes_multiples_) return move_piece(begin, end);
+    const T factor = factor_;  // 1 or -1, so that it makes no difference when it is multiplied
+    while (begin < end) {
+      const std::int64_t stop = reader_.outer().end_of_multiple(first_ + begin, first_ + end);
+      alignas(kCacheLine) T buffer[kTileSize];
+      multiple_ = reader_.outer().multiple(first_ + begin, stop - first_ - begin, buffer);
+      factor_ = factor * multiple_.factor;
+      move_piece(begin, stop - first_);
+      begin = stop - first_;
+    }
+    multiple_ = {};
+    factor_ = factor;
+  }
+
+  void move_piece(std::int64_t begin, std::int64_t end) {
     alignas(kCacheLine) Buffer buffer;
     const std::int64_t size = end - begin;
     Elements at = read(begin, end, buffer);
@@ -248,11 +265,11 @@ class PartUpdater : Mover<T> {
     }
   }
 
-  void gather(int operand, const Places& places, T* values) const {
+  void gather(int operand, const Places& places, T* values) {
     const DType dtype = part_.operand[static_cast<std::size_t>(operand)].dtype();
     if (operand == kGradient && part_.makes_gradients()) {
-      T of_tile[kTileSize];
-      reader_.read(kGradient, first_, size_, of_tile);
+      T buffer[kTileSize];
+      const T* const of_tile = reader_.read(kGradient, first_, size_, buffer);
       for (std::int64_t k = 0; k < places.count(); ++k) values[k] = of_tile[places[k]];
     } else if (dtype == kComputeType<T>) {
       for_each_address(operand, places, [&](std::int64_t k, const std::byte* at) {
@@ -280,10 +297,12 @@ class PartUpdater : Mover<T> {
   // ---- memory ----
 
   // Elements of a tile: where they are, or copied to the buffer.
-  Elements read(std::int64_t begin, std::int64_t end, Buffer& buffer) const {
+  Elements read(std::int64_t begin, std::int64_t end, Buffer& buffer) {
     Elements at{};
     for (int i = 0; i < part_.operands; ++i)
-      at[i] = reader_.read(i, first_ + begin, end - begin, buffer[i]);
+      at[i] = i == kGradient && multiple_.values
+                  ? const_cast<T*>(multiple_.values)
+                  : reader_.read(i, first_ + begin, end - begin, buffer[i]);
     return at;
   }
 
@@ -309,12 +328,14 @@ class PartUpdater : Mover<T> {
   const selections::Part& part_;
   PartReader<T> reader_;
   RulesByProgress rules_;
+  bool takes_multiples_;
   Ahead ahead_;
 
   // Of the tile under way.
   std::int64_t first_ = 0, size_ = 0;
   TileBits moved_, written_;
-  T* sizes_ = nullptr;  // where nothing is to change: how far it would move
+  gradients::Dense<T> multiple_{};  // its gradient is one of this, where these are values
+  T* sizes_ = nullptr;              // where nothing is to change: how far it would move
 };
 
 }  // namespace fusestep::cpu

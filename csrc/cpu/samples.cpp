@@ -17,11 +17,13 @@ void add_up(const selections::Part& part, T* sums) {
   const std::int64_t tiles = ceil_div(part.size, kTileSize);
   parallel_for(ceil_div(tiles, kTilesOfChunk), num_threads(), [&](std::int64_t chunk) {
     const IeeeEnvironment ieee;
-    const PartReader<T> reader(kernels, part);
+    PartReader<T> reader(kernels, part);
     const std::int64_t end = std::min(tiles, (chunk + 1) * kTilesOfChunk);
     for (std::int64_t tile = chunk * kTilesOfChunk; tile < end; ++tile) {
-      const std::int64_t begin = tile * kTileSize;
-      reader.read(kGradient, begin, part.size_of(tile), sums + begin);
+      T* const sum = sums + tile * kTileSize;
+      const std::int64_t size = part.size_of(tile);
+      const T* const made = reader.read(kGradient, tile * kTileSize, size, sum);
+      if (made != sum) std::copy_n(made, size, sum);
     }
   });
 }

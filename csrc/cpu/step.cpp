@@ -96,7 +96,6 @@ double sum_of_squares(const KernelTable& table, const Work& work, std::int64_t t
   const Kernels<T>& kernels = table.of<T>();
   alignas(kCacheLine) T buffer[kTileSize];
   const TileAccess<T> access(kernels);
-  if (work.part) return sum_of_moved_squares(table, work, tile, prescale);
   if (work.rows) {
     const RowTile at(work, tile);
     return kernels.sum_of_squares(at.gradient(access, buffer), at.size(), prescale);
@@ -114,10 +113,11 @@ std::vector<double> tile_sums(WorkList list, double prescale) {
   std::vector<double> sums(static_cast<std::size_t>(tiles));
   for_each_tile_range(
       list, [&](const Work& work, std::int64_t first, std::int64_t last, std::int64_t before) {
+        double* const to = sums.data() + before;
+        if (work.part) return sum_moved_squares(table, work, first, last, prescale, to);
         in_compute_type(work, [&](auto type) {
           for (std::int64_t tile = first; tile < last; ++tile)
-            sums[static_cast<std::size_t>(before + tile - first)] =
-                sum_of_squares<decltype(type)>(table, work, tile, prescale);
+            to[tile - first] = sum_of_squares<decltype(type)>(table, work, tile, prescale);
         });
       });
   return sums;

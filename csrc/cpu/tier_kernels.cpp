@@ -11,6 +11,7 @@
 
 #include "core/reduction.h"
 #include "cpu/kernels.h"
+#include "cpu/outer_block.h"
 
 namespace fusestep::cpu {
 namespace {
@@ -150,16 +151,20 @@ void select(const unsigned char* meant, const T* from, T* to, std::int64_t size)
 }
 
 template <class T>
-void add_products(const T* const* from, const T* times, int count, T* __restrict sum,
+void add_products(const T* const* from, const T* times, int count, bool begins, T* __restrict sum,
                   std::int64_t size) {
   const T *const a = from[0], *const b = from[1], *const c = from[2], *const d = from[3];
   const T ta = times[0], tb = times[1], tc = times[2], td = times[3];
-  if (count == 1) {
+  if (count == 1 && begins)
+    for (std::int64_t i = 0; i < size; ++i) sum[i] = ta * a[i];
+  else if (count == 1)
     for (std::int64_t i = 0; i < size; ++i) sum[i] += ta * a[i];
-    return;
-  }
-  for (std::int64_t i = 0; i < size; ++i)
-    sum[i] += (ta * a[i] + tb * b[i]) + (tc * c[i] + td * d[i]);
+  else if (begins)
+    for (std::int64_t i = 0; i < size; ++i)
+      sum[i] = ((ta * a[i] + tb * b[i]) + tc * c[i]) + td * d[i];
+  else
+    for (std::int64_t i = 0; i < size; ++i)
+      sum[i] = (((sum[i] + ta * a[i]) + tb * b[i]) + tc * c[i]) + td * d[i];
 }
 
 // Squares of floats are exact in double: the norm of a float gradient can neither overflow nor lose
@@ -325,6 +330,7 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           dot<T>,
           select<T>,
           add_products<T>,
+          add_outer<T>,
           sum_of_squares<T>};
 }
 

@@ -1,6 +1,7 @@
 // Reading and writing tiles of arrays of any layout and type, in the type a rule computes in.
 #pragma once
 
+#include "core/flat_array.h"
 #include "core/operand.h"
 #include "cpu/kernels.h"
 
@@ -24,6 +25,15 @@ class TileAccess {
   T* read(const Block& block, T* buffer) const {
     if (T* elements = in_place(block)) return elements;
     load(block, buffer);
+    return buffer;
+  }
+
+  // The same for elements of an array in C order.
+  T* read(const FlatArray& array, std::int64_t begin, std::int64_t count, T* buffer) const {
+    if (array.stretch(begin) >= count) return read(array.block(begin, count), buffer);
+    array.for_each_stretch(begin, count, [&](const Block& block, std::int64_t offset) {
+      load(block, buffer + offset);
+    });
     return buffer;
   }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/errors.h"
+#include "cpu/outer_norms.h"
 #include "cpu/samples.h"
 #include "cpu/top.h"
 #include "engine/stepper.h"
@@ -184,6 +185,34 @@ void Slot::check_samples(const Array& values, const OccupiedMemory& memory, bool
   gradient_is_known_ = false;
 }
 
+void Slot::check_factors(const Update& update, const OccupiedMemory& memory) {
+  const Array& error = update.gradient;
+  const auto shape = parameter_.geometry().shape;
+  std::vector<std::int64_t> expected{error.geometry().shape.back()};
+  if (update.x) expected.push_back(update.x->geometry().shape.back());
+  if (!std::ranges::equal(shape, expected))
+    throw ValueError(name_ + " has shape " + shape_text(parameter_) + "; the outer products of " +
+                     "error " + shape_text(error) +
+                     (update.x ? " and x " + shape_text(*update.x) : " without x") + " have " +
+                     shape_text(expected));
+  for (const Array* factor : {&error, static_cast<const Array*>(update.x.get())}) {
+    if (!factor) continue;
+    known_ = {};
+    check_memory(*factor, memory, false);
+  }
+  known_ = {};
+  gradient_is_known_ = false;
+  outer_.rows = expected[0];
+  outer_.error.view(error.operand(), error.geometry());
+  outer_.columns = update.x ? expected[1] : 1;
+  if (update.x) outer_.x.view(update.x->operand(), update.x->geometry());
+}
+
+std::vector<double> Slot::norms_of_outer(const gradients::Samples& samples) const {
+  const FlatArray* const x = part_.outer ? &outer_.x : nullptr;
+  return cpu::norms_of_outer(samples, outer_.error, outer_.rows, x, outer_.columns);
+}
+
 void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
                             bool clears_gradient) {
   check_gradient(gradient, memory, clears_gradient);
@@ -205,19 +234,22 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
   if (is_on_gpu() && !is_rowwise_) check_state_has_one_layout();
   if (numbers)
     check_rows(gradient, *numbers, memory, clears_gradient);
+  else if (update.is_outer)
+    check_factors(update, memory);
   else if (update.samples)
     check_samples(gradient, memory, clears_gradient);
   else
     check_gradient(gradient, memory, clears_gradient);
   part_.rows = numbers ? &rows_ : nullptr;
   part_.samples = update.samples.get();
+  part_.outer = update.x ? &outer_ : nullptr;
   if (is_rowwise_ && update.samples) plan_sums(gradient);
   if (is_rowwise_)
     plan_selected_rows(update.samples ? sums_ : gradient, !numbers);
   else
     plan_part(gradient);
   whole_gradient_.view(gradient.operand(), gradient.geometry());
-  work.whole_gradient = {&whole_gradient_, gradient.size};
+  work.whole_gradient = {&whole_gradient_, update.is_outer ? 0 : gradient.size};
 }
 
 void Slot::check_can_choose(const selections::Choice& choice, bool is_of_rows) const {

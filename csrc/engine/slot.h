@@ -63,6 +63,9 @@ class Slot {
   // Before a part moves: by which rule. From now on its blocks may come differently far.
   void begin_part(const rules::AnyRule& rule, double lr);
 
+  // How long each sample's gradient is that prepare_part() found to be made from factors.
+  std::vector<double> norms_of_outer(const gradients::Samples& samples) const;
+
   // Adds up samples, of which it is known by now how much each counts, where that is not done piece
   // by piece.
   void add_up_samples();
@@ -129,6 +132,7 @@ class Slot {
   void plan_sums(const arrays::Array& values);
   void check_samples(const arrays::Array& values, const OccupiedMemory& memory,
                      bool clears_gradient);
+  void check_factors(const Update& update, const OccupiedMemory& memory);
   void check_memory(const arrays::Array& gradient, const OccupiedMemory& memory,
                     bool clears_gradient);
   void plan(const arrays::Array& gradient);
@@ -166,7 +170,8 @@ class Slot {
     std::optional<arrays::Array> importance;
   };
   std::optional<Anchor> anchor_;
-  selections::Part part_;  // of the last step that moved one
+  selections::Part part_;   // of the last step that moved one
+  gradients::Outer outer_;  // of the last gradient that was made from factors
   FlatArray whole_gradient_;
   std::vector<std::byte> sums_memory_;  // of samples, where they are not added up piece by piece
   arrays::Array sums_;

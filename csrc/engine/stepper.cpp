@@ -120,11 +120,22 @@ void Stepper::check_gradients_are_disjoint(const std::vector<Update>& updates) {
   if (known && moved == disjoint_gradients_) return;
   OccupiedMemory memory;
   static const std::string kGradient = "a gradient";
-  for (const Update& update : updates) memory.add(update.gradient, kGradient);
+  for (const Update& update : updates)
+    if (!update.is_outer) memory.add(update.gradient, kGradient);
+  const auto fail = [] {
+    throw ValueError("two gradients share memory, so zero_grad=True would clear one unused");
+  };
   try {
     memory.seal();
   } catch (const ValueError&) {
-    throw ValueError("two gradients share memory, so zero_grad=True would clear one unused");
+    fail();
+  }
+  OccupiedMemory::Gap gap;
+  for (const Update& update : updates) {
+    if (!update.is_outer) continue;
+    if (memory.overlapping(update.gradient, gap) ||
+        (update.x && memory.overlapping(*update.x, gap)))
+      fail();
   }
   disjoint_gradients_ = std::move(moved);
 }
@@ -214,14 +225,27 @@ bool Stepper::run(std::vector<Update>& updates, const StepArguments& arguments,
 
 // ---- samples ----
 
-// Over all parameters whose samples are bounded; of samples that are not there, 0.
+// Over all parameters whose samples are bounded; of samples that are not there, what it may be.
 std::vector<double> Stepper::norms_of_samples(const std::vector<Update>& updates) const {
+  std::vector<double> norms = norms_of_arrays(updates);
+  for (const Update& update : updates) {
+    if (!update.is_outer || !update.samples->max_norm) continue;
+    const std::vector<double> others = update.slot->norms_of_outer(*update.samples);
+    if (norms.empty()) norms.resize(others.size());
+    for (std::size_t i = 0; i < norms.size(); ++i) norms[i] = hypotenuse(norms[i], others[i]);
+  }
+  return norms;
+}
+
+// Over those that lie in arrays.
+std::vector<double> Stepper::norms_of_arrays(const std::vector<Update>& updates) const {
   constexpr std::int64_t kAtOnce = 64;
   std::vector<Work> ones;
   std::vector<std::int64_t> strides;
   std::int64_t count = 0;
   for (const Update& update : updates) {
     if (!update.samples || !update.samples->max_norm || update.samples->present.empty()) continue;
+    if (update.is_outer) continue;
     count = update.samples->count();
     ones.push_back(one_sample(update));
     strides.push_back(update.gradient.geometry().strides[0]);

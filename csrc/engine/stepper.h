@@ -54,17 +54,29 @@ struct Update {
         group(group),
         gradient(std::move(rows.values)),
         row_numbers(std::move(rows.numbers)) {}
-  Update(Slot* slot, const Group* group, arrays::Samples samples)
-      : slot(slot),
-        group(group),
-        gradient(std::move(samples.values)),
-        samples(std::make_unique<gradients::Samples>(std::move(samples.samples))) {}
+  Update(Slot* slot, const Group* group, arrays::Samples of_samples) : slot(slot), group(group) {
+    take(std::move(of_samples));
+  }
+
+  void take(arrays::Samples of_samples) {
+    gradient = std::move(of_samples.values);
+    samples = std::make_unique<gradients::Samples>(std::move(of_samples.samples));
+    is_outer = of_samples.is_outer;
+    if (of_samples.x) x = std::make_unique<arrays::Array>(std::move(*of_samples.x));
+  }
+
   Slot* slot;
   const Group* group;
   arrays::Array gradient;
   std::optional<std::vector<std::int64_t>> row_numbers;  // where it is of some rows only
   std::unique_ptr<gradients::Samples> samples = {};      // where it is one for each sample
-  const selections::Choice* choice = nullptr;            // which part of the parameter moves
+
+  // Where these are made from factors: `gradient` is that of the rows, and this, if there is one,
+  // that of the columns.
+  bool is_outer = false;
+  std::unique_ptr<arrays::Array> x = {};
+
+  const selections::Choice* choice = nullptr;  // which part of the parameter moves
   selections::Draw draw{};
   cuda::Stream stream = 0;  // on a GPU: where the parameter's library works
 };
@@ -155,6 +167,7 @@ class Stepper {
   void record(const Update& update, const rules::Progress& progress);
   void plan_samples(std::vector<Update>& updates, const StepArguments& arguments);
   std::vector<double> norms_of_samples(const std::vector<Update>& updates) const;
+  std::vector<double> norms_of_arrays(const std::vector<Update>& updates) const;
   void find_tops(const std::vector<Update>& updates, const StepOptions& options);
   void finish_parts(bool clears_gradients);
   std::size_t place_of(int gpu);

@@ -430,9 +430,7 @@ py::object TorchOptimizer::gradient_of(const FollowedParameter& parameter,
 
 void TorchOptimizer::view_samples(const Slot& slot, const py::object& samples, Update& update) {
   tensors_.has_run_code = true;
-  auto [found, values] = arrays::from_samples(samples.ptr(), slot.name());
-  update.gradient = std::move(values);
-  update.samples = std::make_unique<gradients::Samples>(std::move(found));
+  update.take(arrays::from_samples(samples.ptr(), slot.name()));
 }
 
 void TorchOptimizer::view_unusual_gradient(FollowedParameter& parameter, const py::object& gradient,

@@ -27,6 +27,13 @@ struct Noise {
   FUSESTEP_HOST_DEVICE double operator()(std::int64_t element) const {
     return deviation * standard_normal(random.bits(static_cast<std::uint64_t>(element)));
   }
+
+  // To elements from `begin` on.
+  template <class T>
+  void add(std::int64_t begin, std::int64_t count, T* sum) const {
+    if (deviation == 0) return;
+    for (std::int64_t i = 0; i < count; ++i) sum[i] += static_cast<T>((*this)(begin + i));
+  }
 };
 
 struct Samples {
@@ -34,9 +41,12 @@ struct Samples {
   std::optional<double> max_norm;
   double noise_multiplier = 0;
   double divisor = 1;
+  std::int64_t positions = 1;  // the gradient of a sample is the sum of so many rows of values
 
-  // Found when the step is known: what is added up, and times what; and the noise.
-  std::vector<std::int64_t> present;
+  std::vector<std::int64_t> present;  // samples that are there
+
+  // Found when the step is known: which rows are added up, and times what; and the noise.
+  std::vector<std::int64_t> row;
   std::vector<double> coefficient;
   Noise noise;
 
@@ -55,12 +65,16 @@ struct Samples {
   // The gradients are going to be multiplied by `grad_scale`, which counts for their norms, and not
   // for the noise. `norms` are those of all samples, if they are asked for.
   void plan(const std::vector<double>& norms, double grad_scale, const RandomStream& random) {
+    row.clear();
     coefficient.clear();
-    for (std::size_t i = 0; i < present.size(); ++i) {
-      const auto sample = static_cast<std::size_t>(present[i]);
+    for (const std::int64_t number : present) {
+      const auto sample = static_cast<std::size_t>(number);
       const double clip =
           max_norm ? clip_factor(*max_norm, norms[sample] * std::abs(grad_scale)) : 1;
-      coefficient.push_back(weight[sample] * clip / divisor);
+      for (std::int64_t i = 0; i < positions; ++i) {
+        row.push_back(number * positions + i);
+        coefficient.push_back(weight[sample] * clip / divisor);
+      }
     }
     noise = {random, 0};
     if (has_noise())

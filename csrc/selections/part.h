@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <iterator>
 
 #include "core/flat_array.h"
 #include "core/tile_bits.h"
+#include "gradients/outer.h"
 #include "gradients/rows.h"
 #include "gradients/samples.h"
 #include "rules/block_progress.h"
@@ -33,6 +35,7 @@ struct Part {
 
   // Where the gradient is one for each sample: what is added up.
   const gradients::Samples* samples = nullptr;
+  const gradients::Outer* outer = nullptr;  // from which each is made; else they are in an array
 
   // Where the selection depends on what the step finds, it is made when that is known.
   const Choice* top = nullptr;
@@ -45,6 +48,12 @@ struct Part {
 
   // Whether gradients are made as they are used, rather than lie in an array like the parameter.
   bool makes_gradients() const { return rows || samples; }
+
+  // How many times the work of an element whose gradient lies in memory one of these is, roughly.
+  std::int64_t effort() const {
+    constexpr std::int64_t kAddedMeanwhile = 16;
+    return 1 + (samples ? samples->positions * std::ssize(samples->present) / kAddedMeanwhile : 0);
+  }
 
   // Tiles that may hold something to move.
   const Selection& visited() const { return rows ? listed : tracks ? everything : selected; }

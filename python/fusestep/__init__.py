@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import functional
 from ._version import __version__
 from .fisher import Fisher
-from .gradients import Rows, Samples
+from .gradients import Outer, Rows, Samples
 from .optimizer import Optimizer
 from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam, RowwiseAdagrad
 from .runtime import get_num_threads, set_num_threads, show_config
@@ -37,6 +37,7 @@ __all__ = [
     "Mask",
     "NAdam",
     "Optimizer",
+    "Outer",
     "RandomBlocks",
     "Rows",
     "RowwiseAdagrad",
