@@ -376,10 +376,10 @@ def test_all_metrics_of_whole_streams_and_windows(quick: tuple[dict[str, Any], s
             for metric in feedback.METRICS:
                 assert np.shape(found["whole"][metric]) == (1,)
                 assert np.shape(found["windows"][metric]) == (1, feedback.WINDOWS)
-            rate = f"{found['rate']:g}"
-            assert found["whole"]["accuracy"] == found["by_rate"][rate] == found["by_weight"]["5.0"]
+            accuracy = found["whole"]["accuracy"]
+            assert accuracy == found["by_rate"][str(found["rate"])] == found["by_weight"]["5.0"]
             numbers = [f"{100 * value:.1f}" for (value,) in found["whole"].values()]
-            assert [*contender.split(), rate, *numbers] in lines
+            assert [*contender.split(), f"{found['rate']:g}", *numbers] in lines
 
 
 def test_importance_aware_steps_are_no_worse_than_scikit_learns(
@@ -397,7 +397,7 @@ def test_a_learning_rate_far_too_large_costs_importance_aware_sgd_little(
 ) -> None:
     def lost(contender: str) -> float:
         by_rate = quick[0]["digits"][contender]["by_rate"]
-        return by_rate["0.003"][0] - by_rate["100"][0]
+        return by_rate["0.003"][0] - by_rate["100.0"][0]
 
     assert lost("importance-aware SGD") < 0.02
     assert lost("SGDClassifier") > 0.05

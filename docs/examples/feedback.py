@@ -284,8 +284,12 @@ class Grid(NamedTuple):
     tuning_seeds: Sequence[int]
 
 
-FULL = Grid((0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 10, 100), (1, 5, 20, 100, 1000), (100, 101))
-QUICK = Grid((0.003, 0.03, 100), (1000,), (100,))
+FULL = Grid(
+    rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 100.0),
+    weights=(1.0, 5.0, 20.0, 100.0, 1000.0),
+    tuning_seeds=(100, 101),
+)
+QUICK = Grid(rates=(0.003, 0.03, 100.0), weights=(1000.0,), tuning_seeds=(100,))
 
 
 @dataclass(frozen=True)
@@ -317,7 +321,6 @@ def compete(
     """Choose a learning rate on other streams, then answer on these."""
 
     def answers(rate: float, weight: float, streams: list[Stream]) -> list[Labels]:
-        rate = float(rate)
         return [contender.learn(contender.new(kind.loss, rate), one, weight) for one in streams]
 
     tuning = [kind.new(seed) for seed in grid.tuning_seeds]
