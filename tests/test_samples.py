@@ -51,17 +51,11 @@ def samples_of(
 
 
 def added_up(values: np.ndarray, times: Sequence[float], dtype: Any) -> np.ndarray:
-    """Four at a time, the last ones one by one, each operation rounded to the compute type."""
-    there = [i for i, t in enumerate(times) if t != 0]
-    v = [values[i].astype(dtype) for i in there]
-    t = [np.asarray(times[i]).astype(dtype) for i in there]
+    """One after another, each operation rounded to the compute type."""
     total = np.full(values.shape[1:], -0.0, dtype)
-    whole = len(v) // 4 * 4
-    for i in range(0, whole, 4):
-        pairs = [t[k] * v[k] + t[k + 1] * v[k + 1] for k in (i, i + 2)]
-        total = total + (pairs[0] + pairs[1])
-    for i in range(whole, len(v)):
-        total = total + t[i] * v[i]
+    for value, t in zip(values, times, strict=True):
+        if t != 0:
+            total = total + np.asarray(t).astype(dtype) * value.astype(dtype)
     return np.asarray(total, dtype)
 
 

@@ -25,6 +25,9 @@ class FlatArray {
     return axes_.back().extent - element % axes_.back().extent;
   }
 
+  // True where all of them do.
+  bool is_one_stretch() const { return axes_.size() == 1; }
+
   // `count` elements, no more than the stretch has.
   Block block(std::int64_t element, std::int64_t count) const {
     return {at(element), operand_.dtype, 1, count, 0, axes_.back().stride};

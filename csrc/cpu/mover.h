@@ -61,20 +61,30 @@ class Mover {
 
   void call_loop(const void* rule, const std::array<T*, kMaxOperands>& at,
                  std::int64_t size) const {
-    loop_(rule, run_over(at, size, {at[kGradient], factor_}, anchor_));
+    call_loop(rule, at, size, factor_);
+  }
+
+  void call_loop(const void* rule, const std::array<T*, kMaxOperands>& at, std::int64_t size,
+                 T factor) const {
+    loop_(rule, run_over(at, size, {at[kGradient], factor}, anchor_));
   }
 
   // The same for a run that is worth starting at a cache line, so that no vector crosses one.
   void call_loop_from_line(const void* rule, std::array<T*, kMaxOperands> at,
                            std::int64_t size) const {
+    call_loop_from_line(rule, at, size, factor_);
+  }
+
+  void call_loop_from_line(const void* rule, std::array<T*, kMaxOperands> at, std::int64_t size,
+                           T factor) const {
     const auto past_line = reinterpret_cast<std::uintptr_t>(at[kParameter]) % kCacheLine;
     if (past_line != 0) {
       const auto head = static_cast<std::int64_t>((kCacheLine - past_line) / sizeof(T));
-      call_loop(rule, at, head);
+      call_loop(rule, at, head, factor);
       for (T*& operand : at) operand += head;
       size -= head;
     }
-    call_loop(rule, at, size);
+    call_loop(rule, at, size, factor);
   }
 
   const Kernels<T>& kernels_;

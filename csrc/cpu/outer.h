@@ -14,7 +14,6 @@
 
 #include "cpu/kernels.h"
 #include "cpu/tile_access.h"
-#include "gradients/dense.h"
 #include "gradients/outer.h"
 #include "gradients/samples.h"
 
@@ -33,23 +32,34 @@ class OuterProducts {
     expected_end_ = end;
   }
 
-  // One product is a multiple of x, row by row: its elements up to `end` that are one, by what.
-  // They need not be made, which would take a third of a large step's time.
+  // A single product is a multiple of x in each row: elements up to `end` that are one, and of
+  // what.
   bool is_multiple() const { return terms() == 1 && !samples_.has_noise(); }
-  std::int64_t end_of_multiple(std::int64_t begin, std::int64_t end) const {
-    return std::min(end, begin - begin % outer_.columns + outer_.columns);
+  struct Multiple {
+    T times;
+    const T* x;
+    std::int64_t count;
+  };
+  Multiple multiple(std::int64_t begin, std::int64_t end, T* buffer) const {
+    const std::int64_t row = begin / outer_.columns, column = begin % outer_.columns;
+    const std::int64_t count = std::min(end - begin, outer_.columns - column);
+    return {factor_of(0, row), x_of(0, column, count, buffer), count};
   }
-  gradients::Dense<T> multiple(std::int64_t begin, std::int64_t count, T* buffer) const {
-    return {x_of(0, begin % outer_.columns, count, buffer), factor_of(0, begin / outer_.columns)};
+
+  // Those from `begin` on that have been made, or are now; or none, where that does not pay.
+  struct Made {
+    T* values = nullptr;
+    std::int64_t count = 0;
+  };
+  Made made(std::int64_t begin) {
+    if (!blocks_pay() || begin < expected_begin_ || begin >= expected_end_) return {};
+    if (begin < made_begin_ || begin >= made_end_) make(begin - begin % kTileSize);
+    return {made_ + (begin - made_begin_), made_end_ - begin};
   }
 
   // Where they are, or made in `buffer`.
   T* read(std::int64_t begin, std::int64_t count, T* buffer) {
-    const bool is_expected = expected_begin_ <= begin && begin + count <= expected_end_;
-    if (is_expected && blocks_pay()) {
-      if (!is_made(begin, count)) make(begin - begin % kTileSize);
-      if (is_made(begin, count)) return made_ + (begin - made_begin_);
-    }
+    if (const Made found = made(begin); found.count >= count) return found.values;
     if (terms() == 0) std::fill_n(buffer, count, T{-0.0});
     for (std::int64_t done = 0; done < count;) {
       const std::int64_t row = (begin + done) / outer_.columns;
@@ -108,10 +118,6 @@ class OuterProducts {
   static constexpr std::int64_t kTermsForBlocks = 5, kShortRow = 256;
   bool blocks_pay() const {
     return terms() >= kTermsForBlocks || (terms() > 0 && outer_.columns < kShortRow);
-  }
-
-  bool is_made(std::int64_t begin, std::int64_t count) const {
-    return made_begin_ <= begin && begin + count <= made_end_;
   }
 
   // Elements that are made at a time: at least a few blocks of whole rows, if these are not huge.

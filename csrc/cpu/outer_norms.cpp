@@ -24,8 +24,8 @@ class InnerProducts {
         first_(first),
         columns_(columns) {
     measure(count);
-    if (is_finite(largest_)) return;
-    prescale_ = kPrescale;
+    if (is_finite(largest_) && largest_ >= kSmall) return;  // else squares lose digits, or are lost
+    prescale_ = is_finite(largest_) ? 1 / kPrescale : kPrescale;
     measure(count);
   }
 
@@ -68,6 +68,7 @@ class InnerProducts {
     return buffer;
   }
 
+  static constexpr double kSmall = 0x1p-900;
   const Kernels<double>& kernels_;
   TileAccess<double> access_;
   const FlatArray* array_;

@@ -33,9 +33,25 @@ class PartReader {
     outer_->expect(part_.tile(i) * kTileSize, end * kTileSize + part_.size_of(end));
   }
 
-  // Where the gradient need not be made, but is a multiple of something that is there.
-  bool is_multiple() const { return outer_ && outer_->is_multiple(); }
-  const OuterProducts<T>& outer() const { return *outer_; }
+  // Some of the gradients from `begin` on, which are made of samples; multiplied by a factor.
+  struct Piece {
+    gradients::Dense<T> gradient;
+    std::int64_t count;
+  };
+  static constexpr std::int64_t kPiece = 16384 / sizeof(T);  // at most, if they are in the buffer
+  Piece gradient(std::int64_t begin, std::int64_t end, T factor, T* buffer) {
+    if (outer_ && outer_->is_multiple() && (factor == 1 || factor == -1)) {  // rounds nothing
+      const auto [times, x, count] = outer_->multiple(begin, std::min(end, begin + kPiece), buffer);
+      return {{x, factor * times}, count};
+    }
+    if (outer_)
+      if (const auto [values, count] = outer_->made(begin); count > 0)
+        return {{values, factor}, std::min(count, end - begin)};
+    const std::int64_t count = std::min(end - begin, kPiece);
+    for (std::int64_t done = 0; done < count; done += kTileSize)
+      read(kGradient, begin + done, std::min(kTileSize, count - done), buffer + done);
+    return {{buffer, factor}, count};
+  }
 
   // Where they are, or copied to `buffer`.
   T* read(int operand, std::int64_t begin, std::int64_t count, T* buffer) {

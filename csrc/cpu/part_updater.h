@@ -61,10 +61,10 @@ class PartUpdater : Mover<T> {
         part_(*work.part),
         reader_(this->kernels_, part_),
         rules_(part_, work.compute),
-        takes_multiples_(reader_.is_multiple() && std::abs(this->factor_) == 1),
         ahead_(part_) {}
 
   void operator()(std::int64_t first, std::int64_t last) {
+    if (goes_straight_on()) return move_straight_on(first, last);
     TileBits next = first < last ? part_.moved(first) : TileBits{};
     for (std::int64_t i = first; i < last; ++i) {
       const TileBits moved = next;
@@ -83,8 +83,10 @@ class PartUpdater : Mover<T> {
   }
 
  private:
-  using Mover<T>::access_, Mover<T>::rule_, Mover<T>::factor_;
-  using Mover<T>::is_moved, Mover<T>::call_loop, Mover<T>::call_loop_from_line;
+  using Mover<T>::access_, Mover<T>::rule_, Mover<T>::work_, Mover<T>::loop_, Mover<T>::factor_,
+      Mover<T>::anchor_;
+  using Mover<T>::is_anchored, Mover<T>::run_over, Mover<T>::is_moved, Mover<T>::call_loop,
+      Mover<T>::call_loop_from_line;
   using Buffer = T[kMaxOperands][kTileSize];
   using Elements = std::array<T*, kMaxOperands>;
 
@@ -129,6 +131,39 @@ class PartUpdater : Mover<T> {
     if (places.count() > 0) move_places(places);
   }
 
+  // ---- all of a dense parameter, by a gradient that is made as it is used ----
+
+  // Then longer runs than a tile are moved at a time, which takes a fifth off a large step.
+  bool goes_straight_on() const {
+    if (!part_.makes_gradients() || !part_.moves_all()) return false;
+    if (is_anchored() && work_.anchor.importance == 0) return false;  // ones, as many as a tile has
+    for (int i = 0; i < part_.operands; ++i)
+      if (i != kGradient && !is_one_run(part_.operand[static_cast<std::size_t>(i)])) return false;
+    return true;
+  }
+
+  static bool is_one_run(const FlatArray& array) {
+    return array.is_one_stretch() && TileAccess<T>::in_place(array.block(0, 1));
+  }
+
+  void move_straight_on(std::int64_t first, std::int64_t last) {
+    alignas(kCacheLine) T buffer[PartReader<T>::kPiece];
+    const std::int64_t end = std::min(last * kTileSize, part_.size);
+    reader_.expect(first, last);
+    for (std::int64_t begin = first * kTileSize; begin < end;) {
+      const auto [gradient, count] = reader_.gradient(begin, end, factor_, buffer);
+      Elements at{};
+      for (int i = 0; i < part_.operands; ++i)
+        at[i] = reinterpret_cast<T*>(part_.operand[static_cast<std::size_t>(i)].at(begin));
+      at[kGradient] = const_cast<T*>(gradient.values);
+      if (count >= kAlignedRun)
+        call_loop_from_line(rule_, at, count, gradient.factor);
+      else
+        call_loop(rule_, at, count, gradient.factor);
+      begin += count;
+    }
+  }
+
   // ---- how far blocks have come ----
 
   rules::Progress progress(std::int64_t place) const { return part_.progress->of(first_ + place); }
@@ -150,21 +185,6 @@ class PartUpdater : Mover<T> {
   // ---- elements that lie together, moved where they are ----
 
   void move_run(std::int64_t begin, std::int64_t end) {
-    if (!takes_multiples_) return move_piece(begin, end);
-    const T factor = factor_;  // 1 or -1, so that it makes no difference when it is multiplied
-    while (begin < end) {
-      const std::int64_t stop = reader_.outer().end_of_multiple(first_ + begin, first_ + end);
-      alignas(kCacheLine) T buffer[kTileSize];
-      multiple_ = reader_.outer().multiple(first_ + begin, stop - first_ - begin, buffer);
-      factor_ = factor * multiple_.factor;
-      move_piece(begin, stop - first_);
-      begin = stop - first_;
-    }
-    multiple_ = {};
-    factor_ = factor;
-  }
-
-  void move_piece(std::int64_t begin, std::int64_t end) {
     alignas(kCacheLine) Buffer buffer;
     const std::int64_t size = end - begin;
     Elements at = read(begin, end, buffer);
@@ -300,9 +320,7 @@ class PartUpdater : Mover<T> {
   Elements read(std::int64_t begin, std::int64_t end, Buffer& buffer) {
     Elements at{};
     for (int i = 0; i < part_.operands; ++i)
-      at[i] = i == kGradient && multiple_.values
-                  ? const_cast<T*>(multiple_.values)
-                  : reader_.read(i, first_ + begin, end - begin, buffer[i]);
+      at[i] = reader_.read(i, first_ + begin, end - begin, buffer[i]);
     return at;
   }
 
@@ -328,14 +346,12 @@ class PartUpdater : Mover<T> {
   const selections::Part& part_;
   PartReader<T> reader_;
   RulesByProgress rules_;
-  bool takes_multiples_;
   Ahead ahead_;
 
   // Of the tile under way.
   std::int64_t first_ = 0, size_ = 0;
   TileBits moved_, written_;
-  gradients::Dense<T> multiple_{};  // its gradient is one of this, where these are values
-  T* sizes_ = nullptr;              // where nothing is to change: how far it would move
+  T* sizes_ = nullptr;  // where nothing is to change: how far it would move
 };
 
 }  // namespace fusestep::cpu

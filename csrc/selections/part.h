@@ -46,6 +46,11 @@ struct Part {
   double lr = 0;
   std::size_t states = 0;
 
+  // Whether all of it moves, and by the same coefficients.
+  bool moves_all() const {
+    return !rows && !tracks && !top && !progress && selected.granule() == 0;
+  }
+
   // Whether gradients are made as they are used, rather than lie in an array like the parameter.
   bool makes_gradients() const { return rows || samples; }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,12 +10,40 @@ import numpy as np
 from ._arrays import backend_of
 from ._hyperparameters import number
 from ._parameters import Parameters
-from .gradients import Samples, as_weights
+from .gradients import OfSamples, Outer, Samples, as_weights
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._parameters import Gradients, Params
+
+
+@dataclass(frozen=True)
+class _OfLayer:
+    """Gradients of a linear layer's weight, each made when it is asked for."""
+
+    x: npt.NDArray[np.float64]  # [N, positions, in]
+    error: npt.NDArray[np.float64]  # [N, positions, out]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.error), self.error.shape[2], self.x.shape[2])
+
+    def __getitem__(self, i: int) -> npt.NDArray[np.float64]:
+        return np.asarray(self.error[i].T @ self.x[i])
+
+
+def _sum_of_squares(
+    gradients: npt.NDArray[np.float64] | _OfLayer, weight: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    there = weight != 0
+    if isinstance(gradients, np.ndarray):
+        of_these = gradients[there]
+        return np.asarray(np.einsum("i,i...,i...->...", weight[there], of_these, of_these))
+    total = np.zeros(gradients.shape[1:])
+    for i in np.flatnonzero(there).tolist():
+        total += weight[i] * gradients[i] ** 2
+    return total
 
 
 class Fisher:
@@ -80,7 +109,8 @@ class Fisher:
         grads
             In the form that `params` had: for each parameter a float array [N, *shape], one
             gradient of the log likelihood (or of its negative) for each sample; or
-            :class:`fusestep.Samples` of such, where a sample with weight 2 counts as two of them.
+            :class:`fusestep.Samples` of such, where a sample with weight 2 counts as two of them;
+            or :class:`fusestep.Outer`, whose gradients are then made one at a time.
 
         Raises
         ------
@@ -94,21 +124,20 @@ class Fisher:
         in_order = list(self._parameters.in_order(grads))
         if len(in_order) != len(self._sums):
             raise ValueError(f"got {len(in_order)} gradients for {len(self._sums)} parameters")
-        arrays = [
+        gradients = [
             self._checked(gradient, i, label)
             for i, (gradient, label) in enumerate(
                 zip(in_order, self._parameters.labels, strict=True)
             )
         ]
-        counts = {len(array) for array in arrays}
+        counts = {of_samples.shape[0] for of_samples in gradients}
         if len(counts) != 1:
             raise ValueError(f"gradients of {sorted(counts)} samples; expected as many for all")
         weight = self._weights(in_order, counts.pop())
         with np.errstate(over="ignore", invalid="ignore"):
             sums = [
-                total + np.einsum("i,i...,i...->...", weight[there], array[there], array[there])
-                for total, array in zip(self._sums, arrays, strict=True)
-                for there in [weight != 0]
+                total + _sum_of_squares(of_samples, weight)
+                for total, of_samples in zip(self._sums, gradients, strict=True)
             ]
         if not all(np.isfinite(total).all() for total in sums):
             raise ValueError("a gradient is not finite, or too large to be squared and added up")
@@ -120,7 +149,7 @@ class Fisher:
         weights = []
         for gradient, label in zip(grads, self._parameters.labels, strict=True):
             weight = np.ones(count)
-            if isinstance(gradient, Samples) and gradient.weight is not None:
+            if isinstance(gradient, OfSamples) and gradient.weight is not None:
                 weight = as_weights(gradient.weight, f"the weights of the samples for {label}")
             if weight.shape != (count,) or not (np.isfinite(weight) & (weight >= 0)).all():
                 raise ValueError(
@@ -132,28 +161,48 @@ class Fisher:
             raise ValueError("samples have other weights for one parameter than for another")
         return weights[0]
 
-    def _checked(self, gradient: Any, i: int, label: str) -> npt.NDArray[np.float64]:
+    def _checked(self, gradient: Any, i: int, label: str) -> npt.NDArray[np.float64] | _OfLayer:
         if gradient is None:
             raise ValueError(f"the gradients of {label} are missing")
-        if isinstance(gradient, Samples):
-            if gradient.max_norm is not None:
-                raise ValueError(
-                    f"the samples for {label} have max_norm; the Fisher takes them all"
-                )
-            gradient = gradient.values
+        if isinstance(gradient, OfSamples) and gradient.max_norm is not None:
+            raise ValueError(f"the samples for {label} have max_norm; the Fisher takes them all")
+        found = (
+            self._of_layer(gradient, label)
+            if isinstance(gradient, Outer)
+            else self._array(gradient.values if isinstance(gradient, Samples) else gradient, label)
+        )
+        shape = self._past[i].shape
+        if not found.shape or found.shape[1:] != shape:
+            raise ValueError(
+                f"the gradients of {label} have shape {found.shape}; expected (N, "
+                f"{', '.join(map(str, shape))})"
+            )
+        return found
+
+    def _of_layer(self, outer: Outer, label: str) -> npt.NDArray[np.float64] | _OfLayer:
+        """Return gradients that are made of factors, which have positions from now on."""
+        error = self._array(outer.error, label)
+        x = None if outer.x is None else self._array(outer.x, label)
+        if not 1 <= error.ndim <= 3 or (x is not None and x.shape[:-1] != error.shape[:-1]):
+            raise ValueError(
+                f"the gradients of {label} are outer products of error {error.shape} and "
+                f"x {x if x is None else x.shape}; expected the same but for the last axis"
+            )
+        count = 1 if error.ndim == 1 else len(error)
+        positions = 1 if error.ndim < 3 else error.shape[1]
+        error = error.reshape(count, positions, error.shape[-1])
+        if x is None:
+            return np.asarray(error.sum(1))
+        return _OfLayer(x.reshape(count, positions, x.shape[-1]), error)
+
+    @staticmethod
+    def _array(gradient: Any, label: str) -> npt.NDArray[np.float64]:
         if not hasattr(gradient, "shape"):
             raise TypeError(f"the gradients of {label} are a {type(gradient).__name__}")
         array = np.asarray(backend_of(gradient).to_numpy(gradient))
         if array.dtype.kind not in "fiuV":
             raise TypeError(f"the gradients of {label} have dtype {array.dtype}; expected floats")
-        array = array.astype(np.float64)
-        shape = self._past[i].shape
-        if array.shape[1:] != shape or array.ndim != len(shape) + 1:
-            raise ValueError(
-                f"the gradients of {label} have shape {array.shape}; expected (N, "
-                f"{', '.join(map(str, shape))})"
-            )
-        return array
+        return array.astype(np.float64)
 
     def next_task(self) -> None:
         """Put the present task among those of the past, and start another.

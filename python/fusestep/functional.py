@@ -4,7 +4,8 @@ Each function makes one update in place and returns None. The arguments are thos
 that name; `step` is the number of this update, counted from 1, and the state arrays are float32 or
 float64 arrays of the parameter's shape that the caller allocates and keeps. `grad` may be
 :class:`fusestep.Rows` (the rows that it does not list stay as they are), or
-:class:`fusestep.Samples` without noise, which takes an optimizer's seed and steps.
+:class:`fusestep.Samples` or :class:`fusestep.Outer` without noise, which takes an optimizer's seed
+and steps.
 
 >>> import numpy as np
 >>> from fusestep import functional as F
@@ -25,7 +26,7 @@ import numpy as np
 from . import _cpu, rules
 from ._hyperparameters import finite, flag
 from ._state_dict import count
-from .gradients import Samples
+from .gradients import OfSamples
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -236,7 +237,7 @@ def _apply(
     if callable(checked["lr"]):
         raise TypeError("lr is a callable; a single update needs a number")
     options = cls._native_options(checked)
-    if isinstance(grad, Samples) and grad.noise_multiplier:
+    if isinstance(grad, OfSamples) and grad.noise_multiplier:
         raise ValueError(
             "the samples have noise_multiplier, which takes an optimizer's seed and steps: use one"
         )

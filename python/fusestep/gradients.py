@@ -80,7 +80,7 @@ def as_indices(indices: Any) -> Any:
     return array.astype(np.int64)
 
 
-class _OfSamples:
+class OfSamples:
     """How samples are weighed, bounded and hidden in noise."""
 
     __slots__ = ("max_norm", "noise_multiplier", "reduction", "weight")
@@ -112,7 +112,7 @@ class _OfSamples:
         )
 
 
-class Samples(_OfSamples):
+class Samples(OfSamples):
     """Gradients of several samples, one for each, which the step weighs and adds up.
 
     The step takes ``sum_i weight_i * clip_i * values_i``, divided as `reduction` says, without ever
@@ -193,7 +193,7 @@ class Samples(_OfSamples):
         return f"Samples(values of shape {getattr(self.values, 'shape', '?')})"
 
 
-class Outer(_OfSamples):
+class Outer(OfSamples):
     r"""The gradient of a linear layer's weight, as the outer products it is the sum of.
 
     .. math:: G = \sum_i w_i c_i \, e_i x_i^T
@@ -213,8 +213,8 @@ class Outer(_OfSamples):
     error
         A float array of shape [N, out], [N, positions, out] or [out], in accordance with `x`.
     weight
-        How much each sample counts: N numbers that are not negative; None: 1 each. A sample with
-        weight 0 is as if it were not there.
+        How much each sample counts: N numbers that are not negative, or the only one; None: 1 each.
+        A sample with weight 0 is as if it were not there.
     max_norm, noise_multiplier, reduction
         As for :class:`Samples`. How long a sample's gradient is follows from its factors:
         ``norm(error_i) * norm(x_i)``; with positions, from their inner products, of which there are
@@ -269,6 +269,8 @@ class Outer(_OfSamples):
         super().__init__(weight, max_norm, noise_multiplier, reduction)
         self.x: Any = x
         self.error: Any = error
+        if isinstance(weight, (int, float)):  # of the only sample
+            self.weight = [weight]
 
     def __repr__(self) -> str:
         x, error = (getattr(array, "shape", None) for array in (self.x, self.error))

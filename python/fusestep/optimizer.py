@@ -205,9 +205,9 @@ class Optimizer:
             had: a list or tuple, a dict with any subset of the names, or one array. The dtype
             (float64, float32, float16, bfloat16) and the strides may differ from the parameter's.
             In place of an array, :class:`fusestep.Rows` with the gradients of some rows, or
-            :class:`fusestep.Samples` with one gradient for each sample. A
-            parameter whose gradient is None, or not in the dict, does not move, and its state does
-            not age.
+            :class:`fusestep.Samples` with one gradient for each sample, or :class:`fusestep.Outer`
+            with the vectors that it is the outer products of. A parameter whose gradient is None,
+            or not in the dict, does not move, and its state does not age.
         lr
             Learning rate of this step, in place of :attr:`lr`.
         grad_scale
