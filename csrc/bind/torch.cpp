@@ -43,11 +43,9 @@ class PythonTeller final : public engine::Teller {
 void step(TorchOptimizer& self, const py::handle& optimizer, const py::handle& groups,
           const py::handle& state, double grad_scale, bool zero_grad, const py::object& loss_scale,
           const py::object& found_inf, const std::vector<std::pair<py::object, py::object>>& where,
-          const std::optional<std::vector<std::pair<py::object, py::object>>>& samples) {
+          const std::vector<std::pair<py::object, py::object>>& samples) {
   TorchOptimizer::Selections selections;
-  if (samples) selections.samples.emplace();
-  if (samples)
-    for (const auto& [tensor, one] : *samples) selections.samples->emplace(tensor.ptr(), one.ptr());
+  for (const auto& [tensor, one] : samples) selections.samples.emplace(tensor.ptr(), one.ptr());
   for (const auto& [tensor, selection] : where)
     selections.choices.emplace(tensor.ptr(), &selection.cast<const Where&>().choice);
   PythonTeller teller(optimizer);
@@ -111,7 +109,7 @@ void register_torch(py::module_& module) {
            "tensors"_a, "use_exchange_table"_a)
       .def("step", &step, "optimizer"_a, "groups"_a, "state"_a, "grad_scale"_a, "zero_grad"_a,
            "loss_scale"_a = py::none(), "found_inf"_a = py::none(), "where"_a = py::list(),
-           "samples"_a = py::none())
+           "samples"_a = py::tuple())
       .def("set_resident", &TorchOptimizer::set_resident, "value"_a)
       .def("unused", &unused)
       .def("forget", &TorchOptimizer::forget)

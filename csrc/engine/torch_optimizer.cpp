@@ -393,7 +393,10 @@ bool TorchOptimizer::collect(const Selections& selections) {
   for (const FollowedGroup& group : groups_) {
     for (std::size_t i = group.begin; i < group.end; ++i) {
       FollowedParameter& parameter = parameters_[i];
-      const py::object gradient = gradient_of(parameter, selections);
+      PyObject* const samples = selections.samples_of(parameter.tensor);
+      const py::object gradient =
+          samples ? py::reinterpret_borrow<py::object>(samples)
+                  : py::reinterpret_steal<py::object>(tensors_.gradient_of(parameter.tensor));
       if (gradient.is_none()) continue;
       if (!parameter.is_ready) return false;
       follow_memory(parameter);
@@ -406,7 +409,7 @@ bool TorchOptimizer::collect(const Selections& selections) {
       Update& update = updates_.emplace_back(&slot, &group.group);
       update.choice = selections.of(parameter.tensor);
       update.draw = {seed, stepper.steps, parameter.index};
-      if (selections.samples) view_samples(slot, gradient, update);
+      if (samples) view_samples(slot, gradient, update);
       // The next is likely to be sparse, too, and torch takes long to say that it cannot be read.
       else if (parameter.had_sparse_gradient ||
                !tensors_.view_usual_gradient(parameter.tensor, slot.parameter(), gradient.ptr(),
@@ -416,16 +419,6 @@ bool TorchOptimizer::collect(const Selections& selections) {
     }
   }
   return true;
-}
-
-// Or the samples that are in its place.
-py::object TorchOptimizer::gradient_of(const FollowedParameter& parameter,
-                                       const Selections& selections) const {
-  if (!selections.samples)
-    return py::reinterpret_steal<py::object>(tensors_.gradient_of(parameter.tensor));
-  const auto found = selections.samples->find(parameter.tensor);
-  return found == selections.samples->end() ? py::none()
-                                            : py::reinterpret_borrow<py::object>(found->second);
 }
 
 void TorchOptimizer::view_samples(const Slot& slot, const py::object& samples, Update& update) {

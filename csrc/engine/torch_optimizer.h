@@ -74,8 +74,14 @@ class TorchOptimizer {
   struct Selections {
     std::unordered_map<PyObject*, const selections::Choice*> choices;
 
-    // Where gradients are those of samples (fusestep.Samples): all that there are.
-    std::optional<std::unordered_map<PyObject*, PyObject*>> samples = std::nullopt;
+    // Gradients that are samples (fusestep.Samples, fusestep.Outer), in place of a parameter's own.
+    std::unordered_map<PyObject*, PyObject*> samples = {};
+
+    // Null for those that have none.
+    PyObject* samples_of(PyObject* tensor) const {
+      const auto found = samples.find(tensor);
+      return found == samples.end() ? nullptr : found->second;
+    }
 
     const selections::Choice* of(PyObject* tensor) const {
       const auto found = choices.empty() ? choices.end() : choices.find(tensor);
@@ -233,8 +239,6 @@ class TorchOptimizer {
   bool is_resident(const FollowedParameter& parameter) const;
   void find_resident_scalars(FollowedParameter& parameter) const;
   bool collect(const Selections& selections);
-  pybind11::object gradient_of(const FollowedParameter& parameter,
-                               const Selections& selections) const;
   void view_samples(const Slot& slot, const pybind11::object& samples, Update& update);
   void view_unusual_gradient(FollowedParameter& parameter, const pybind11::object& gradient,
                              Update& update);

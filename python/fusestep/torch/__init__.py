@@ -10,6 +10,7 @@ from __future__ import annotations
 
 try:
     from .convert import convert
+    from .linear import FusedLinear, fuse_linear, unfuse_linear
     from .optimizer import Optimizer
     from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam
 except ModuleNotFoundError as error:
@@ -19,4 +20,16 @@ except ModuleNotFoundError as error:
         "fusestep.torch needs PyTorch 2.4 or later: pip install torch", name="torch"
     ) from error
 
-__all__ = ["NAG", "SGD", "Adagrad", "Adam", "AdamW", "NAdam", "Optimizer", "convert"]
+__all__ = [
+    "NAG",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "FusedLinear",
+    "NAdam",
+    "Optimizer",
+    "convert",
+    "fuse_linear",
+    "unfuse_linear",
+]

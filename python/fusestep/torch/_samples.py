@@ -1,4 +1,4 @@
-"""Gradients of samples, as Opacus and ``torch.func`` leave them with the parameters."""
+"""Gradients that are not ``p.grad``: those of samples, and those of fused linear layers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..gradients import Samples
-from . import _selections
+from ..gradients import Outer, Samples
+from . import _selections, linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,15 +18,28 @@ if TYPE_CHECKING:
 _OPTIONS = ("max_norm", "noise_multiplier", "reduction")
 
 
-def taken(optimizer: Optimizer, weight: Any, options: Any) -> list[tuple[Tensor, Samples]]:
-    """Return the samples of each parameter that has ``grad_sample``.
+def of_layers(optimizer: Optimizer) -> list[tuple[Tensor, Outer]]:
+    """Return the gradients of parameters with which a fused layer has left the factors."""
+    found = []
+    for parameter, _ in optimizer._parameters():
+        if not linear.factors_of(parameter):
+            continue
+        if parameter.grad is not None:
+            linear.add_to_gradient(parameter)
+        else:
+            found.append((parameter, Outer(*linear.in_all(parameter), reduction="sum")))
+    return found
+
+
+def taken(optimizer: Optimizer, weight: Any, options: Any) -> list[tuple[Tensor, Samples | Outer]]:
+    """Return the samples of each parameter that has ``grad_sample``, or of a fused layer.
 
     Raises
     ------
     TypeError
         The options are not those of :class:`fusestep.Samples`, or not in a dict.
     ValueError
-        No parameter has ``grad_sample``; or one has a gradient without.
+        No parameter has ``grad_sample``; or one has a gradient without, or two of them.
     """
     if options is None:
         options = {}
@@ -34,11 +47,15 @@ def taken(optimizer: Optimizer, weight: Any, options: Any) -> list[tuple[Tensor,
         raise TypeError(
             f"sample_options is {options!r}; expected a dict with some of {', '.join(_OPTIONS)}"
         )
-    found, without = [], []
+    found: list[tuple[Tensor, Samples | Outer]] = []
+    without = []
     for parameter, label in optimizer._parameters():
         values = _of(parameter)
         if values is not None:
             found.append((parameter, Samples(values, weight, **options)))
+        elif linear.factors_of(parameter) and parameter.grad is None:
+            factors = linear.of_samples(parameter, label)
+            found.append((parameter, Outer(*factors, weight, **options)))
         elif parameter.grad is not None:
             without.append(label)
     if not found:
@@ -69,5 +86,6 @@ def _of(parameter: Tensor) -> Tensor | None:
 def forget(optimizer: Optimizer) -> None:
     """Let go of the samples of all parameters, so that the next ones do not come on top."""
     for parameter, _ in optimizer._parameters():
+        linear.forget(parameter)
         if getattr(parameter, "grad_sample", None) is not None:
             parameter.grad_sample = None  # type: ignore[attr-defined]

@@ -18,7 +18,17 @@ from .. import _cpu
 from .._hyperparameters import check_seed, flag, max_norm, one_of
 from .._state_dict import block_entries
 from ..gradients import as_indices
-from . import _anchors, _distributed, _load, _samples, _selections, _state, _tables, _tensors
+from . import (
+    _anchors,
+    _distributed,
+    _load,
+    _samples,
+    _selections,
+    _state,
+    _tables,
+    _tensors,
+    linear,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -193,6 +203,7 @@ class Optimizer(torch.optim.Optimizer):
             or where is not None
             or sample_weight is not None
             or sample_options is not None
+            or linear.is_used()
             or self._step_supports_amp_scaling
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -220,13 +231,13 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not set_to_none or profiler._is_profiler_enabled:
             super().zero_grad(set_to_none)
-            if self._takes_samples:
+            if self._takes_samples or linear.is_used():
                 _samples.forget(self)
             return
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        if self._takes_samples:
+        if self._takes_samples or linear.is_used():
             _samples.forget(self)
 
     @_not_compiled
@@ -289,19 +300,22 @@ class Optimizer(torch.optim.Optimizer):
             if loss_scale is not None:
                 grad_scale /= float(loss_scale)
             on_gpu = None, None
-        samples = None
-        if sample_weight is not None or sample_options is not None:
+        samples: Sequence[tuple[Tensor, Any]] = ()  # in place of gradients
+        by_sample = sample_weight is not None or sample_options is not None
+        if by_sample:
             samples = _samples.taken(self, sample_weight, sample_options)
+        elif linear.is_used():
+            samples = _samples.of_layers(self)
         chosen = [] if where is None else _selections.chosen(self, where)
         scale_there, inf_there = on_gpu
-        self._sampled = frozenset(id(parameter) for parameter, _ in samples or ())
+        self._sampled = frozenset(id(parameter) for parameter, _ in samples)
         try:
             self._native.step(
                 self,
                 self.param_groups,
                 self.state,
                 grad_scale,
-                zero_grad and samples is None,
+                zero_grad and not by_sample,
                 scale_there,
                 inf_there,
                 chosen,
@@ -309,8 +323,10 @@ class Optimizer(torch.optim.Optimizer):
             )
         finally:
             self._sampled = frozenset()
-        if zero_grad and samples is not None:
+        if zero_grad and by_sample:
             self.zero_grad(set_to_none=False)
+        elif zero_grad and samples:
+            _samples.forget(self)
         return loss
 
     def _on_the_gpu(self, *numbers: Any) -> tuple[Tensor | None, ...] | None:
