@@ -37,6 +37,15 @@ void one_state(std::int64_t begin, std::int64_t end, float c, float* __restrict 
   }
 }
 
+// Reads, and does with it what cannot be left out: as many sums as vectors want at a time.
+void read(std::int64_t begin, std::int64_t end, const float* __restrict p, float* __restrict sum) {
+  constexpr std::int64_t lanes = 256;
+  float lane[lanes] = {};
+  for (std::int64_t i = begin; i + lanes <= end; i += lanes)
+    for (std::int64_t j = 0; j < lanes; ++j) lane[j] += p[i + j];
+  for (const float x : lane) *sum += x;
+}
+
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -127,6 +136,12 @@ void limit_adam(std::int64_t size, int threads, float c, float* p, const float* 
 void limit_one_state(std::int64_t size, int threads, float c, float* p, const float* g, float* s) {
   share(size, threads,
         [=](std::int64_t begin, std::int64_t end) { one_state(begin, end, c, p, g, s); });
+}
+
+void limit_read(std::int64_t size, int threads, const float* p, float* sums) {
+  share(size, threads, [=](std::int64_t begin, std::int64_t end) {
+    read(begin, end, p, sums + threads * begin / size * 16);
+  });
 }
 
 }  // extern "C"

@@ -83,8 +83,10 @@ struct Kernels {
   void (*add_products)(const T* const* from, const T* times, int count, bool begins, T* sum,
                        std::int64_t size);
 
-  // sum[r * stride + c] += error[0][r] * x[0][c], then those of the next term: a whole block.
-  void (*add_outer)(const T* error, const T* x, std::int64_t terms, T* sum, std::int64_t stride);
+  // sum[r * stride + c] = error[0][r] * x[0][c], to which those of the next term are added: a whole
+  // block; or all are added to what is there.
+  void (*add_outer)(const T* error, const T* x, std::int64_t terms, bool begins, T* sum,
+                    std::int64_t stride);
 
   // The sum of (prescale * x)^2 over at most kTileSize elements, in a fixed order.
   double (*sum_of_squares)(const T* x, std::int64_t size, double prescale);

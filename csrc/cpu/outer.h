@@ -141,25 +141,27 @@ class OuterProducts {
     first_row_ = made_begin_ / outer_.columns;
     row_blocks_ = ceil_div(ceil_div(made_end_, outer_.columns) - first_row_, kOuterRows);
     allocate();
-    std::fill_n(made_, made_end_ - made_begin_, T{-0.0});
     for (std::int64_t first = 0; first < terms(); first += kTermsAtOnce) {
       const std::int64_t some = std::min(kTermsAtOnce, terms() - first);
       pack_errors(first, some);
       for (std::int64_t column = 0; column < outer_.columns; column += kColumns) {
-        pack_x(first, some, column);
-        for (std::int64_t block = 0; block < row_blocks_; ++block) add_block(block, column, some);
+        const T* const x = packed_x(first, some, column);
+        for (std::int64_t block = 0; block < row_blocks_; ++block)
+          add_block(block, column, x, some, first == 0);
       }
     }
     samples_.noise.add(made_begin_, made_end_ - made_begin_, made_);
   }
 
   void allocate() {
-    const std::int64_t x = kTermsAtOnce * kColumns, errors = row_blocks_ * kOuterRows;
+    const std::int64_t x = keeps_x() ? size_of_x() : kTermsAtOnce * kColumns;
+    const std::int64_t errors = row_blocks_ * kOuterRows;
     const std::int64_t size = made_at_once() + x + errors * (kTermsAtOnce + 1);
     if (size > allocated_) {
       memory_ = std::make_unique_for_overwrite<std::byte[]>(
           static_cast<std::size_t>(size) * sizeof(T) + kCacheLine);
       allocated_ = size;
+      has_x_ = false;
     }
     const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
     x_ = reinterpret_cast<T*>(ceil_div(static_cast<std::int64_t>(address), kCacheLine) *
@@ -194,29 +196,45 @@ class OuterProducts {
     }
   }
 
-  void pack_x(std::int64_t first, std::int64_t count, std::int64_t column) {
+  // A small x is packed once, for all that is made of it; else again and again.
+  static constexpr std::int64_t kMostKept = 1 << 16;
+  std::int64_t size_of_x() const { return terms() * ceil_div(outer_.columns, kColumns) * kColumns; }
+  bool keeps_x() const { return terms() <= kTermsAtOnce && size_of_x() <= kMostKept; }
+
+  const T* packed_x(std::int64_t first, std::int64_t count, std::int64_t column) {
+    T* const to = keeps_x() ? x_ + column * count : x_;
+    const bool is_last = column + kColumns >= outer_.columns;
+    if (!has_x_) pack_x(first, count, column, to);
+    has_x_ = has_x_ || (keeps_x() && is_last);
+    return to;
+  }
+
+  void pack_x(std::int64_t first, std::int64_t count, std::int64_t column, T* to) const {
     const std::int64_t size = std::min(kColumns, outer_.columns - column);
-    for (std::int64_t k = 0; k < count; ++k) {
-      T* const to = x_ + k * kColumns;
+    for (std::int64_t k = 0; k < count; ++k, to += kColumns) {
       const T* const from = x_of(first + k, column, size, to);
       if (from != to) std::copy_n(from, size, to);
       std::fill(to + size, to + kColumns, T{0});
     }
   }
 
-  void add_block(std::int64_t block, std::int64_t column, std::int64_t count) {
+  void add_block(std::int64_t block, std::int64_t column, const T* x, std::int64_t count,
+                 bool begins) {
     const T* const errors = errors_ + block * count * kOuterRows;
     const std::int64_t row = first_row_ + block * kOuterRows;
     const std::int64_t begin = row * outer_.columns + column;
     const std::int64_t last = begin + (kOuterRows - 1) * outer_.columns + kColumns;
     const bool is_whole = column + kColumns <= outer_.columns;
     if (is_whole && made_begin_ <= begin && last <= made_end_)
-      return kernels_.add_outer(errors, x_, count, made_ + (begin - made_begin_), outer_.columns);
-    alignas(kCacheLine) T sums[kOuterRows * kColumns] = {};
-    each_made_row_of(row, column, [&](std::int64_t i, T* made, std::int64_t from, std::int64_t n) {
-      std::copy_n(made, n, sums + i * kColumns + from);
-    });
-    kernels_.add_outer(errors, x_, count, sums, kColumns);
+      return kernels_.add_outer(errors, x, count, begins, made_ + (begin - made_begin_),
+                                outer_.columns);
+    alignas(kCacheLine) T sums[kOuterRows * kColumns];
+    if (!begins)
+      each_made_row_of(row, column,
+                       [&](std::int64_t i, T* made, std::int64_t from, std::int64_t n) {
+                         std::copy_n(made, n, sums + i * kColumns + from);
+                       });
+    kernels_.add_outer(errors, x, count, begins, sums, kColumns);
     each_made_row_of(row, column, [&](std::int64_t i, T* made, std::int64_t from, std::int64_t n) {
       std::copy_n(sums + i * kColumns + from, n, made);
     });
@@ -245,6 +263,7 @@ class OuterProducts {
   std::int64_t made_begin_ = 0, made_end_ = 0, first_row_ = 0, row_blocks_ = 0;
   std::unique_ptr<std::byte[]> memory_;
   std::int64_t allocated_ = 0;
+  bool has_x_ = false;  // all of it is packed
   T *made_ = nullptr, *x_ = nullptr, *errors_ = nullptr, *row_of_errors_ = nullptr;
 };
 

@@ -41,14 +41,17 @@ template <int N, class Visit>
 
 // The part of it that is kept in registers.
 template <class T>
-void add_outer_part(const T* error, const T* x, std::int64_t terms, T* sum, std::int64_t stride) {
+void add_outer_part(const T* error, const T* x, std::int64_t terms, bool begins, T* sum,
+                    std::int64_t stride) {
   using Vector = typename VectorOf<T>::Type;
   constexpr int kLanesOfVector = kVectorBytes / static_cast<int>(sizeof(T));
   Vector of_block[kRowsAtOnce][kVectorsAtOnce];
   const auto at = [&](int row, int vector) { return sum + row * stride + vector * kLanesOfVector; };
   unrolled<kRowsAtOnce>([&](auto r) {
-    unrolled<kVectorsAtOnce>(
-        [&](auto v) { std::memcpy(&of_block[r][v], at(r, v), sizeof(Vector)); });
+    unrolled<kVectorsAtOnce>([&](auto v) {
+      of_block[r][v] = -Vector{};  // -0, to which x adds x
+      if (!begins) std::memcpy(&of_block[r][v], at(r, v), sizeof(Vector));
+    });
   });
   for (std::int64_t k = 0; k < terms; ++k) {
     Vector of_x[kVectorsAtOnce];
@@ -67,12 +70,13 @@ void add_outer_part(const T* error, const T* x, std::int64_t terms, T* sum, std:
 }
 
 template <class T>
-void add_outer(const T* error, const T* x, std::int64_t terms, T* sum, std::int64_t stride) {
+void add_outer(const T* error, const T* x, std::int64_t terms, bool begins, T* sum,
+               std::int64_t stride) {
   constexpr int kColumnsAtOnce = kVectorsAtOnce * kVectorBytes / static_cast<int>(sizeof(T));
   static_assert(kOuterRows % kRowsAtOnce == 0 && kOuterColumns<T> % kColumnsAtOnce == 0);
   for (std::int64_t row = 0; row < kOuterRows; row += kRowsAtOnce)
     for (std::int64_t column = 0; column < kOuterColumns<T>; column += kColumnsAtOnce)
-      add_outer_part(error + row, x + column, terms, sum + row * stride + column, stride);
+      add_outer_part(error + row, x + column, terms, begins, sum + row * stride + column, stride);
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ class PartReader {
     gradients::Dense<T> gradient;
     std::int64_t count;
   };
-  static constexpr std::int64_t kPiece = 16384 / sizeof(T);  // at most, if they are in the buffer
+  static constexpr std::int64_t kPiece = 32768 / sizeof(T);  // at most, if they are in the buffer
   Piece gradient(std::int64_t begin, std::int64_t end, T factor, T* buffer) {
     if (outer_ && outer_->is_multiple() && (factor == 1 || factor == -1)) {  // rounds nothing
       const auto [times, x, count] = outer_->multiple(begin, std::min(end, begin + kPiece), buffer);
@@ -48,6 +48,7 @@ class PartReader {
       if (const auto [values, count] = outer_->made(begin); count > 0)
         return {{values, factor}, std::min(count, end - begin)};
     const std::int64_t count = std::min(end - begin, kPiece);
+    if (!outer_) return {{add_up_samples(begin, count, buffer), factor}, count};
     for (std::int64_t done = 0; done < count; done += kTileSize)
       read(kGradient, begin + done, std::min(kTileSize, count - done), buffer + done);
     return {{buffer, factor}, count};
@@ -100,27 +101,34 @@ class PartReader {
     }
   }
 
-  // One after another, four in a pass. The sum of none is -0, to which x adds x.
+  // One after another, four in a pass. The sum of none is -0, to which x adds x. Of each sample as
+  // much is read at a stretch as there is to do: that is how memory is quickest.
   T* add_up_samples(std::int64_t begin, std::int64_t count, T* sum) const {
     const gradients::Samples& samples = *part_.samples;
-    alignas(kCacheLine) T buffer[kFour][kTileSize];
     const std::size_t rows = samples.row.size();
     if (rows == 0) std::fill_n(sum, count, T{-0.0});
-    for (std::size_t first = 0; first < rows;) {
-      const std::size_t some = first + kFour <= rows ? kFour : 1;
-      std::array<const T*, kFour> from{};
-      std::array<T, kFour> times{};
-      for (std::size_t k = 0; k < some; ++k) {
-        from[k] = access_.read(part_.operand[kGradient],
-                               samples.row[first + k] * part_.size + begin, count, buffer[k]);
-        times[k] = static_cast<T>(samples.coefficient[first + k]);
-      }
-      kernels_.add_products(from.data(), times.data(), static_cast<int>(some), first == 0, sum,
-                            count);
-      first += some;
+    for (std::size_t first = 0, some; first < rows; first += some) {
+      some = first + kFour <= rows ? kFour : 1;
+      for (std::int64_t done = 0; done < count; done += kTileSize)
+        add_samples(first, some, begin + done, std::min(kTileSize, count - done), sum + done);
     }
     samples.noise.add(begin, count, sum);
     return sum;
+  }
+
+  void add_samples(std::size_t first, std::size_t some, std::int64_t begin, std::int64_t count,
+                   T* sum) const {
+    const gradients::Samples& samples = *part_.samples;
+    alignas(kCacheLine) T buffer[kFour][kTileSize];
+    std::array<const T*, kFour> from{};
+    std::array<T, kFour> times{};
+    for (std::size_t k = 0; k < some; ++k) {
+      from[k] = access_.read(part_.operand[kGradient], samples.row[first + k] * part_.size + begin,
+                             count, buffer[k]);
+      times[k] = static_cast<T>(samples.coefficient[first + k]);
+    }
+    kernels_.add_products(from.data(), times.data(), static_cast<int>(some), first == 0, sum,
+                          count);
   }
 
   static constexpr std::size_t kFour = 4;
