@@ -35,7 +35,7 @@ def test_every_argument_is_documented(cls: type) -> None:
 
 # Classes that torch has none like.
 SELECTIONS = (fs.Mask, fs.RandomBlocks, fs.CyclicBlocks, fs.TopK)
-OURS = (fs.Optimizer, fs.RowwiseAdagrad, fs.Rows, fs.Samples, fs.Fisher, *SELECTIONS)
+OURS = (fs.Optimizer, fs.RowwiseAdagrad, fs.Rows, fs.Samples, fs.Outer, fs.Fisher, *SELECTIONS)
 
 
 @pytest.mark.parametrize("cls", [c for c in PUBLIC if c not in OURS])

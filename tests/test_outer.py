@@ -28,8 +28,9 @@ COUNTS = [1, 2, 3, 4, 5, 8, 40, 128, 129, 260]
 
 def added_up(x: np.ndarray, error: np.ndarray, times: Sequence[float], dtype: Any) -> np.ndarray:
     """One after another, each operation rounded to the compute type."""
-    x, error = (a.reshape(-1, a.shape[-1]).astype(dtype) for a in (x, error))
-    times = np.repeat(times, len(x) // len(times)) if len(times) else times
+    count = int(np.prod(x.shape[:-1]))
+    x, error = (a.reshape(count, a.shape[-1]).astype(dtype) for a in (x, error))
+    times = np.repeat(times, count // len(times)) if len(times) else times
     total = np.full((error.shape[1], x.shape[1]), -0.0, dtype)
     for t, v, e in zip(times, x, error, strict=True):
         if t != 0:
