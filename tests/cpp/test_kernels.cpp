@@ -166,6 +166,57 @@ void check_sum_of_squares(std::int64_t size, std::int64_t offset) {
   });
 }
 
+// One after another, by one or four at a time.
+template <class T>
+void check_products(std::int64_t size, std::int64_t offset) {
+  Random random(static_cast<std::uint64_t>(size * 64 + offset + 3));
+  std::vector<Buffer<T>> from;
+  std::array<const T*, 4> at{};
+  for (const T*& one : at) one = from.emplace_back(offset, numbers<T>(random, size)).data();
+  const auto times = numbers<T>(random, 4), before = numbers<T>(random, size);
+  for (const int count : {1, 4})
+    for (const bool begins : {false, true}) {
+      std::vector<T> expected = begins ? std::vector<T>(before.size(), T{-0.0}) : before;
+      for (std::size_t i = 0; i < expected.size(); ++i)
+        for (std::size_t k = 0; k < static_cast<std::size_t>(count); ++k)
+          expected[i] += times[k] * at[k][i];
+      for_each_tier([&](const char*) {
+        Buffer<T> sum(offset, before);
+        cpu::active_tier().kernels->of<T>().add_products(at.data(), times.data(), count, begins,
+                                                         sum.data(), size);
+        CHECK(same_bytes(sum.data(), expected.data(), expected.size() * sizeof(T)));
+      });
+    }
+}
+
+// A block of a sum of outer products, whose rows lie a stride apart.
+template <class T>
+void check_outer(std::int64_t terms, std::int64_t offset) {
+  constexpr std::int64_t kRows = cpu::kOuterRows, kColumns = cpu::kOuterColumns<T>;
+  const std::int64_t stride = kColumns + offset;
+  const auto size = static_cast<std::size_t>((kRows - 1) * stride + kColumns);
+  Random random(static_cast<std::uint64_t>(terms * 64 + offset + 4));
+  Buffer<T> error(offset, numbers<T>(random, terms * kRows));
+  Buffer<T> x(offset, numbers<T>(random, terms * kColumns));
+  const auto before = numbers<T>(random, static_cast<std::int64_t>(size));
+  for (const bool begins : {false, true}) {
+    std::vector<T> expected = before;
+    for (std::int64_t r = 0; r < kRows; ++r)
+      for (std::int64_t c = 0; c < kColumns; ++c) {
+        T& sum = expected[static_cast<std::size_t>(r * stride + c)];
+        if (begins) sum = T{-0.0};
+        for (std::int64_t k = 0; k < terms; ++k)
+          sum += error.data()[k * kRows + r] * x.data()[k * kColumns + c];
+      }
+    for_each_tier([&](const char*) {
+      Buffer<T> sum(offset, before);
+      cpu::active_tier().kernels->of<T>().add_outer(error.data(), x.data(), terms, begins,
+                                                    sum.data(), stride);
+      CHECK(same_bytes(sum.data(), expected.data(), size * sizeof(T)));
+    });
+  }
+}
+
 void run() {
   std::vector<std::int64_t> sizes;
   for (std::int64_t size = 0; size <= 70; ++size) sizes.push_back(size);
@@ -184,8 +235,15 @@ void run() {
       }
       check_sum_of_squares<float>(size, offset);
       check_sum_of_squares<double>(size, offset);
+      check_products<float>(size, offset);
+      check_products<double>(size, offset);
     }
   }
+  for (const std::int64_t terms : {1, 2, 5, 128})
+    for (const std::int64_t offset : {0, 1, 7, 16}) {
+      check_outer<float>(terms, offset);
+      check_outer<double>(terms, offset);
+    }
   check_sixteen_bits();
 }
 
