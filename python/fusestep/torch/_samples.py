@@ -21,13 +21,14 @@ _OPTIONS = ("max_norm", "noise_multiplier", "reduction")
 def of_layers(optimizer: Optimizer) -> list[tuple[Tensor, Outer]]:
     """Return the gradients of parameters with which a fused layer has left the factors."""
     found = []
-    for parameter, _ in optimizer._parameters():
-        if not linear.factors_of(parameter):
-            continue
-        if parameter.grad is not None:
-            linear.add_to_gradient(parameter)
-        else:
-            found.append((parameter, Outer(*linear.in_all(parameter), reduction="sum")))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not linear.factors_of(parameter):
+                continue
+            if parameter.grad is not None:
+                linear.add_to_gradient(parameter)
+            else:
+                found.append((parameter, Outer(*linear.in_all(parameter), reduction="sum")))
     return found
 
 
@@ -85,7 +86,11 @@ def _of(parameter: Tensor) -> Tensor | None:
 
 def forget(optimizer: Optimizer) -> None:
     """Let go of the samples of all parameters, so that the next ones do not come on top."""
-    for parameter, _ in optimizer._parameters():
-        linear.forget(parameter)
-        if getattr(parameter, "grad_sample", None) is not None:
-            parameter.grad_sample = None  # type: ignore[attr-defined]
+    if not optimizer._takes_samples and not linear.is_used():
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            linear.forget(parameter)
+            # Somebody else's, until a step has taken them.
+            if optimizer._takes_samples and getattr(parameter, "grad_sample", None) is not None:
+                parameter.grad_sample = None

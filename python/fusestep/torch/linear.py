@@ -222,7 +222,7 @@ def add_to_gradient(parameter: Tensor) -> None:
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _by_sample(tensor: Tensor) -> Tensor:

@@ -203,7 +203,6 @@ class Optimizer(torch.optim.Optimizer):
             or where is not None
             or sample_weight is not None
             or sample_options is not None
-            or linear.is_used()
             or self._step_supports_amp_scaling
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -214,6 +213,8 @@ class Optimizer(torch.optim.Optimizer):
             return self._observed_step(
                 closure, grad_scale, zero_grad, where, sample_weight, sample_options
             )
+        if linear.is_used():
+            return self._plain_step(grad_scale=grad_scale, zero_grad=zero_grad)
         self._native.step(self, self.param_groups, self.state, grad_scale, zero_grad)
         return None
 
@@ -231,14 +232,12 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not set_to_none or profiler._is_profiler_enabled:
             super().zero_grad(set_to_none)
-            if self._takes_samples or linear.is_used():
-                _samples.forget(self)
+            _samples.forget(self)
             return
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        if self._takes_samples or linear.is_used():
-            _samples.forget(self)
+        _samples.forget(self)
 
     @_not_compiled
     def _observed_step(
