@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "arrays/rows.h"
 #include "core/errors.h"
 
 namespace py = pybind11;
@@ -16,15 +17,20 @@ namespace {
 PyTypeObject* samples_type = nullptr;
 
 // As float64 in the CPU's memory; of a GPU they are fetched.
-py::array_t<double> weights_on_host(const py::object& weight, const std::string& name) {
-  const py::object fetch = py::module_::import("fusestep.gradients").attr("as_weights");
-  return fetch(weight, "the weights of the samples for " + name);
+py::array_t<double> weights_on_host(const py::object& weight, const Array& parameter,
+                                    const std::string& name) {
+  const std::string label = "the weights of the samples for " + name;
+  if (parameter.device.kind == Device::cuda &&
+      py::module_::import("fusestep._arrays").attr("is_on_gpu")(weight).cast<bool>())
+    check_can_be_fetched(parameter.device, parameter.current_stream(), {"", label},
+                         "numbers in the memory of the CPU");
+  return py::module_::import("fusestep.gradients").attr("as_weights")(weight, label);
 }
 
 std::vector<double> read_weights(const py::object& weight, std::int64_t count,
-                                 const std::string& name) {
+                                 const Array& parameter, const std::string& name) {
   if (weight.is_none()) return std::vector<double>(static_cast<std::size_t>(count), 1.0);
-  const py::array_t<double> array = weights_on_host(weight, name);
+  const py::array_t<double> array = weights_on_host(weight, parameter, name);
   if (array.ndim() != 1 || array.shape(0) != count)
     throw ValueError(
         "the samples for " + name + " have " + std::to_string(count) +
@@ -55,7 +61,7 @@ bool is_samples(PyObject* object) {
   return samples_type && PyObject_TypeCheck(object, samples_type);
 }
 
-Samples from_samples(PyObject* object, const std::string& name) {
+Samples from_samples(PyObject* object, const Array& parameter, const std::string& name) {
   const py::handle given(object);
   const py::object values = given.attr("values"), weight = given.attr("weight");
   Samples result{{}, from_object(values.ptr(), {"the gradient of ", name})};
@@ -64,7 +70,7 @@ Samples from_samples(PyObject* object, const std::string& name) {
     throw ValueError("the samples for " + name +
                      " have values of no dimensions; expected one gradient for each sample");
   gradients::Samples& samples = result.samples;
-  samples.weight = read_weights(weight, shape[0], name);
+  samples.weight = read_weights(weight, shape[0], parameter, name);
   samples.max_norm = given.attr("max_norm").cast<std::optional<double>>();
   samples.noise_multiplier = given.attr("noise_multiplier").cast<double>();
   samples.find_present();

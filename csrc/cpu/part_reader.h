@@ -73,11 +73,11 @@ class PartReader {
     }
   }
 
-  // Four samples at a time, the last ones one by one. The sum begins with -0, to which x adds x.
+  // In the order of gradients/sum_of_samples.h.
   T* add_up_samples(std::int64_t begin, std::int64_t count, T* sum) const {
     const gradients::Samples& samples = *part_.samples;
     alignas(kCacheLine) T buffer[kFour][kTileSize];
-    std::fill_n(sum, count, T{-0.0});
+    std::fill_n(sum, count, gradients::kNoSamples<T>);
     const std::size_t present = samples.present.size();
     for (std::size_t first = 0; first < present;) {
       const std::size_t some = first + kFour <= present ? kFour : 1;
@@ -96,7 +96,7 @@ class PartReader {
     return sum;
   }
 
-  static constexpr std::size_t kFour = 4;
+  static constexpr std::size_t kFour = gradients::kSamplesAtOnce;
   const Kernels<T>& kernels_;
   TileAccess<T> access_;
   const selections::Part& part_;

@@ -11,6 +11,7 @@
 
 #include "core/reduction.h"
 #include "cpu/kernels.h"
+#include "gradients/sum_of_samples.h"
 
 namespace fusestep::cpu {
 namespace {
@@ -159,7 +160,7 @@ void add_products(const T* const* from, const T* times, int count, T* __restrict
     return;
   }
   for (std::int64_t i = 0; i < size; ++i)
-    sum[i] += (ta * a[i] + tb * b[i]) + (tc * c[i] + td * d[i]);
+    sum[i] = gradients::plus_four(sum[i], ta * a[i], tb * b[i], tc * c[i], td * d[i]);
 }
 
 // Squares of floats are exact in double: the norm of a float gradient can neither overflow nor lose

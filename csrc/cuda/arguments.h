@@ -12,6 +12,7 @@
 
 #include "core/dtypes.h"
 #include "core/tiling.h"
+#include "gradients/sum_of_samples.h"
 #include "rules/rule.h"
 
 namespace fusestep::cuda {
@@ -88,6 +89,21 @@ struct RowsItem : AnchoredItemOf<std::int64_t> {
   std::int64_t row_state_stride;
 };
 
+// One of the samples that are there: which, and what its gradient is multiplied by.
+struct WeighedSample {
+  std::int64_t number;
+  double times;
+};
+
+// A gradient that is to be made of those of samples. Its two operands: in place of a parameter, the
+// array in C order that it is made in; and the values of sample 0.
+struct SamplesItem : ItemOf<2> {
+  const WeighedSample* samples;  // in device memory
+  std::int64_t count;
+  std::int64_t stride;  // from the values of one sample to those of the next, in bytes
+  gradients::Noise noise;
+};
+
 // Up to `items` parameters in a row, cut into tiles that are numbered through.
 template <int items, int axes, class OneItem = Item>
 struct List {
@@ -123,6 +139,7 @@ using StridedList = List<256, 104>;
 using AnchoredList = List<128, 0, AnchoredItem>;
 using StridedAnchoredList = List<128, 104, AnchoredItem>;
 using RowsList = List<32, 64, RowsItem>;
+using SamplesList = List<64, 64, SamplesItem>;
 
 // How many different coefficients go along with a launch.
 template <class ItemList>

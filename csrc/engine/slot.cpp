@@ -153,24 +153,29 @@ void Slot::check_rows(const Array& values, std::span<const std::int64_t> numbers
   }
 }
 
-void Slot::check_can_take_samples() const {
-  if (is_on_gpu())
-    throw TypeError("the gradient of " + name_ +
-                    " is one of samples, which this version of "
-                    "fusestep adds up on the CPU alone; " +
-                    name_ + " is on " + name_of(device()));
+std::size_t Slot::bytes_of_sum() const {
+  return static_cast<std::size_t>(parameter_.size * item_size(work.compute));
 }
 
-// For a rule that has to see all of a row.
-void Slot::plan_sums(const Array& values) {
-  part_.size = parameter_.size;
-  part_.operand[kGradient].view(values.operand(), values.geometry());
-  sums_memory_.resize(static_cast<std::size_t>(part_.size * item_size(work.compute)));
-  sums_ = Array::dense(sums_memory_.data(), work.compute, parameter_.geometry().shape, device());
+// In the memory that the update has for it on a GPU, and in its own on the CPU.
+void Slot::plan_sum(const Update& update) {
+  std::byte* memory = update.room_for_sum;
+  if (!is_on_gpu()) {
+    part_.samples = update.samples.get();
+    part_.size = parameter_.size;
+    part_.operand[kGradient].view(update.gradient.operand(), update.gradient.geometry());
+    sum_memory_.resize(bytes_of_sum());
+    memory = sum_memory_.data();
+  }
+  sum_ = Array::dense(memory, work.compute, parameter_.geometry().shape, device());
 }
 
 void Slot::add_up_samples() {
-  if (part_.samples && is_rowwise_) cpu::add_up_samples(part_, work.compute, sums_memory_.data());
+  if (!is_on_gpu() && is_rowwise_) cpu::add_up_samples(part_, work.compute, sum_memory_.data());
+}
+
+const Array& Slot::moved_by(const Update& update) const {
+  return update.samples && adds_up_before() ? sum_ : update.gradient;
 }
 
 void Slot::check_samples(const Array& values, const OccupiedMemory& memory, bool clears_gradient) {
@@ -198,11 +203,10 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
   const auto& numbers = update.row_numbers;
   // First what may be refused: a gradient that has been checked counts as known.
   if (update.choice) check_can_choose(*update.choice, numbers.has_value());
-  if (update.samples) check_can_take_samples();
   select_all();
   if (update.choice) select(*update.choice, update.draw);
   if (is_rowwise_) check_selects_rows();
-  if (is_on_gpu() && !is_rowwise_) check_state_has_one_layout();
+  if (is_on_gpu() && !is_rowwise_ && update.moves_parts()) check_state_has_one_layout();
   if (numbers)
     check_rows(gradient, *numbers, memory, clears_gradient);
   else if (update.samples)
@@ -210,12 +214,15 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
   else
     check_gradient(gradient, memory, clears_gradient);
   part_.rows = numbers ? &rows_ : nullptr;
-  part_.samples = update.samples.get();
-  if (is_rowwise_ && update.samples) plan_sums(gradient);
-  if (is_rowwise_)
-    plan_selected_rows(update.samples ? sums_ : gradient, !numbers);
+  part_.samples = nullptr;
+  if (update.samples && adds_up_before())
+    plan_sum(update);
   else
-    plan_part(gradient);
+    part_.samples = update.samples.get();
+  if (is_rowwise_)
+    plan_selected_rows(moved_by(update), !numbers);
+  else
+    plan_part(moved_by(update));
   whole_gradient_.view(gradient.operand(), gradient.geometry());
   work.whole_gradient = {&whole_gradient_, gradient.size};
 }
@@ -318,7 +325,7 @@ void Slot::check_selects_rows() const {
 void Slot::plan_selected_rows(const Array& gradient, bool has_all_rows) {
   const std::int64_t size = row_size();
   if (has_all_rows) rows_.plan_all(parameter_.geometry().shape[0]);
-  if (!part_.tracks)
+  if (!part_.tracks && !part_.selected.is_everything())
     rows_.filter([&](std::int64_t row) { return part_.selected.holds(row * size); });
   plan_rows(gradient, work, rows_);
   if (part_.tracks) work.selected_rows = &part_.selected;

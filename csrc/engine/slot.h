@@ -63,9 +63,17 @@ class Slot {
   // Before a part moves: by which rule. From now on its blocks may come differently far.
   void begin_part(const rules::AnyRule& rule, double lr);
 
-  // Adds up samples, of which it is known by now how much each counts, where that is not done piece
-  // by piece.
+  // Samples are added up piece by piece, as the sum is used; or before the step, where a rule has
+  // to see all of a row, and on a GPU, whose kernels take arrays. Then this is how much memory the
+  // sum takes there, and
+  bool adds_up_before() const { return is_rowwise_ || is_on_gpu(); }
+  std::size_t bytes_of_sum() const;
+
+  // makes it here, once it is known how much each sample counts.
   void add_up_samples();
+
+  // The array that an update moves the parameter by: its gradient, or the sum of its samples.
+  const arrays::Array& moved_by(const Update& update) const;
 
   // Selects what depends on the gradients, of which the factor is known by now. That happens here:
   // of what is on a GPU, `fetch` brings copies of so many bytes.
@@ -125,8 +133,7 @@ class Slot {
   void check_rows(const arrays::Array& values, std::span<const std::int64_t> numbers,
                   const OccupiedMemory& memory, bool clears_gradient);
   void check_shape_of_rows(const arrays::Array& values) const;
-  void check_can_take_samples() const;
-  void plan_sums(const arrays::Array& values);
+  void plan_sum(const Update& update);
   void check_samples(const arrays::Array& values, const OccupiedMemory& memory,
                      bool clears_gradient);
   void check_memory(const arrays::Array& gradient, const OccupiedMemory& memory,
@@ -168,8 +175,8 @@ class Slot {
   std::optional<Anchor> anchor_;
   selections::Part part_;  // of the last step that moved one
   FlatArray whole_gradient_;
-  std::vector<std::byte> sums_memory_;  // of samples, where they are not added up piece by piece
-  arrays::Array sums_;
+  std::vector<std::byte> sum_memory_;  // of samples, where they are added up before the step
+  arrays::Array sum_;
   gradients::Rows rows_;  // of the last gradient that was one of rows
 
   // The last gradient's memory, which was found to be disjoint from all parameters and states.

@@ -415,6 +415,10 @@ bool TorchOptimizer::collect(const Selections& selections) {
       moving_.push_back(&parameter);
     }
   }
+  if (std::ranges::any_of(updates_, &Update::has_noise)) {
+    pull();  // it depends on how many steps have been taken
+    for (Update& update : updates_) update.draw.step = stepper.steps;
+  }
   return true;
 }
 
@@ -430,7 +434,7 @@ py::object TorchOptimizer::gradient_of(const FollowedParameter& parameter,
 
 void TorchOptimizer::view_samples(const Slot& slot, const py::object& samples, Update& update) {
   tensors_.has_run_code = true;
-  auto [found, values] = arrays::from_samples(samples.ptr(), slot.name());
+  auto [found, values] = arrays::from_samples(samples.ptr(), slot.parameter(), slot.name());
   update.gradient = std::move(values);
   update.samples = std::make_unique<gradients::Samples>(std::move(found));
 }

@@ -14,20 +14,10 @@
 #include <vector>
 
 #include "core/gradient_norm.h"
-#include "core/normal.h"
 #include "core/random.h"
+#include "gradients/sum_of_samples.h"
 
 namespace fusestep::gradients {
-
-// Noise for a parameter's elements, numbered in C order.
-struct Noise {
-  RandomStream random{};
-  double deviation = 0;
-
-  FUSESTEP_HOST_DEVICE double operator()(std::int64_t element) const {
-    return deviation * standard_normal(random.bits(static_cast<std::uint64_t>(element)));
-  }
-};
 
 struct Samples {
   std::vector<double> weight;  // 0: that sample is not there

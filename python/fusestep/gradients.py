@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import _cpu
-from ._arrays import backend_of
+from ._arrays import on_host
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -196,7 +196,7 @@ def _positive(name: str, value: Any) -> float:
 
 def as_weights(weight: Any, label: str) -> npt.NDArray[np.float64]:
     """Return weights as float64 in the CPU's memory, of whatever library they are."""
-    array = np.asarray(backend_of(weight).to_numpy(weight))
+    array = np.asarray(on_host(weight))
     if array.dtype.kind not in "fiubV" and array.size:
         raise TypeError(f"{label} have dtype {array.dtype}; expected real numbers")
     return array.astype(np.float64)
