@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <utility>
 
 #include "arrays/rows.h"
 #include "core/errors.h"
@@ -62,9 +63,16 @@ bool is_samples(PyObject* object) {
 }
 
 Samples from_samples(PyObject* object, const Array& parameter, const std::string& name) {
+  const py::object values = py::handle(object).attr("values");
+  return from_samples(object, from_object(values.ptr(), {"the gradient of ", name}), parameter,
+                      name);
+}
+
+Samples from_samples(PyObject* object, Array values, const Array& parameter,
+                     const std::string& name) {
   const py::handle given(object);
-  const py::object values = given.attr("values"), weight = given.attr("weight");
-  Samples result{{}, from_object(values.ptr(), {"the gradient of ", name})};
+  const py::object weight = given.attr("weight");
+  Samples result{{}, std::move(values)};
   const auto shape = result.values.geometry().shape;
   if (shape.empty())
     throw ValueError("the samples for " + name +

@@ -175,7 +175,10 @@ bool Stepper::run(Updates updates, const StepArguments& arguments, const Setting
   if (is_on_gpus_) start(updates);
   plan_samples(updates, arguments);
   Gpu::Request request{.options = {arguments.grad_scale, arguments.zero_grad},
-                       .scaling = arguments.scaling};
+                       .scaling = arguments.scaling,
+                       .counts = std::ranges::all_of(updates, [&](const Update& update) {
+                         return is_counted_elsewhere(*update.slot);
+                       })};
   if (settings.need_norm() && !is_decided_here(updates, arguments, settings)) {
     request.max_norm = settings.max_norm;
     request.skip_nonfinite = settings.skip_nonfinite;

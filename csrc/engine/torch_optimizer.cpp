@@ -434,7 +434,10 @@ py::object TorchOptimizer::gradient_of(const FollowedParameter& parameter,
 
 void TorchOptimizer::view_samples(const Slot& slot, const py::object& samples, Update& update) {
   tensors_.has_run_code = true;
-  auto [found, values] = arrays::from_samples(samples.ptr(), slot.parameter(), slot.name());
+  auto [found, values] = arrays::from_samples(
+      samples.ptr(),
+      tensors_.view_samples(samples.attr("values").ptr(), {"the gradient of ", slot.name()}),
+      slot.parameter(), slot.name());
   update.gradient = std::move(values);
   update.samples = std::make_unique<gradients::Samples>(std::move(found));
 }
