@@ -63,13 +63,15 @@ class Slot {
   // Before a part moves: by which rule. From now on its blocks may come differently far.
   void begin_part(const rules::AnyRule& rule, double lr);
 
-  // Samples are added up piece by piece, as the sum is used; or before the step, where a rule has
-  // to see all of a row, and on a GPU, whose kernels take arrays. Then this is how much memory the
-  // sum takes there, and
+  // Where samples are added up before the step, rather than piece by piece as it goes: for a rule
+  // that has to see all of a row, and on a GPU, whose kernels take arrays.
   bool adds_up_before() const { return is_rowwise_ || is_on_gpu(); }
+
+  // How much memory the sum takes then.
   std::size_t bytes_of_sum() const;
 
-  // makes it here, once it is known how much each sample counts.
+  // On the CPU: adds up samples, of which it is known by now how much each counts, if it is to be
+  // done before the step.
   void add_up_samples();
 
   // The array that an update moves the parameter by: its gradient, or the sum of its samples.

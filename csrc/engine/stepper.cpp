@@ -186,7 +186,7 @@ bool Stepper::run(Updates updates, const StepArguments& arguments, const Setting
     const GilRelease release(will_release_gil() || is_on_gpus_);
     const GradientNorm norm = arguments.norm ? *arguments.norm : gradient_norm();
     if (settings.skip_nonfinite && !norm.finite) {
-      if (arguments.zero_grad) clear_gradients();
+      if (arguments.zero_grad) clear_gradients(cpu_work());
       return false;
     }
     if (settings.max_norm)
@@ -224,8 +224,7 @@ void Stepper::find_room_for_sums(std::vector<Update>& updates) {
   for (Gpu& gpu : gpus_) gpu.find_room_for_sums(updates);
 }
 
-// Over all parameters whose samples are bounded; of samples that are not there, too. Waits for
-// GPUs.
+// Over all parameters whose samples are bounded. Waits for GPUs.
 std::vector<double> Stepper::norms_of_samples(Updates updates) {
   constexpr std::int64_t kAtOnce = 64;
   std::vector<Work> ones;
@@ -461,8 +460,8 @@ std::vector<GradientNorm> Stepper::gradient_norms(Updates updates) {
   return norms;
 }
 
-void Stepper::clear_gradients() {
-  cpu::clear_gradients(cpu_work());
+void Stepper::clear_gradients(WorkList on_cpu) {
+  cpu::clear_gradients(on_cpu);
   if (!is_on_gpus_) return;
   for (Gpu& gpu : gpus_) {
     if (gpu.is_idle()) continue;
@@ -471,23 +470,11 @@ void Stepper::clear_gradients() {
   }
 }
 
+// In a step that was not theirs: no sample is there.
 void Stepper::clear_unmoved(Updates updates) {
-  std::vector<const Work*> here;
-  for (Gpu& gpu : gpus_) gpu.begin();
-  for (const Update& update : updates) {
-    const Device& device = update.slot->device();
-    if (device.kind == Device::cpu)
-      here.push_back(&update.slot->work);
-    else
-      gpu(device.index).add(update);
-  }
-  cpu::clear_gradients(here);
-  for (Gpu& gpu : gpus_) {
-    if (gpu.is_idle()) continue;
-    gpu.wait_for_others();
-    gpu.clear_gradients();
-    gpu.finish();
-  }
+  distribute(updates);
+  for (Gpu& gpu : gpus_) gpu.wait_for_others();
+  clear_gradients(cpu_work_);
 }
 
 // ---- progress on GPUs ----

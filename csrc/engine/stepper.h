@@ -160,7 +160,7 @@ class Stepper {
   std::vector<double> tile_sums(double prescale);
   std::vector<double> tile_sums(WorkList list, Parts parts, double prescale);
   GradientNorm gradient_norm();
-  void clear_gradients();
+  void clear_gradients(WorkList on_cpu);
   void catch_up_whole_tables(Updates updates);
   void catch_up_on_gpus(Updates updates);
   void record(const Update& update, const rules::Progress& progress);
