@@ -239,6 +239,24 @@ def test_several_devices(
     assert pair.gpu.skipped_steps == (1 if options and not how else 0)
 
 
+def test_weights_of_their_own(lib: Library, rng: np.random.Generator) -> None:
+    """Those of the parameter before, others, those of fewer samples, none; and more than a launch
+    takes."""
+    pair = SamplesPair(lib, fs.Adam, [standard(rng, 9) for _ in range(7)])
+    a, b = 0.5 + rng.random(5), 0.5 + rng.random(5)
+    fewer = a * [1, 0, 1, 1, 1]
+    for reduction in ("mean", "sum"):
+        weights = [a, a, b, fewer, a, np.zeros(5), a]
+        pair.step(
+            [
+                samples(rng, w, 5, weight=weight, reduction=reduction)
+                for w, weight in zip(pair.cpu.params, weights, strict=True)
+            ]
+        )
+    pair.step([samples(rng, w, 5000, weight=rng.random(5000)) for w in pair.cpu.params])
+    pair.check()
+
+
 # ---- nobody is there ----------------------------------------------------------------------------
 
 
@@ -255,7 +273,9 @@ def test_nobody_there_is_no_step(
         def nobody(i: int, pair: SamplesPair = pair) -> fs.Samples:
             return samples(rng, pair.cpu.params[i], 3, weight=[0, 0, 0], max_norm=1.0)
 
-        pair.step([nobody(0), nobody(1), nobody(2)], zero_grad=True)
+        absent = [nobody(0), nobody(1), nobody(2)]
+        pair.step(absent, zero_grad=True)
+        assert not any(one.values.any() for one in absent)
         pair.step([standard(rng, w.shape) for w in params])
         pair.step([nobody(0), nobody(1), standard(rng, (7, 2))], zero_grad=True)
         pair.step([nobody(0), standard(rng, (5, 300)), None])

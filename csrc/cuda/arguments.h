@@ -102,6 +102,7 @@ struct SamplesItem : ItemOf<2> {
   std::int64_t count;
   std::int64_t stride;  // from the values of one sample to those of the next, in bytes
   gradients::Noise noise;
+  bool has_noise;
 };
 
 // Up to `items` parameters in a row, cut into tiles that are numbered through.

@@ -58,7 +58,7 @@ struct AddUpSamples {
     std::byte* const to = place.at(kParameter, i, sizeof(T));
     T sum =
         sum_of_samples<T>(item, place.at(kGradient, i, item_size(item.operand(kGradient).dtype)));
-    if (item.noise.deviation > 0) {
+    if (item.has_noise) {
       const auto element = (to - item.data[kParameter]) / static_cast<std::int64_t>(sizeof(T));
       sum += static_cast<T>(item.noise(element));
     }

@@ -627,6 +627,7 @@ void make_gradients(Workspace& workspace, Stream stream, std::span<const MadeGra
     item.count = std::ssize(of_gradient->present);
     item.stride = stride;
     item.noise = of_gradient->noise;
+    item.has_noise = of_gradient->has_noise();
   }
   flush(body, stream);
 }
