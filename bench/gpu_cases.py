@@ -38,6 +38,7 @@ _THEIRS: dict[str, dict[str, bool]] = {FUSED: {"fused": True}, FOREACH: {"foreac
 _LR = 1e-3
 _MAX_NORM = 1.0  # the gradients' is 10 and more: they are clipped
 _LOSS_SCALE = 1024.0
+_SAMPLES = 8
 
 _ADAM_BYTES = 28  # an element: parameter and two states read and written, gradient read
 _NORM_BYTES = 4  # the gradient read once more
@@ -131,9 +132,17 @@ def gradients(device: Device, workload: Workload, dtype: torch.dtype) -> list[Te
     ]
 
 
+@lru_cache(maxsize=1)
+def samples(device: Device, workload: Workload, dtype: torch.dtype) -> list[Tensor]:
+    """Return the gradients of samples that all peers share: more and more of those of all."""
+    shared = gradients(device, workload, dtype)
+    return [torch.stack([g * (k + 1) for k in range(_SAMPLES)]) for g in shared]
+
+
 def forget() -> None:
     """Give back what was kept: gigabytes, before the next ones."""
     gradients.cache_clear()
+    samples.cache_clear()
     gc.collect()
     if "cupy" in sys.modules:  # whose memory is not torch's
         sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
@@ -304,6 +313,34 @@ class ScaledStep(ClippedStep):
         return self._run(step, params)
 
 
+class WeighedStep(Case):
+    """Gradients of samples, weighed and averaged; ours in one call."""
+
+    @property
+    def bytes_per_element(self) -> int:
+        """As the base class says; our sum is written, too."""
+        return _ADAM_BYTES + 4 * (_SAMPLES + 1) if self.workload.elements >= 10**7 else 0
+
+    def start(self, peer: str, device: Device) -> Run:
+        """As the base class says."""
+        params = self._parameters(device)
+        values = samples(device, self.workload, self.dtype)
+        weight = [1 / (k + 1) for k in range(_SAMPLES)]
+        optimizer = adam(peer, params)
+        if peer == OURS:
+            for param, of_samples in zip(params, values, strict=True):
+                param.grad_sample = of_samples  # type: ignore[attr-defined]
+            return self._run(lambda: optimizer.step(sample_weight=weight), params)
+        shares = torch.tensor(weight, device=device.torch) / _SAMPLES
+
+        def weigh_and_step() -> None:
+            for param, of_samples in zip(params, values, strict=True):
+                param.grad = torch.tensordot(shares, of_samples, 1)
+            optimizer.step()
+
+        return self._run(weigh_and_step, params)
+
+
 # ---- CuPy ----------------------------------------------------------------------------------------
 
 
@@ -363,6 +400,7 @@ def all_cases(workloads: dict[str, Workload], *, is_rehearsal: bool) -> list[Cas
         cases.append(ClippedStep(f"clip {name}", workloads[name], theirs))
         cases.append(ScaledStep(f"scaler {name}", workloads[name], (OURS, FUSED)))
     cases.append(LowPrecisionStep("bfloat16 gpt2", workloads["gpt2"], (OURS, FUSED), "device"))
+    cases.append(WeighedStep("samples gpt2", workloads["gpt2"], (OURS, FUSED)))
     for name in ("1 x 1k", "1000 x 1k"):
         cases.append(CapturedStep(f"graph {name}", workloads[name], (OURS, FUSED)))
     for name in ("1 x 1k", "100M"):

@@ -3063,6 +3063,148 @@ def test_selections_are_not_for_graphs(machine: Machine) -> None:
         opt.step()
 
 
+# ---- samples -------------------------------------------------------------------------------------
+
+SAMPLES: list[dict[str, Any]] = [
+    {},
+    {"reduction": "sum"},
+    {"max_norm": 1.5},
+    {"max_norm": 1.5, "noise_multiplier": 0.7, "reduction": 6},
+]
+
+
+def give_samples(machine: Machine, params: list[Tensor], seed: int, count: int = 5) -> Tensor:
+    """New gradients of samples, each where its parameter is; returns their weights, on the CPU."""
+    generator = torch.Generator().manual_seed(3000 + seed)
+    for i, p in enumerate(params):
+        values = numbers((count, *p.shape), p.dtype, generator)
+        put = place_of(machine, p).put
+        in_parts = seed % 4 == 1 and i % 2 == 0  # as Opacus keeps several batches
+        p.grad_sample = [put(values[:2]), put(values[2:])] if in_parts else put(values)
+    return torch.rand(count, generator=generator) * (torch.rand(count, generator=generator) < 0.7)
+
+
+def sampling(place: Place, name: str, mode: str, selects: bool, first: int = 0) -> Any:
+    params = leaves(place, (40, 7), (1030,), (), (0,), (33, 65))
+    with torch.no_grad():
+        params[4] = params[4].t().requires_grad_()
+    opt = new(name, params, seed=3, **mode_options(place, name, mode))
+    train(place.machine, opt, params, first)
+    for step in range(first, 11):
+        weight: Any = give_samples(place.machine, params, step)
+        if step == 4:
+            weight[:2] = 1
+            params[1].grad_sample[1, 3] = float("nan" if opt.skip_nonfinite else 0)
+        if step % 3 == 0:
+            weight = place.put(weight)
+        options: dict[str, Any] = {"sample_options": SAMPLES[step % 4]}
+        if step != 7:
+            options["sample_weight"] = weight
+        if selects:
+            options["where"] = selections_for(place, step, params)
+        opt.step(grad_scale=0.5, zero_grad=step % 2 == 0, **options)
+    give_samples(place.machine, params, 11)
+    opt.step(sample_weight=torch.zeros(5))
+    samples = [p.grad_sample for p in params]
+    skipped = opt.skipped_steps
+    return {**standing(opt, params), "samples": samples, "skipped": skipped}
+
+
+@each_class_and_mode(CLASSES)
+@pytest.mark.parametrize("first", [0, 1])
+def test_samples(machine: Machine, name: str, mode: str, first: int) -> None:
+    """In steps of which the host decides, and in those of which the GPU does."""
+    assert_same_course(machine, sampling, name, mode, selects=False, first=first)
+
+
+@each_class_and_mode(CLASSES)
+def test_samples_and_selections(machine: Machine, name: str, mode: str) -> None:
+    if MODES[mode].get("capturable"):
+        pytest.skip("blocks are counted on the host")
+    assert_same_course(machine, sampling, name, mode, selects=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_samples_and_a_scaler(machine: Machine, fused: bool) -> None:
+    """Bounds are for gradients that have been unscaled."""
+    assert_same_course(machine, scaled_sampling, fused)
+
+
+def scaled_sampling(place: Place, fused: bool) -> Any:
+    machine = place.machine
+    params = leaves(place, (40, 7), (30,))
+    opt = fst.Adam(params, lr=0.1, fused=fused)
+    scaler = machine.scaler(place, init_scale=8.0)
+    for step in range(8):
+        weight = give_samples(machine, params, step)
+        give(machine, params, step)
+        factor = scaler.scale(place.put(torch.ones(())))
+        for p in params:
+            p.grad.mul_(factor)
+            for part in p.grad_sample if isinstance(p.grad_sample, list) else [p.grad_sample]:
+                part.mul_(factor)
+        if step in (1, 4):
+            params[1].grad[3] = float("inf")
+        scaler.step(opt, sample_weight=weight, sample_options=SAMPLES[step % 4])
+        scaler.update()
+    return {**standing(opt, params), "scale": scaler.get_scale()}
+
+
+def test_samples_on_several_devices(machine: Machine) -> None:
+    """A sample is bounded by its gradients on all of them."""
+    with machine.without_gpu():
+        expected = machine.to_cpu(mixed_sampling(machine, [machine.cpu]))
+    for mixture in ("cpu", "two_gpus"):
+        places = places_of(machine, mixture)
+        assert_same(machine.to_cpu(mixed_sampling(machine, places)), expected)
+
+
+def mixed_sampling(machine: Machine, places: list[Place]) -> Any:
+    generator = torch.Generator().manual_seed(6)
+    params = [
+        places[i % len(places)].put(numbers(s, torch.float32, generator)).requires_grad_()
+        for i, s in enumerate([(33, 65), (1030,), (), (7,), (0,), (5, 4)])
+    ]
+    opt = fst.AdamW(params, lr=0.1, max_norm=0.5, skip_nonfinite=True)
+    for step in range(8):
+        weight = give_samples(machine, params, step)
+        opt.step(sample_weight=weight, sample_options=SAMPLES[step % 4], zero_grad=True)
+    return standing(opt, params)
+
+
+def test_a_graph_of_samples(machine: Machine) -> None:
+    """It adds up what the tensors hold when it is replayed, with the weights that it was given."""
+    params, peers = leaves(machine.gpu, (40, 7)), leaves(machine.gpu, (40, 7))
+    opt, peer = (fst.Adam(p, lr=0.1, capturable=True) for p in (params, peers))
+    weight = give_samples(machine, params, 0)
+    with machine.beside():
+        opt.step(sample_weight=weight)
+    graph = machine.record(lambda: opt.step(sample_weight=weight))
+    memory = params[0].grad_sample
+    give_samples(machine, peers, 0)
+    peer.step(sample_weight=weight)
+    for step in (2, 3):
+        give_samples(machine, peers, step)
+        memory.copy_(peers[0].grad_sample)
+        graph.replay()
+        peer.step(sample_weight=weight)
+    machine.finish()
+    assert_same(machine.to_cpu(standing(opt, params)), machine.to_cpu(standing(peer, peers)))
+
+
+def test_samples_that_graphs_cannot_have(machine: Machine) -> None:
+    params = leaves(machine.gpu, (40, 7))
+    opt = fst.Adam(params, capturable=True)
+    give_samples(machine, params, 0)
+    opt.step(sample_options={})
+    before = machine.to_cpu(standing(opt, params))
+    for options in SAMPLES[2:]:
+        with pytest.raises(RuntimeError, match="graph"), machine.capturing():
+            opt.step(sample_options=options)
+        assert_same(machine.to_cpu(standing(opt, params)), before)
+    opt.step(sample_options=SAMPLES[3])
+
+
 # ---- several devices in one optimizer ------------------------------------------------------------
 
 

@@ -203,6 +203,36 @@ def test_noise_goes_on_where_it_was(way: str) -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
+def test_complex_parameters(name: str) -> None:
+    """Two real numbers in each element, as for torch."""
+    params, others = (leaves(torch.complex64) for _ in range(2))
+    options = OPTIONS.get(name, {})
+    ours, theirs = getattr(fst, name)(params, **options), getattr(fst, name)(others, **options)
+    for step in range(3):
+        give(params, 4, step)
+        for p, q in zip(params, others, strict=True):
+            q.grad = p.grad_sample.mean(0)
+            if step == 1:
+                p.grad_sample = p.grad_sample.conj().resolve_conj().conj()  # not yet conjugated
+        ours.step(sample_options={})
+        theirs.step()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_dtensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has a part of each sample's gradient, of which no norm can be taken."""
+    params = leaves()
+    opt = fst.Adam(params, max_norm=1.0)
+    give(params, 2, 0)
+    before = [p.detach().clone() for p in params]
+    monkeypatch.setattr(fst._tensors, "is_sharded", lambda tensor: tensor is params[1])
+    with pytest.raises(ValueError, match="parameter 1 is a DTensor"):
+        opt.step(sample_weight=[1.0, 1.0])
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
 def test_what_is_refused_changes_nothing() -> None:
     params = leaves()
     opt = fst.Adam(params)

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <utility>
 
+#include "arrays/rows.h"
 #include "core/errors.h"
 
 namespace py = pybind11;
@@ -38,15 +40,20 @@ const Names& names() {
 }
 
 // As float64 in the CPU's memory; of a GPU they are fetched.
-py::array_t<double> weights_on_host(const py::object& weight, const std::string& name) {
-  const py::object fetch = py::module_::import("fusestep.gradients").attr("as_weights");
-  return fetch(weight, "the weights of the samples for " + name);
+py::array_t<double> weights_on_host(const py::object& weight, const Array& parameter,
+                                    const std::string& name) {
+  const std::string label = "the weights of the samples for " + name;
+  if (parameter.device.kind == Device::cuda &&
+      py::module_::import("fusestep._arrays").attr("is_on_gpu")(weight).cast<bool>())
+    check_can_be_fetched(parameter.device, parameter.current_stream(), {"", label},
+                         "numbers in the memory of the CPU");
+  return py::module_::import("fusestep.gradients").attr("as_weights")(weight, label);
 }
 
 std::vector<double> read_weights(const py::object& weight, std::int64_t count,
-                                 const std::string& name) {
+                                 const Array& parameter, const std::string& name) {
   if (weight.is_none()) return std::vector<double>(static_cast<std::size_t>(count), 1.0);
-  const py::array_t<double> array = weights_on_host(weight, name);
+  const py::array_t<double> array = weights_on_host(weight, parameter, name);
   if (array.ndim() != 1 || array.shape(0) != count)
     throw ValueError(
         "the samples for " + name + " have " + std::to_string(count) +
@@ -68,21 +75,23 @@ std::vector<double> read_weights(const py::object& weight, std::int64_t count,
 }
 
 // What is weighed: gradients, or the errors that they are made from.
-Samples read_values(const py::handle& given, const std::string& name) {
+Samples read_values(const py::handle& given, const Array& parameter, const std::string& name,
+                    const View& view) {
   const py::object values = attribute(given, names().values);
-  Samples result{{}, from_object(values.ptr(), {"the gradient of ", name})};
+  Samples result{{}, view(values.ptr(), {"the gradient of ", name})};
   const auto shape = result.values.geometry().shape;
   if (shape.empty())
     throw ValueError("the samples for " + name +
                      " have values of no dimensions; expected one gradient for each sample");
-  result.samples.weight = read_weights(attribute(given, names().weight), shape[0], name);
+  result.samples.weight = read_weights(attribute(given, names().weight), shape[0], parameter, name);
   return result;
 }
 
-Samples read_factors(const py::handle& given, const std::string& name) {
+Samples read_factors(const py::handle& given, const Array& parameter, const std::string& name,
+                     const View& view) {
   const py::object error = attribute(given, names().error), x = attribute(given, names().x);
-  Samples result{{}, from_object(error.ptr(), {"the error for ", name}), true};
-  if (!x.is_none()) result.x = from_object(x.ptr(), {"the x for ", name});
+  Samples result{{}, view(error.ptr(), {"the error for ", name}), true};
+  if (!x.is_none()) result.x = view(x.ptr(), {"the x for ", name});
   const auto shape = result.values.geometry().shape;
   const auto text = [&] {
     return "the error for " + name + " has shape " + shape_text(result.values);
@@ -98,7 +107,7 @@ Samples read_factors(const py::handle& given, const std::string& name) {
   }
   result.samples.positions = terms.size() == 2 ? terms[1] : 1;
   result.samples.weight =
-      read_weights(attribute(given, names().weight), terms.empty() ? 1 : terms[0], name);
+      read_weights(attribute(given, names().weight), terms.empty() ? 1 : terms[0], parameter, name);
   return result;
 }
 
@@ -114,10 +123,12 @@ bool is_samples(PyObject* object) {
          (PyObject_TypeCheck(object, samples_type) || PyObject_TypeCheck(object, outer_type));
 }
 
-Samples from_samples(PyObject* object, const std::string& name) {
+Samples from_samples(PyObject* object, const Array& parameter, const std::string& name,
+                     const View& view) {
   const py::handle given(object);
-  Samples result =
-      PyObject_TypeCheck(object, outer_type) ? read_factors(given, name) : read_values(given, name);
+  Samples result = PyObject_TypeCheck(object, outer_type)
+                       ? read_factors(given, parameter, name, view)
+                       : read_values(given, parameter, name, view);
   gradients::Samples& samples = result.samples;
   samples.max_norm = attribute(given, names().max_norm).cast<std::optional<double>>();
   samples.noise_multiplier = attribute(given, names().noise_multiplier).cast<double>();

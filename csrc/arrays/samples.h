@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -23,8 +24,12 @@ void set_samples_types(PyObject* samples, PyObject* outer);
 
 bool is_samples(PyObject* object);  // or is_outer
 
-// Throws TypeError for weights that are not real numbers, ValueError for those that are negative,
-// not finite, or not one for each sample; and for factors of which there are not as many.
-Samples from_samples(PyObject* object, const std::string& name);
+// The gradients, or errors, that somebody has a view of, of a parameter. Throws TypeError for
+// weights that are not real numbers, ValueError for those that are negative, not finite, or not one
+// for each sample, and for factors of which there are not as many; and where weights would have to
+// be fetched from a GPU while a CUDA graph is being captured.
+using View = std::function<Array(PyObject* object, const Label& label)>;
+Samples from_samples(PyObject* object, const Array& parameter, const std::string& name,
+                     const View& view = from_object);
 
 }  // namespace fusestep::arrays

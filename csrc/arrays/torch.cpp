@@ -147,6 +147,11 @@ TorchTensors::Gradient TorchTensors::unusual_gradient(PyObject* parameter,
   return result;
 }
 
+Array TorchTensors::view_samples(PyObject* values, const Label& label) const {
+  has_run_code = true;
+  return dense_gradient(plain(values), label).view;
+}
+
 TorchTensors::Gradient TorchTensors::dense_gradient(const py::object& tensor,
                                                     const Label& label) const {
   dlpack::Tensor fields;

@@ -49,6 +49,10 @@ class TorchTensors {
   Gradient unusual_gradient(PyObject* parameter, const Array& parameter_view, PyObject* gradient,
                             const Label& label) const;
 
+  // The gradients of samples, one for each along the first axis, likewise; of a copy, if they were
+  // not yet conjugated.
+  Array view_samples(PyObject* values, const Label& label) const;
+
   // Set where looking at tensors has run Python code, which may have changed anything.
   mutable bool has_run_code = false;
 

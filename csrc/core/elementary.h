@@ -10,6 +10,8 @@
 
 namespace fusestep {
 
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
 // x = exponent ln 2 + rest with |rest| <= ln(2) / 2, for |x| < 745.
 struct ReducedExponent {
   double power_of_two;  // 2^exponent
@@ -34,7 +36,7 @@ struct ReducedExponent {
 
 // e^x; infinite above e^709, 0 below e^-708.
 FUSESTEP_HOST_DEVICE double exp_of(double x) {
-  if (x > 709) return std::numeric_limits<double>::infinity();
+  if (x > 709) return kInfinity;
   if (x < -708) return 0;
   const ReducedExponent e(x);
   return e.power_of_two + e.power_of_two * e.series;
@@ -42,7 +44,7 @@ FUSESTEP_HOST_DEVICE double exp_of(double x) {
 
 // e^x - 1, which keeps the digits of a small x.
 FUSESTEP_HOST_DEVICE double expm1_of(double x) {
-  if (x > 709) return std::numeric_limits<double>::infinity();
+  if (x > 709) return kInfinity;
   if (x < -50) return -1;
   const ReducedExponent e(x);
   return (e.power_of_two - 1) + e.power_of_two * e.series;

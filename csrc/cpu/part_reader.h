@@ -101,12 +101,12 @@ class PartReader {
     }
   }
 
-  // One after another, four in a pass. The sum of none is -0, to which x adds x. Of each sample as
-  // much is read at a stretch as there is to do: that is how memory is quickest.
+  // In the order of gradients/sum_of_samples.h. Of each sample as much is read at a stretch as
+  // there is to do: that is how memory is quickest.
   T* add_up_samples(std::int64_t begin, std::int64_t count, T* sum) const {
     const gradients::Samples& samples = *part_.samples;
     const std::size_t rows = samples.row.size();
-    if (rows == 0) std::fill_n(sum, count, T{-0.0});
+    if (rows == 0) std::fill_n(sum, count, gradients::kNoSamples<T>);
     for (std::size_t first = 0, some; first < rows; first += some) {
       some = first + kFour <= rows ? kFour : 1;
       for (std::int64_t done = 0; done < count; done += kTileSize)
@@ -131,7 +131,7 @@ class PartReader {
                           count);
   }
 
-  static constexpr std::size_t kFour = 4;
+  static constexpr std::size_t kFour = gradients::kSamplesAtOnce;
   const Kernels<T>& kernels_;
   TileAccess<T> access_;
   const selections::Part& part_;

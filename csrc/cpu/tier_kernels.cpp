@@ -12,6 +12,7 @@
 #include "core/reduction.h"
 #include "cpu/kernels.h"
 #include "cpu/outer_block.h"
+#include "gradients/sum_of_samples.h"
 
 namespace fusestep::cpu {
 namespace {
@@ -161,10 +162,11 @@ void add_products(const T* const* from, const T* times, int count, bool begins, 
     for (std::int64_t i = 0; i < size; ++i) sum[i] += ta * a[i];
   else if (begins)
     for (std::int64_t i = 0; i < size; ++i)
-      sum[i] = ((ta * a[i] + tb * b[i]) + tc * c[i]) + td * d[i];
+      sum[i] = gradients::plus_four(gradients::kNoSamples<T>, ta * a[i], tb * b[i], tc * c[i],
+                                    td * d[i]);
   else
     for (std::int64_t i = 0; i < size; ++i)
-      sum[i] = (((sum[i] + ta * a[i]) + tb * b[i]) + tc * c[i]) + td * d[i];
+      sum[i] = gradients::plus_four(sum[i], ta * a[i], tb * b[i], tc * c[i], td * d[i]);
 }
 
 // Squares of floats are exact in double: the norm of a float gradient can neither overflow nor lose

@@ -12,6 +12,7 @@
 
 #include "core/dtypes.h"
 #include "core/tiling.h"
+#include "gradients/sum_of_samples.h"
 #include "rules/rule.h"
 
 namespace fusestep::cuda {
@@ -88,6 +89,42 @@ struct RowsItem : AnchoredItemOf<std::int64_t> {
   std::int64_t row_state_stride;
 };
 
+// One of the samples that are there: which, and what its gradient is multiplied by.
+struct WeighedSample {
+  std::int64_t number;
+  double times;
+};
+
+// A gradient that is to be made of those of samples. Of its two operands, the first, in place of a
+// parameter, is the array in C order that it is made in.
+struct MadeItem : ItemOf<2> {
+  const WeighedSample* samples;  // in device memory
+  std::int64_t count;
+  gradients::Noise noise;
+  bool has_noise;
+};
+
+// The second operand are the values of sample 0.
+struct SamplesItem : MadeItem {
+  std::int64_t stride;  // to the values of the next sample, in bytes
+};
+
+// One factor of outer products: an array of samples, of positions and of elements, with strides in
+// bytes. Without data, it is 1.
+struct Factor {
+  Operand values;
+  std::int64_t sample_stride = 0, position_stride = 0, element_stride = 0;
+};
+struct Factors {
+  Factor error, x;
+  std::int64_t columns, positions;
+};
+
+// The second operand is the first one. Samples are numbered with their positions.
+struct OuterItem : MadeItem {
+  Factors factors;
+};
+
 // Up to `items` parameters in a row, cut into tiles that are numbered through.
 template <int items, int axes, class OneItem = Item>
 struct List {
@@ -123,6 +160,8 @@ using StridedList = List<256, 104>;
 using AnchoredList = List<128, 0, AnchoredItem>;
 using StridedAnchoredList = List<128, 104, AnchoredItem>;
 using RowsList = List<32, 64, RowsItem>;
+using SamplesList = List<64, 64, SamplesItem>;
+using OuterList = List<16, 0, OuterItem>;
 
 // How many different coefficients go along with a launch.
 template <class ItemList>

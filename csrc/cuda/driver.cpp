@@ -30,6 +30,14 @@ class LinkedDriver final : public Driver {
                 std::span<const RowsBehind> tables) const override {
     cuda::catch_up(workspace, stream, tables);
   }
+  void make_gradients(Workspace& workspace, Stream stream,
+                      std::span<const MadeGradient> gradients) const override {
+    cuda::make_gradients(workspace, stream, gradients);
+  }
+  std::byte* room_for_gradients(Workspace& workspace, Stream stream,
+                                std::size_t bytes) const override {
+    return cuda::room_for_gradients(workspace, stream, bytes);
+  }
   std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list,
                                 double prescale) const override {
     return cuda::tile_sums(workspace, stream, list, prescale);

@@ -31,6 +31,10 @@ class Driver {
   virtual void take(const Step& step) const = 0;
   virtual void catch_up(Workspace& workspace, Stream stream,
                         std::span<const RowsBehind> tables) const = 0;
+  virtual void make_gradients(Workspace& workspace, Stream stream,
+                              std::span<const MadeGradient> gradients) const = 0;
+  virtual std::byte* room_for_gradients(Workspace& workspace, Stream stream,
+                                        std::size_t bytes) const = 0;
   virtual std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list,
                                         double prescale) const = 0;
   virtual void fetch(Workspace& workspace, Stream stream, void* to, const void* from,

@@ -6,6 +6,7 @@
 
 #include "core/errors.h"
 #include "cuda/launch.h"
+#include "cuda/made.h"
 
 namespace fusestep::cuda {
 namespace {
@@ -393,6 +394,46 @@ void catch_up_kind(std::span<const Entry> entries, Stream stream) {
   });
 }
 
+// ---- gradients that are made -------------------------------------------------------------------
+
+// The samples of all gradients on the device: where those of each begin. Most have the same ones.
+std::vector<const WeighedSample*> placed(std::span<const MadeGradient> gradients,
+                                         Workspace& workspace, Stream stream) {
+  std::vector<WeighedSample> samples;
+  std::vector<std::size_t> first;
+  const gradients::Samples* last = nullptr;
+  for (const MadeGradient& gradient : gradients) {
+    const gradients::Samples& one = *gradient.samples;
+    const bool are_known = last && one.row == last->row && one.coefficient == last->coefficient;
+    first.push_back(are_known ? first.back() : samples.size());
+    if (are_known) continue;
+    for (std::size_t i = 0; i < one.row.size(); ++i)
+      samples.push_back({one.row[i], one.coefficient[i]});
+    last = &one;
+  }
+  WeighedSample* const memory = workspace.weighed_samples(samples.size(), stream);
+  write_words(samples, memory, stream);
+  std::vector<const WeighedSample*> places;
+  for (const std::size_t place : first) places.push_back(memory + place);
+  return places;
+}
+
+// Null where there is nothing to be made.
+template <class Body>
+typename Body::Item* add_made(Body& body, const MadeGradient& gradient,
+                              const WeighedSample* samples, Stream stream) {
+  const Piece piece{gradient.work};
+  if (piece.is_empty()) return nullptr;
+  if (!has_room(body, piece)) flush(body, stream);
+  add(body, piece, 0);
+  typename Body::Item& item = body.list.item[body.list.count - 1];
+  item.samples = samples;
+  item.count = std::ssize(gradient.samples->row);
+  item.noise = gradient.samples->noise;
+  item.has_noise = gradient.samples->has_noise();
+  return &item;
+}
+
 // ---- the norm ----------------------------------------------------------------------------------
 
 std::int64_t tiles_of(WorkList list) {
@@ -583,6 +624,31 @@ void catch_up(Workspace& workspace, Stream stream, std::span<const RowsBehind> t
     if (!piece.is_empty())
       entries.push_back({piece, 0, static_cast<std::uint32_t>(piece.work->rule->loop)});
   for_each_kind(entries, [&](std::span<const Entry> of_kind) { catch_up_kind(of_kind, stream); });
+}
+
+void make_gradients(Workspace& workspace, Stream stream, std::span<const MadeGradient> gradients) {
+  const CurrentDevice current(workspace.device());
+  const std::vector<const WeighedSample*> samples = placed(gradients, workspace, stream);
+  AddUp<SamplesList> of_arrays;
+  AddUp<OuterList> of_factors;
+  clear(of_arrays.list);
+  clear(of_factors.list);
+  for (std::size_t i = 0; i < gradients.size(); ++i) {
+    const MadeGradient& gradient = gradients[i];
+    if (gradient.factors) {
+      if (OuterItem* const item = add_made(of_factors, gradient, samples[i], stream))
+        item->factors = *gradient.factors;
+    } else if (SamplesItem* const item = add_made(of_arrays, gradient, samples[i], stream)) {
+      item->stride = gradient.stride;
+    }
+  }
+  flush(of_arrays, stream);
+  flush(of_factors, stream);
+}
+
+std::byte* room_for_gradients(Workspace& workspace, Stream stream, std::size_t bytes) {
+  const CurrentDevice current(workspace.device());
+  return workspace.gradients(bytes, stream);
 }
 
 std::vector<double> tile_sums(Workspace& workspace, Stream stream, WorkList list, double prescale) {

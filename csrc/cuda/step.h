@@ -16,6 +16,7 @@
 #include "cuda/bodies.h"
 #include "cuda/catch_up.h"
 #include "cuda/workspace.h"
+#include "gradients/samples.h"
 
 namespace fusestep::cuda {
 
@@ -62,6 +63,21 @@ struct RowsBehind {
   const Work* work;
   std::span<const Missed> missed;
 };
+
+// A gradient that is made before a step takes it, of those of samples. The work's two operands are
+// those of a SamplesItem; it is planned for one sample, and the next lies `stride` bytes further.
+// Or it is made of factors, and the operands are those of an OuterItem.
+struct MadeGradient {
+  const Work* work;
+  const gradients::Samples* samples;
+  std::int64_t stride = 0;
+  std::optional<Factors> factors = std::nullopt;
+};
+
+void make_gradients(Workspace& workspace, Stream stream, std::span<const MadeGradient> gradients);
+
+// Memory to make gradients in: that of the last step, if it was as large.
+std::byte* room_for_gradients(Workspace& workspace, Stream stream, std::size_t bytes);
 
 // Makes up for what they have missed.
 void catch_up(Workspace& workspace, Stream stream, std::span<const RowsBehind> tables);

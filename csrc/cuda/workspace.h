@@ -50,6 +50,12 @@ class Workspace {
   std::int64_t* row_lists(std::size_t count, Stream stream) {
     return reserve<std::int64_t>(row_lists_, count, stream);
   }
+  WeighedSample* weighed_samples(std::size_t count, Stream stream) {
+    return reserve<WeighedSample>(weighed_samples_, count, stream);
+  }
+  std::byte* gradients(std::size_t bytes, Stream stream) {
+    return reserve<std::byte>(gradients_, bytes, stream);
+  }
   std::byte* scratch(std::size_t bytes, Stream stream) {
     return reserve<std::byte>(scratch_, bytes, stream);
   }
@@ -84,7 +90,8 @@ class Workspace {
   void* reserve_bytes(Buffer& buffer, std::size_t bytes, Stream stream);
 
   int device_;
-  Buffer sums_, prescaled_sums_, table_, progress_, record_, row_lists_, scratch_, missed_steps_;
+  Buffer sums_, prescaled_sums_, table_, progress_, record_, row_lists_, scratch_, missed_steps_,
+      weighed_samples_, gradients_;
   std::deque<StepTable> step_tables_;
   std::vector<void*> all_;
 };

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <stdexcept>
 #include <utility>
 
 #include "arrays/cuda_driver.h"
 #include "engine/gil.h"
+#include "engine/samples.h"
 #include "engine/stepper.h"
 
 namespace fusestep::engine {
@@ -26,6 +28,12 @@ bool is_steady(const Update& update) {
   const rules::Progress next = rule.advance(slot.progress);
   const auto now = coefficients(next), later = coefficients(rule.advance(next));
   return std::memcmp(now.bytes, later.bytes, sizeof now.bytes) == 0;
+}
+
+// Each begins where a load of any size may.
+std::size_t room_for_sum(const Update& update) {
+  constexpr std::size_t kAlignment = 256;
+  return (update.slot->bytes_of_sum() + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 void refuse_capture_of_exact_rows() {
@@ -57,7 +65,8 @@ void Gpu::begin() {
 void Gpu::add(const Update& update) {
   Slot& slot = *update.slot;
   if (is_idle()) stream_ = update.stream;
-  for (const cuda::Stream stream : {update.stream, update.gradient.stream})
+  const cuda::Stream of_x = update.x ? update.x->stream : update.stream;
+  for (const cuda::Stream stream : {update.stream, update.gradient.stream, of_x})
     if (stream != stream_ && std::ranges::find(other_streams_, stream) == other_streams_.end())
       other_streams_.push_back(stream);
   updates_.push_back(&update);
@@ -92,14 +101,27 @@ void Gpu::start(std::span<const Update> updates) {
         "a CUDA graph is being captured, and every replay would repeat this step with the step "
         "count of now: create the optimizer with capturable=True, or (in torch) give it a learning "
         "rate that is a tensor on the GPU");
-  if (is_captured_ && (has_parts_ || std::ranges::any_of(updates, &Update::choice)))
+  if (is_captured_ && (std::ranges::any_of(updates_, &Update::moves_parts) ||
+                       std::ranges::any_of(updates, &Update::choice)))
     throw std::runtime_error(
         "a CUDA graph is being captured, and every replay would move the same part of the "
         "parameters without its being counted: steps with where=, and those after them, are for "
         "outside of graphs");
   const auto keeps_history = [](const Update* update) { return update->slot->history != nullptr; };
   if (is_captured_ && std::ranges::any_of(updates_, keeps_history)) refuse_capture_of_exact_rows();
+  const auto is_bounded = [](const Update& update) {
+    return update.samples && update.samples->max_norm;
+  };
+  if (is_captured_ && std::ranges::any_of(updates, is_bounded))
+    throw std::runtime_error(
+        "a CUDA graph is being captured, and it is the host that bounds samples (max_norm) and "
+        "draws other noise in each step, which no replay would do: take such steps outside of "
+        "graphs");
   push_if_needed();
+  wait_for_others();
+}
+
+void Gpu::wait_for_others() {
   for (const cuda::Stream other : other_streams_) driver().wait(index_, stream_, other);
 }
 
@@ -140,6 +162,42 @@ SummedGradients Gpu::summed_gradients() {
   driver().clear_gradients(workspace(), stream_, gradients.cleared());
   driver().take({.workspace = &workspace(), .stream = stream_, .list = gradients.copied()});
   return gradients;
+}
+
+// ---- samples ----
+
+void Gpu::find_room_for_sums(std::span<Update> updates) {
+  std::vector<Update*> here;
+  std::size_t bytes = 0;
+  for (Update& update : updates) {
+    if (!update.samples || update.slot->device() != Device{Device::cuda, index_}) continue;
+    here.push_back(&update);
+    bytes += room_for_sum(update);
+  }
+  if (bytes == 0) return;
+  std::byte* next = driver().room_for_gradients(workspace(), here.front()->stream, bytes);
+  for (Update* update : here) {
+    update->room_for_sum = next;
+    next += room_for_sum(*update);
+  }
+}
+
+void Gpu::add_up_samples() {
+  std::deque<SamplesToAdd> samples;
+  std::vector<cuda::MadeGradient> sums;
+  for (const Update* update : updates_) {
+    if (!update->samples) continue;
+    const SamplesToAdd& one =
+        samples.emplace_back(samples_to_add(*update, update->slot->moved_by(*update)));
+    sums.push_back({&one.work, update->samples.get(), one.stride, one.factors});
+  }
+  if (!sums.empty()) driver().make_gradients(workspace(), stream_, sums);
+}
+
+// ---- what is wanted of a step ----
+
+std::vector<double> Gpu::tile_sums(WorkList list, double prescale) {
+  return driver().tile_sums(workspace(), stream_, list, prescale);
 }
 
 std::vector<double> Gpu::tile_sums(double prescale) {

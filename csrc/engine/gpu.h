@@ -45,6 +45,12 @@ class Gpu {
   // Throws where a CUDA graph is being captured that would not do again what this step does.
   // Has the step's stream wait for those of other libraries whose arrays take part.
   void start(std::span<const Update> updates);
+  void wait_for_others();  // as a part of that
+
+  // Before a step is prepared: tells those of the updates that are here, and of samples, where
+  // these are going to be added up; and once it is known how much each sample counts, does it.
+  void find_room_for_sums(std::span<Update> updates);
+  void add_up_samples();
 
   struct Request {
     StepOptions options;
@@ -55,6 +61,7 @@ class Gpu {
   };
   void take(const Request& request);
   std::vector<double> tile_sums(double prescale);
+  std::vector<double> tile_sums(WorkList list, double prescale);  // of other work
   void clear_gradients();  // all of them, also where a part moves
 
   // Brings memory of the GPU here, as it is at this point of the step.

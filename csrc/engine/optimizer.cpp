@@ -92,7 +92,8 @@ void Optimizer::step(PyObject* const* gradients, std::size_t count, std::optiona
 // the GPU may not even have begun.
 void Optimizer::wait_for_borrowed_gradients() const {
   for (const Update& update : updates_) {
-    if (!update.gradient.is_lent_for_the_call()) continue;
+    const bool lends_x = update.x && update.x->is_lent_for_the_call();
+    if (!update.gradient.is_lent_for_the_call() && !lends_x) continue;
     const GilRelease release(true);
     arrays::cuda_driver().synchronize(update.slot->device().index);
     return;
@@ -113,7 +114,8 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count, const Cho
       updates_.emplace_back(&slot, &group,
                             arrays::from_rows(gradients[i], slot.parameter(), slot.name()));
     else if (arrays::is_samples(gradients[i]))
-      updates_.emplace_back(&slot, &group, arrays::from_samples(gradients[i], slot.name()));
+      updates_.emplace_back(&slot, &group,
+                            arrays::from_samples(gradients[i], slot.parameter(), slot.name()));
     else
       updates_.emplace_back(&slot, &group,
                             arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));
@@ -125,6 +127,10 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count, const Cho
       update.stream = slot.parameter().is_of_library_of(update.gradient)
                           ? update.gradient.stream
                           : slot.parameter().current_stream();
+  }
+  if (std::ranges::any_of(updates_, &Update::has_noise)) {
+    pull();  // it depends on how many steps have been taken
+    for (Update& update : updates_) update.draw.step = stepper.steps;
   }
   // Exporting an array of another library runs its code, which may have done anything.
   if (foreign)

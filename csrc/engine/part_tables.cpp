@@ -166,7 +166,7 @@ struct Pieces {
 Pieces pieces_of(const Update& update, const std::vector<Run>& runs) {
   const selections::Part& part = *update.slot->work.part;
   if (!part.rows) return {runs, part.size, 0};
-  return {runs, part.size, update.gradient.c_contiguous ? part.row_size : 1};
+  return {runs, part.size, update.slot->moved_by(update).c_contiguous ? part.row_size : 1};
 }
 
 Pieces rows_as_pieces(const selections::Part& part, Stretches stretches) {
@@ -249,7 +249,7 @@ void add_pieces(const Update& update, const Work& whole, Stretches stretches, Ta
 void add_own_rows(const Update& update, const Work& whole, Stretches stretches, Tables& tables) {
   const Pieces pieces = rows_as_pieces(*update.slot->work.part, stretches);
   gradients::Rows strides;
-  Work work = update.slot->work_on_rows(update.gradient, strides);
+  Work work = update.slot->work_on_rows(update.slot->moved_by(update), strides);
   work.rule = whole.rule;
   work.anchor = whole.anchor;
   work.gradient_factor = whole.gradient_factor;
@@ -259,13 +259,18 @@ void add_own_rows(const Update& update, const Work& whole, Stretches stretches, 
   tables.add(work, std::move(table));
 }
 
+// As by a dense gradient, in whatever layout.
+bool moves_as_a_whole(const selections::Part& part) {
+  return part.selected.is_everything() && !part.rows && !part.progress;
+}
+
 // Stretches that have come equally far; `work` is all of the update, with their coefficients.
 void add_stretches(const Update& update, Work work, Stretches stretches, Tables& tables) {
   const selections::Part& part = *work.part;
   work.part = nullptr;
   const bool are_all = stretches.front().begin == 0 && stretches.front().end == part.size;
   if (are_all && !part.rows) return tables.add(work);
-  if (!update.slot->is_in_c_order(update.gradient) && are_rows(part, stretches))
+  if (!update.slot->is_in_c_order(update.slot->moved_by(update)) && are_rows(part, stretches))
     return add_own_rows(update, work, stretches, tables);
   add_pieces(update, work, stretches, tables);
 }
@@ -314,7 +319,7 @@ std::vector<std::int64_t> places_in_tiles(const selections::Part& part, std::spa
 // memory, in which a piece begins at any element.
 Pieces plan_copy(const Update& update, Stretches stretches, Work& copy, gradients::Rows& strides) {
   const selections::Part& part = *update.slot->work.part;
-  const arrays::Array& gradient = update.gradient;
+  const arrays::Array& gradient = update.slot->moved_by(update);
   const std::int64_t item = item_size(copy.compute);
   strides.stride[kParameter] = item;
   if (!gradient.c_contiguous && are_rows(part, stretches)) {
@@ -346,6 +351,11 @@ void add_moving(const Update& update, Tables& tables) {
   if (work.selected_rows) return add_selected_rows(work, tables);
   if (!work.part) return tables.add(&work);
   const selections::Part& part = *work.part;
+  if (moves_as_a_whole(part)) {
+    Work whole = work;
+    whole.part = nullptr;
+    return tables.add(whole);
+  }
   for (const bool keeps_value : {false, true}) {
     const std::vector<Stretch> stretches = by_age(part, moved_stretches(part, keeps_value));
     for (auto first = stretches.begin(); first != stretches.end();) {
@@ -365,6 +375,7 @@ void add_moving(const Update& update, Tables& tables) {
 
 void add_whole_gradient(const Update& update, Tables& tables) {
   const Work& work = update.slot->work;
+  if (update.is_outer) return;  // its factors are not for clearing
   if (!work.whole_gradient.array) return tables.add(&work);
   const Operand gradient = update.gradient.operand();
   Work whole = of_two(gradient, gradient, work.compute);
@@ -379,7 +390,8 @@ std::size_t SummedGradients::scratch_bytes(const Update& update) {
   const std::int64_t granule = part.visited().granule();
   const bool is_all_or_none = granule >= part.size && (part.tiles() == 0 || part.moved(0).any());
   const bool are_tiles = granule % kTileSize == 0 || is_all_or_none;
-  if (are_tiles && !part.rows && update.slot->is_in_c_order(update.gradient)) return 0;
+  if (are_tiles && !part.rows && update.slot->is_in_c_order(update.slot->moved_by(update)))
+    return 0;
   return static_cast<std::size_t>(part.tiles() * kTileSize * item_size(work.compute));
 }
 
@@ -399,7 +411,7 @@ void SummedGradients::add_copies(const Update& update, const Operand& scratch) {
   cleared_.add(tiles);
   summed_.add(tiles);
 
-  Work copy = of_two(scratch, update.gradient.operand(), work.compute);
+  Work copy = of_two(scratch, update.slot->moved_by(update).operand(), work.compute);
   copy.rule = copied_.keep(copying(work.compute));
   gradients::Rows strides;
   const Pieces pieces = plan_copy(update, moved_stretches(part), copy, strides);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
 #include <numeric>
 #include <utility>
 
@@ -38,6 +39,31 @@ void forget_plan(Work& work) {
   work.selected_rows = nullptr;
   work.whole_gradient = {};
 }
+
+// Copies of arrays on a GPU, in the same layout, for as long as this lives; without `fetch`, the
+// arrays themselves.
+class HostCopies {
+ public:
+  explicit HostCopies(Slot::Fetch fetch) : fetch_(std::move(fetch)) {}
+
+  FlatArray of(const Array& array) {
+    FlatArray flat;
+    if (!fetch_) {
+      flat.view(array.operand(), array.geometry());
+      return flat;
+    }
+    const auto [first, last] = array.interval();
+    std::vector<std::byte>& copy = copies_.emplace_back(last - first);
+    if (!copy.empty()) fetch_(copy.data(), reinterpret_cast<const void*>(first), copy.size());
+    const auto offset = reinterpret_cast<std::uintptr_t>(array.data) - first;
+    flat.view({copy.data() + offset, array.dtype}, array.geometry());
+    return flat;
+  }
+
+ private:
+  Slot::Fetch fetch_;
+  std::deque<std::vector<std::byte>> copies_;
+};
 
 void check_has_rows(const Array& array, const std::string& name) {
   if (array.geometry().shape.empty()) throw ValueError(name + " has no dimensions, and so no rows");
@@ -154,24 +180,34 @@ void Slot::check_rows(const Array& values, std::span<const std::int64_t> numbers
   }
 }
 
-void Slot::check_can_take_samples() const {
-  if (is_on_gpu())
-    throw TypeError("the gradient of " + name_ +
-                    " is one of samples, which this version of "
-                    "fusestep adds up on the CPU alone; " +
-                    name_ + " is on " + name_of(device()));
+std::size_t Slot::bytes_of_sum() const {
+  return static_cast<std::size_t>(parameter_.size * item_size(work.compute));
 }
 
-// For a rule that has to see all of a row.
-void Slot::plan_sums(const Array& values) {
-  part_.size = parameter_.size;
-  part_.operand[kGradient].view(values.operand(), values.geometry());
-  sums_memory_.resize(static_cast<std::size_t>(part_.size * item_size(work.compute)));
-  sums_ = Array::dense(sums_memory_.data(), work.compute, parameter_.geometry().shape, device());
+void Slot::plan_samples(const Update& update) {
+  part_.samples = update.samples.get();
+  part_.outer = update.x ? &outer_ : nullptr;
+}
+
+// In the memory that the update has for it on a GPU, and in its own on the CPU.
+void Slot::plan_sum(const Update& update) {
+  std::byte* memory = update.room_for_sum;
+  if (!is_on_gpu()) {
+    plan_samples(update);
+    part_.size = parameter_.size;
+    part_.operand[kGradient].view(update.gradient.operand(), update.gradient.geometry());
+    sum_memory_.resize(bytes_of_sum());
+    memory = sum_memory_.data();
+  }
+  sum_ = Array::dense(memory, work.compute, parameter_.geometry().shape, device());
 }
 
 void Slot::add_up_samples() {
-  if (part_.samples && is_rowwise_) cpu::add_up_samples(part_, work.compute, sums_memory_.data());
+  if (!is_on_gpu() && is_rowwise_) cpu::add_up_samples(part_, work.compute, sum_memory_.data());
+}
+
+const Array& Slot::moved_by(const Update& update) const {
+  return update.samples && adds_up_before() ? sum_ : update.gradient;
 }
 
 void Slot::check_samples(const Array& values, const OccupiedMemory& memory, bool clears_gradient) {
@@ -208,9 +244,13 @@ void Slot::check_factors(const Update& update, const OccupiedMemory& memory) {
   if (update.x) outer_.x.view(update.x->operand(), update.x->geometry());
 }
 
-std::vector<double> Slot::norms_of_outer(const gradients::Samples& samples) const {
-  const FlatArray* const x = part_.outer ? &outer_.x : nullptr;
-  return cpu::norms_of_outer(samples, outer_.error, outer_.rows, x, outer_.columns);
+std::vector<double> Slot::norms_of_outer(const Update& update, const Fetch& fetch) const {
+  HostCopies copies(is_on_gpu() ? fetch : Fetch{});
+  const FlatArray error = copies.of(update.gradient);
+  FlatArray x;
+  if (update.x) x = copies.of(*update.x);
+  return cpu::norms_of_outer(*update.samples, error, outer_.rows, update.x ? &x : nullptr,
+                             outer_.columns);
 }
 
 void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,
@@ -227,11 +267,10 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
   const auto& numbers = update.row_numbers;
   // First what may be refused: a gradient that has been checked counts as known.
   if (update.choice) check_can_choose(*update.choice, numbers.has_value());
-  if (update.samples) check_can_take_samples();
   select_all();
   if (update.choice) select(*update.choice, update.draw);
   if (is_rowwise_) check_selects_rows();
-  if (is_on_gpu() && !is_rowwise_) check_state_has_one_layout();
+  if (is_on_gpu() && !is_rowwise_ && update.moves_parts()) check_state_has_one_layout();
   if (numbers)
     check_rows(gradient, *numbers, memory, clears_gradient);
   else if (update.is_outer)
@@ -241,13 +280,16 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
   else
     check_gradient(gradient, memory, clears_gradient);
   part_.rows = numbers ? &rows_ : nullptr;
-  part_.samples = update.samples.get();
-  part_.outer = update.x ? &outer_ : nullptr;
-  if (is_rowwise_ && update.samples) plan_sums(gradient);
-  if (is_rowwise_)
-    plan_selected_rows(update.samples ? sums_ : gradient, !numbers);
+  part_.samples = nullptr;
+  part_.outer = nullptr;
+  if (update.samples && adds_up_before())
+    plan_sum(update);
   else
-    plan_part(gradient);
+    plan_samples(update);
+  if (is_rowwise_)
+    plan_selected_rows(moved_by(update), !numbers);
+  else
+    plan_part(moved_by(update));
   whole_gradient_.view(gradient.operand(), gradient.geometry());
   work.whole_gradient = {&whole_gradient_, update.is_outer ? 0 : gradient.size};
 }
@@ -350,7 +392,7 @@ void Slot::check_selects_rows() const {
 void Slot::plan_selected_rows(const Array& gradient, bool has_all_rows) {
   const std::int64_t size = row_size();
   if (has_all_rows) rows_.plan_all(parameter_.geometry().shape[0]);
-  if (!part_.tracks)
+  if (!part_.tracks && !part_.selected.is_everything())
     rows_.filter([&](std::int64_t row) { return part_.selected.holds(row * size); });
   plan_rows(gradient, work, rows_);
   if (part_.tracks) work.selected_rows = &part_.selected;
@@ -381,17 +423,10 @@ void Slot::find_top(const Array& gradient, const StepOptions& options, const Fet
   }
   const bool needs_all = part_.top->by == selections::Choice::Size::of_update;
   selections::Part here = part_;
-  std::vector<std::vector<std::byte>> copies;
+  HostCopies copies(fetch);
   const auto [arrays, count] = operands(gradient);
-  for (std::size_t i = 0; i < count; ++i) {
-    if (!needs_all && i != kGradient) continue;
-    const auto [first, last] = arrays[i]->interval();
-    std::vector<std::byte>& copy = copies.emplace_back(last - first);
-    if (!copy.empty()) fetch(copy.data(), reinterpret_cast<const void*>(first), copy.size());
-    std::byte* const data =
-        copy.data() + (reinterpret_cast<std::uintptr_t>(arrays[i]->data) - first);
-    here.operand[i].view({data, arrays[i]->dtype}, arrays[i]->geometry());
-  }
+  for (std::size_t i = 0; i < count; ++i)
+    if (needs_all || i == kGradient) here.operand[i] = copies.of(*arrays[i]);
   Work of_copies = work;
   of_copies.part = &here;
   part_.selected = cpu::find_top(of_copies, options);

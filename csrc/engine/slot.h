@@ -63,16 +63,29 @@ class Slot {
   // Before a part moves: by which rule. From now on its blocks may come differently far.
   void begin_part(const rules::AnyRule& rule, double lr);
 
-  // How long each sample's gradient is that prepare_part() found to be made from factors.
-  std::vector<double> norms_of_outer(const gradients::Samples& samples) const;
+  // Where samples are added up before the step, rather than piece by piece as it goes: for a rule
+  // that has to see all of a row, and on a GPU, whose kernels take arrays.
+  bool adds_up_before() const { return is_rowwise_ || is_on_gpu(); }
 
-  // Adds up samples, of which it is known by now how much each counts, where that is not done piece
-  // by piece.
+  // How much memory the sum takes then.
+  std::size_t bytes_of_sum() const;
+
+  // On the CPU: adds up samples, of which it is known by now how much each counts, if it is to be
+  // done before the step.
   void add_up_samples();
+
+  // The array that an update moves the parameter by: its gradient, or the sum of its samples.
+  const arrays::Array& moved_by(const Update& update) const;
+
+  // Brings copies of so many bytes that are on a GPU.
+  using Fetch = std::function<void(void* to, const void* from, std::size_t bytes)>;
+
+  // How long the gradient of each sample is that is made from factors. On a GPU, of copies of
+  // these.
+  std::vector<double> norms_of_outer(const Update& update, const Fetch& fetch) const;
 
   // Selects what depends on the gradients, of which the factor is known by now. That happens here:
   // of what is on a GPU, `fetch` brings copies of so many bytes.
-  using Fetch = std::function<void(void* to, const void* from, std::size_t bytes)>;
   void find_top(const arrays::Array& gradient, const StepOptions& options, const Fetch& fetch);
 
   // The work on rows of the parameter, which `rows` is to list, by those of a gradient.
@@ -128,8 +141,8 @@ class Slot {
   void check_rows(const arrays::Array& values, std::span<const std::int64_t> numbers,
                   const OccupiedMemory& memory, bool clears_gradient);
   void check_shape_of_rows(const arrays::Array& values) const;
-  void check_can_take_samples() const;
-  void plan_sums(const arrays::Array& values);
+  void plan_samples(const Update& update);
+  void plan_sum(const Update& update);
   void check_samples(const arrays::Array& values, const OccupiedMemory& memory,
                      bool clears_gradient);
   void check_factors(const Update& update, const OccupiedMemory& memory);
@@ -173,8 +186,8 @@ class Slot {
   selections::Part part_;   // of the last step that moved one
   gradients::Outer outer_;  // of the last gradient that was made from factors
   FlatArray whole_gradient_;
-  std::vector<std::byte> sums_memory_;  // of samples, where they are not added up piece by piece
-  arrays::Array sums_;
+  std::vector<std::byte> sum_memory_;  // of samples, where they are added up before the step
+  arrays::Array sum_;
   gradients::Rows rows_;  // of the last gradient that was one of rows
 
   // The last gradient's memory, which was found to be disjoint from all parameters and states.

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <iterator>
 #include <string>
 
 #include "core/errors.h"
 #include "engine/gil.h"
+#include "engine/samples.h"
 
 namespace fusestep::engine {
 namespace {
@@ -21,12 +23,27 @@ std::string text_of(double value) {
   return text;
 }
 
+// The sums of the tiles of a list, as if one device had walked it, from those of each part of it.
+std::vector<double> in_order(WorkList list, std::span<const std::size_t> parts,
+                             std::span<const std::vector<double>> sums) {
+  std::vector<std::size_t> used(sums.size());
+  std::vector<double> result;
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    const std::size_t part = parts[i];
+    const auto first = sums[part].begin() + static_cast<std::ptrdiff_t>(used[part]);
+    const std::int64_t tiles = list[i]->tiles();
+    result.insert(result.end(), first, first + tiles);
+    used[part] += static_cast<std::size_t>(tiles);
+  }
+  return result;
+}
+
 bool chooses_top(const Update& update) {
   return update.choice && update.choice->kind == selections::Choice::Kind::top;
 }
 
 // A bound goes for the gradients of all parameters together.
-void check_samples(const std::vector<Update>& updates, const StepArguments& arguments) {
+void check_samples(Updates updates, const StepArguments& arguments) {
   const Update* first = nullptr;
   for (const Update& update : updates) {
     if (!update.samples) continue;
@@ -47,22 +64,6 @@ void check_samples(const std::vector<Update>& updates, const StepArguments& argu
   }
 }
 
-// One sample's gradient for a parameter, to be summed.
-Work one_sample(const Update& update) {
-  const arrays::Array& values = update.gradient;
-  Work work;
-  work.compute = update.slot->work.compute;
-  for (const std::size_t i : {std::size_t{kParameter}, std::size_t{kGradient}})
-    work.iteration.operand[i] = values.operand();
-  const auto [shape, strides] = values.geometry();
-  const Geometry one{shape.subspan(1), strides.subspan(1)};
-  if (values.c_contiguous)
-    work.iteration.plan_dense(values.size / shape[0], 2);
-  else
-    work.iteration.plan(std::array{one, one});
-  return work;
-}
-
 }  // namespace
 
 void check_rate(double lr) {
@@ -77,12 +78,12 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
                      "; expected a finite number");
   next_.clear();
   work_.clear();
-  unmoved_.clear();
   elements_ = 0;
   is_on_gpus_ = false;
+  find_room_for_sums(updates);
   for (const Update& update : updates) {
     Slot& slot = *update.slot;
-    if (update.choice || update.samples || slot.has_split_progress())
+    if (update.samples || update.moves_parts())
       slot.prepare_part(update, memory, arguments.zero_grad);
     else if (update.row_numbers)
       slot.prepare_rows(update.gradient, *update.row_numbers, memory, arguments.zero_grad);
@@ -92,25 +93,19 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
       slot.prepare(update.gradient, memory, arguments.zero_grad);
     slot.work.gradient_factor = update.group->maximize ? -1 : 1;
     if (!slot.gradient_is_known()) disjoint_gradients_.clear();
-    if (update.samples && update.samples->is_nothing()) {
-      unmoved_.push_back(&slot.work);
-      continue;
-    }
+    if (slot.device().kind == Device::cuda) is_on_gpus_ = true;
+    if (update.is_nothing()) continue;
     next_.push_back(update.group->rule->advance(slot.progress));
     work_.push_back(&slot.work);
-    if (slot.device().kind == Device::cpu)
-      elements_ += slot.work.elements();
-    else
-      is_on_gpus_ = true;
+    if (slot.device().kind == Device::cpu) elements_ += slot.work.elements();
   }
   check_samples(updates, arguments);
   if (arguments.zero_grad) check_gradients_are_disjoint(updates);
-  std::erase_if(
-      updates, [](const Update& update) { return update.samples && update.samples->is_nothing(); });
+  std::ranges::stable_partition(updates, std::not_fn(&Update::is_nothing));
 }
 
 // A gradient cleared for one parameter must not still be wanted by another.
-void Stepper::check_gradients_are_disjoint(const std::vector<Update>& updates) {
+void Stepper::check_gradients_are_disjoint(Updates updates) {
   std::vector<const Slot*> moved;
   bool known = true;
   for (const Update& update : updates) {
@@ -141,7 +136,7 @@ void Stepper::check_gradients_are_disjoint(const std::vector<Update>& updates) {
 }
 
 // Parameters of a group that have had the same number of updates share their coefficients.
-void Stepper::add_coefficients(const std::vector<Update>& updates) {
+void Stepper::add_coefficients(Updates updates) {
   coefficients_.clear();
   coefficients_.reserve(updates.size());  // the work points into it
   for (std::size_t i = 0; i < updates.size(); ++i) {
@@ -159,10 +154,14 @@ void Stepper::add_coefficients(const std::vector<Update>& updates) {
 
 bool Stepper::will_release_gil() const { return elements_ >= kElementsWorthReleasingGil; }
 
-bool Stepper::take(std::vector<Update>& updates, const StepArguments& arguments,
-                   const cpu::Errand& errand) {
-  if (arguments.zero_grad) cpu::clear_whole_gradients(unmoved_);
-  if (updates.empty()) return true;
+bool Stepper::take(Updates updates, const StepArguments& arguments, const cpu::Errand& errand) {
+  const Updates moving = updates.first(work_.size()), unmoved = updates.subspan(work_.size());
+  const bool is_taken = moving.empty() || move(moving, arguments, errand);
+  if (arguments.zero_grad && !unmoved.empty()) clear_unmoved(unmoved);
+  return is_taken;
+}
+
+bool Stepper::move(Updates updates, const StepArguments& arguments, const cpu::Errand& errand) {
   catch_up_whole_tables(updates);
   add_coefficients(updates);
   // A copy of the settings: another thread may assign to an attribute while the GIL is released.
@@ -182,12 +181,15 @@ bool Stepper::take(std::vector<Update>& updates, const StepArguments& arguments,
   return true;
 }
 
-bool Stepper::run(std::vector<Update>& updates, const StepArguments& arguments,
-                  const Settings& settings, const cpu::Errand& errand) {
+bool Stepper::run(Updates updates, const StepArguments& arguments, const Settings& settings,
+                  const cpu::Errand& errand) {
+  if (is_on_gpus_) start(updates);
   plan_samples(updates, arguments);
-  if (is_on_gpus_) distribute(updates);
   Gpu::Request request{.options = {arguments.grad_scale, arguments.zero_grad},
-                       .scaling = arguments.scaling};
+                       .scaling = arguments.scaling,
+                       .counts = std::ranges::all_of(updates, [&](const Update& update) {
+                         return is_counted_elsewhere(*update.slot);
+                       })};
   if (settings.need_norm() && !is_decided_here(updates, arguments, settings)) {
     request.max_norm = settings.max_norm;
     request.skip_nonfinite = settings.skip_nonfinite;
@@ -195,7 +197,7 @@ bool Stepper::run(std::vector<Update>& updates, const StepArguments& arguments,
     const GilRelease release(will_release_gil() || is_on_gpus_);
     const GradientNorm norm = arguments.norm ? *arguments.norm : gradient_norm();
     if (settings.skip_nonfinite && !norm.finite) {
-      if (arguments.zero_grad) clear_gradients();
+      if (arguments.zero_grad) clear_gradients(cpu_work());
       return false;
     }
     if (settings.max_norm)
@@ -225,46 +227,67 @@ bool Stepper::run(std::vector<Update>& updates, const StepArguments& arguments,
 
 // ---- samples ----
 
+// On a GPU samples are added up before the step, in memory that is the optimizer's.
+void Stepper::find_room_for_sums(std::vector<Update>& updates) {
+  for (const Update& update : updates)
+    if (update.samples && update.slot->device().kind == Device::cuda)
+      place_of(update.slot->device().index);
+  for (Gpu& gpu : gpus_) gpu.find_room_for_sums(updates);
+}
+
 // Over all parameters whose samples are bounded; of samples that are not there, what it may be.
-std::vector<double> Stepper::norms_of_samples(const std::vector<Update>& updates) const {
+// Waits for GPUs.
+std::vector<double> Stepper::norms_of_samples(Updates updates) {
   std::vector<double> norms = norms_of_arrays(updates);
   for (const Update& update : updates) {
     if (!update.is_outer || !update.samples->max_norm) continue;
-    const std::vector<double> others = update.slot->norms_of_outer(*update.samples);
+    const std::vector<double> others =
+        update.slot->norms_of_outer(update, fetch_from(*update.slot));
     if (norms.empty()) norms.resize(others.size());
     for (std::size_t i = 0; i < norms.size(); ++i) norms[i] = hypotenuse(norms[i], others[i]);
   }
   return norms;
 }
 
+Slot::Fetch Stepper::fetch_from(const Slot& slot) {
+  return [this, index = slot.device().index](void* to, const void* from, std::size_t bytes) {
+    gpu(index).fetch(to, from, bytes);
+  };
+}
+
 // Over those that lie in arrays.
-std::vector<double> Stepper::norms_of_arrays(const std::vector<Update>& updates) const {
+std::vector<double> Stepper::norms_of_arrays(Updates updates) {
   constexpr std::int64_t kAtOnce = 64;
   std::vector<Work> ones;
   std::vector<std::int64_t> strides;
+  std::vector<std::size_t> parts;
   std::int64_t count = 0;
-  for (const Update& update : updates) {
+  for (std::size_t i = 0; i < updates.size(); ++i) {
+    const Update& update = updates[i];
     if (!update.samples || !update.samples->max_norm || update.samples->present.empty()) continue;
     if (update.is_outer) continue;
     count = update.samples->count();
     ones.push_back(one_sample(update));
-    strides.push_back(update.gradient.geometry().strides[0]);
+    strides.push_back(stride_of_samples(update));
+    parts.push_back(is_on_gpus_ ? part_[i] : 0);
   }
   std::vector<double> norms;
   for (std::int64_t begin = 0; begin < count; begin += kAtOnce) {
     const std::int64_t end = std::min(count, begin + kAtOnce);
     std::deque<Work> work;
     std::vector<const Work*> list;
+    std::vector<std::size_t> parts_of_list;
     std::int64_t tiles = 0;
     for (std::int64_t sample = begin; sample < end; ++sample)
       for (std::size_t i = 0; i < ones.size(); ++i) {
         Work& one = work.emplace_back(ones[i]);
         one.iteration.operand[kGradient].data += sample * strides[i];
         list.push_back(&one);
+        parts_of_list.push_back(parts[i]);
         if (sample == begin) tiles += one.tiles();
       }
     const auto sums = [&](double prescale) {
-      std::vector<double> of_tiles = cpu::tile_sums(list, prescale), result;
+      std::vector<double> of_tiles = tile_sums(list, parts_of_list, prescale), result;
       for (std::int64_t i = 0; i < end - begin; ++i)
         result.push_back(sum_in_groups(of_tiles.data() + i * tiles, tiles));
       return result;
@@ -283,29 +306,28 @@ std::vector<double> Stepper::norms_of_arrays(const std::vector<Update>& updates)
   return norms;
 }
 
-void Stepper::plan_samples(std::vector<Update>& updates, const StepArguments& arguments) {
+void Stepper::plan_samples(Updates updates, const StepArguments& arguments) {
   const auto has_samples = [](const Update& update) { return update.samples != nullptr; };
   if (std::ranges::none_of(updates, has_samples)) return;
-  const GilRelease release(will_release_gil());
+  const GilRelease release(will_release_gil() || is_on_gpus_);
   const std::vector<double> norms = norms_of_samples(updates);
-  for (Update& update : updates) {
+  for (const Update& update : updates) {
     if (!update.samples) continue;
     update.samples->plan(norms, arguments.grad_scale, update.draw.noise());
     update.slot->add_up_samples();
   }
+  for (Gpu& gpu : gpus_)
+    if (is_on_gpus_ && !gpu.is_idle()) gpu.add_up_samples();
 }
 
 // ---- parts of parameters ----
 
-void Stepper::find_tops(const std::vector<Update>& updates, const StepOptions& options) {
+void Stepper::find_tops(Updates updates, const StepOptions& options) {
   if (std::ranges::none_of(updates, chooses_top)) return;
   const GilRelease release(will_release_gil() || is_on_gpus_);
   for (const Update& update : updates) {
-    const Device device = update.slot->device();
-    update.slot->find_top(update.gradient, options,
-                          [&](void* to, const void* from, std::size_t bytes) {
-                            gpu(device.index).fetch(to, from, bytes);
-                          });
+    Slot& slot = *update.slot;
+    slot.find_top(slot.moved_by(update), options, fetch_from(slot));
   }
 }
 
@@ -324,14 +346,14 @@ void Stepper::finish_parts(bool clears_gradients) {
 // ---- rows that have missed steps ----
 
 // Before a dense gradient moves all rows.
-void Stepper::catch_up_whole_tables(const std::vector<Update>& updates) {
+void Stepper::catch_up_whole_tables(Updates updates) {
   for (const Update& update : updates)
     if (update.slot->history && update.slot->history->has_missed_steps() && !update.row_numbers)
       catch_up(*update.slot, *update.group->rule, update.stream);
 }
 
 // Before rows are moved there. On the CPU they are brought up to date in the same pass.
-void Stepper::catch_up_on_gpus(const std::vector<Update>& updates) {
+void Stepper::catch_up_on_gpus(Updates updates) {
   for (Gpu& gpu : gpus_) {
     if (gpu.is_idle()) continue;
     MissedRows rows;
@@ -386,7 +408,7 @@ void Stepper::catch_up(Slot& slot, const rules::AnyRule& rule,
 // The norm of gradients on one GPU is found out and acted upon there. Where several devices take
 // part, or processes, the host must wait for them; and where it counts the steps that are taken.
 // Of the largest updates the host has to know how large they are, after clipping.
-bool Stepper::is_decided_here(const std::vector<Update>& updates, const StepArguments& arguments,
+bool Stepper::is_decided_here(Updates updates, const StepArguments& arguments,
                               const Settings& settings) const {
   if (!is_on_gpus_ || std::ranges::any_of(updates, chooses_top)) return true;
   if (arguments.norm || !cpu_work_.empty()) return true;
@@ -397,7 +419,7 @@ bool Stepper::is_decided_here(const std::vector<Update>& updates, const StepArgu
   return busy > 1 || must_know;
 }
 
-void Stepper::distribute(const std::vector<Update>& updates) {
+void Stepper::distribute(Updates updates) {
   cpu_work_.clear();
   part_.clear();
   for (Gpu& gpu : gpus_) gpu.begin();
@@ -411,26 +433,32 @@ void Stepper::distribute(const std::vector<Update>& updates) {
       part_.push_back(1 + place_of(device.index));
     }
   }
+}
+
+void Stepper::start(Updates updates) {
+  distribute(updates);
   for (Gpu& gpu : gpus_)
     if (!gpu.is_idle()) gpu.start(updates);
 }
 
-// In the order of the whole list, as if one device had walked it.
 std::vector<double> Stepper::tile_sums(double prescale) {
   if (!is_on_gpus_) return cpu::tile_sums(work_, prescale);
-  std::vector<std::vector<double>> parts{cpu::tile_sums(cpu_work_, prescale)};
+  std::vector<std::vector<double>> sums{cpu::tile_sums(cpu_work_, prescale)};
   for (Gpu& gpu : gpus_)
-    parts.push_back(gpu.is_idle() ? std::vector<double>{} : gpu.tile_sums(prescale));
-  std::vector<std::size_t> used(parts.size());
-  std::vector<double> sums;
-  for (std::size_t i = 0; i < work_.size(); ++i) {
-    const std::size_t part = part_[i];
-    const auto first = parts[part].begin() + static_cast<std::ptrdiff_t>(used[part]);
-    const std::int64_t tiles = work_[i]->tiles();
-    sums.insert(sums.end(), first, first + tiles);
-    used[part] += static_cast<std::size_t>(tiles);
+    sums.push_back(gpu.is_idle() ? std::vector<double>{} : gpu.tile_sums(prescale));
+  return in_order(work_, part_, sums);
+}
+
+// Of other work, in parts of the same kind.
+std::vector<double> Stepper::tile_sums(WorkList list, Parts parts, double prescale) {
+  std::vector<std::vector<const Work*>> lists(1 + gpus_.size());
+  for (std::size_t i = 0; i < list.size(); ++i) lists[parts[i]].push_back(list[i]);
+  std::vector<std::vector<double>> sums{cpu::tile_sums(lists[0], prescale)};
+  for (std::size_t i = 0; i < gpus_.size(); ++i) {
+    const auto& of_gpu = lists[i + 1];
+    sums.push_back(of_gpu.empty() ? std::vector<double>{} : gpus_[i].tile_sums(of_gpu, prescale));
   }
-  return sums;
+  return in_order(list, parts, sums);
 }
 
 GradientNorm Stepper::gradient_norm() {
@@ -443,8 +471,8 @@ GradientNorm Stepper::gradient_norm() {
   return norm.finite ? norm : norm_of_prescaled(sum(kPrescale));
 }
 
-std::vector<GradientNorm> Stepper::gradient_norms(const std::vector<Update>& updates) {
-  if (is_on_gpus_) distribute(updates);
+std::vector<GradientNorm> Stepper::gradient_norms(Updates updates) {
+  if (is_on_gpus_) start(updates.first(work_.size()));
   std::vector<double> sums = tile_sums(1), prescaled;
   std::vector<GradientNorm> norms;
   std::size_t first = 0;
@@ -461,14 +489,21 @@ std::vector<GradientNorm> Stepper::gradient_norms(const std::vector<Update>& upd
   return norms;
 }
 
-void Stepper::clear_gradients() {
-  cpu::clear_gradients(cpu_work());
+void Stepper::clear_gradients(WorkList on_cpu) {
+  cpu::clear_gradients(on_cpu);
   if (!is_on_gpus_) return;
   for (Gpu& gpu : gpus_) {
     if (gpu.is_idle()) continue;
     gpu.clear_gradients();
     gpu.finish();
   }
+}
+
+// In a step that was not theirs: no sample is there.
+void Stepper::clear_unmoved(Updates updates) {
+  distribute(updates);
+  for (Gpu& gpu : gpus_) gpu.wait_for_others();
+  clear_gradients(cpu_work_);
 }
 
 // ---- progress on GPUs ----

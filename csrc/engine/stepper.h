@@ -70,6 +70,7 @@ struct Update {
   arrays::Array gradient;
   std::optional<std::vector<std::int64_t>> row_numbers;  // where it is of some rows only
   std::unique_ptr<gradients::Samples> samples = {};      // where it is one for each sample
+  std::byte* room_for_sum = nullptr;                     // on a GPU: where these are added up
 
   // Where these are made from factors: `gradient` is that of the rows, and this, if there is one,
   // that of the columns.
@@ -79,7 +80,15 @@ struct Update {
   const selections::Choice* choice = nullptr;  // which part of the parameter moves
   selections::Draw draw{};
   cuda::Stream stream = 0;  // on a GPU: where the parameter's library works
+
+  // Whether nothing is there that could move the parameter.
+  bool is_nothing() const { return samples && samples->is_nothing(); }
+  bool has_noise() const { return samples && samples->has_noise(); }
+
+  // Whether not all of the parameter moves, or not all of it has come equally far.
+  bool moves_parts() const { return choice || slot->has_split_progress(); }
 };
+using Updates = std::span<const Update>;
 
 // Gradients may be the last owners of their memory: a step lets go of them, however it ends.
 struct ClearAtExit {
@@ -102,7 +111,8 @@ struct StepArguments {
 class Stepper {
  public:
   // Checks everything about the gradients, and plans the step. Changes nothing that a caller can
-  // see. `memory` is that of all parameters and their state.
+  // see, but that updates which move something come first. `memory` is that of all parameters and
+  // their state.
   void prepare(std::vector<Update>& updates, const OccupiedMemory& memory,
                const StepArguments& arguments);
 
@@ -125,14 +135,13 @@ class Stepper {
   void catch_up(Slot& slot, const rules::AnyRule& rule, cuda::Stream stream);
 
   // The norm of each gradient that was prepared.
-  std::vector<GradientNorm> gradient_norms(const std::vector<Update>& updates);
+  std::vector<GradientNorm> gradient_norms(Updates updates);
 
   // Takes the step that was prepared; releases the GIL if that pays. The errand, which needs the
   // GIL and may be empty, is run while other threads are at work already. False, without the
   // errand, where a gradient was not finite and the step was therefore left out. On a GPU that is
   // found out later, and true.
-  bool take(std::vector<Update>& updates, const StepArguments& arguments,
-            const cpu::Errand& errand = {});
+  bool take(Updates updates, const StepArguments& arguments, const cpu::Errand& errand = {});
 
   // The part of steps that is taken on a GPU.
   Gpu& gpu(int index);
@@ -155,26 +164,33 @@ class Stepper {
 
  private:
   WorkList cpu_work() const { return is_on_gpus_ ? cpu_work_ : work_; }
-  bool is_decided_here(const std::vector<Update>& updates, const StepArguments& arguments,
+  bool is_decided_here(Updates updates, const StepArguments& arguments,
                        const Settings& settings) const;
   bool is_counted_elsewhere(const Slot& slot) const;
-  void distribute(const std::vector<Update>& updates);
+  void distribute(Updates updates);
+  using Parts = std::span<const std::size_t>;  // as part_, of a list
   std::vector<double> tile_sums(double prescale);
+  std::vector<double> tile_sums(WorkList list, Parts parts, double prescale);
   GradientNorm gradient_norm();
-  void clear_gradients();
-  void catch_up_whole_tables(const std::vector<Update>& updates);
-  void catch_up_on_gpus(const std::vector<Update>& updates);
+  void clear_gradients(WorkList on_cpu);
+  void catch_up_whole_tables(Updates updates);
+  void catch_up_on_gpus(Updates updates);
   void record(const Update& update, const rules::Progress& progress);
-  void plan_samples(std::vector<Update>& updates, const StepArguments& arguments);
-  std::vector<double> norms_of_samples(const std::vector<Update>& updates) const;
-  std::vector<double> norms_of_arrays(const std::vector<Update>& updates) const;
-  void find_tops(const std::vector<Update>& updates, const StepOptions& options);
+  void find_room_for_sums(std::vector<Update>& updates);
+  void plan_samples(Updates updates, const StepArguments& arguments);
+  std::vector<double> norms_of_samples(Updates updates);
+  std::vector<double> norms_of_arrays(Updates updates);
+  Slot::Fetch fetch_from(const Slot& slot);
+  void find_tops(Updates updates, const StepOptions& options);
   void finish_parts(bool clears_gradients);
   std::size_t place_of(int gpu);
-  void check_gradients_are_disjoint(const std::vector<Update>& updates);
-  void add_coefficients(const std::vector<Update>& updates);
-  bool run(std::vector<Update>& updates, const StepArguments& arguments, const Settings& settings,
+  void check_gradients_are_disjoint(Updates updates);
+  void add_coefficients(Updates updates);
+  bool move(Updates updates, const StepArguments& arguments, const cpu::Errand& errand);
+  bool run(Updates updates, const StepArguments& arguments, const Settings& settings,
            const cpu::Errand& errand);
+  void clear_unmoved(Updates updates);
+  void start(Updates updates);
 
   // The parameters whose last gradients were found to be disjoint from each other. Void as soon as
   // one of them meets other memory, with or without zero_grad.
@@ -187,7 +203,6 @@ class Stepper {
   std::vector<std::size_t> part_;      // for each piece: 0 is the CPU, then the GPUs in order
   std::int64_t elements_ = 0;
   std::vector<rules::Coefficients> coefficients_;
-  std::vector<const Work*> unmoved_;  // of which no sample is there
 
   std::deque<Gpu> gpus_;
   bool is_on_gpus_ = false;  // some of the step under way is

@@ -418,12 +418,19 @@ bool TorchOptimizer::collect(const Selections& selections) {
       moving_.push_back(&parameter);
     }
   }
+  if (std::ranges::any_of(updates_, &Update::has_noise)) {
+    pull();  // it depends on how many steps have been taken
+    for (Update& update : updates_) update.draw.step = stepper.steps;
+  }
   return true;
 }
 
 void TorchOptimizer::view_samples(const Slot& slot, const py::object& samples, Update& update) {
   tensors_.has_run_code = true;
-  update.take(arrays::from_samples(samples.ptr(), slot.name()));
+  const auto view = [&](PyObject* tensor, const arrays::Label& label) {
+    return tensors_.view_samples(tensor, label);
+  };
+  update.take(arrays::from_samples(samples.ptr(), slot.parameter(), slot.name(), view));
 }
 
 void TorchOptimizer::view_unusual_gradient(FollowedParameter& parameter, const py::object& gradient,

@@ -14,27 +14,10 @@
 #include <vector>
 
 #include "core/gradient_norm.h"
-#include "core/normal.h"
 #include "core/random.h"
+#include "gradients/sum_of_samples.h"
 
 namespace fusestep::gradients {
-
-// Noise for a parameter's elements, numbered in C order.
-struct Noise {
-  RandomStream random{};
-  double deviation = 0;
-
-  FUSESTEP_HOST_DEVICE double operator()(std::int64_t element) const {
-    return deviation * standard_normal(random.bits(static_cast<std::uint64_t>(element)));
-  }
-
-  // To elements from `begin` on.
-  template <class T>
-  void add(std::int64_t begin, std::int64_t count, T* sum) const {
-    if (deviation == 0) return;
-    for (std::int64_t i = 0; i < count; ++i) sum[i] += static_cast<T>((*this)(begin + i));
-  }
-};
 
 struct Samples {
   std::vector<double> weight;  // 0: that sample is not there

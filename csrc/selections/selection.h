@@ -40,6 +40,7 @@ class Selection {
   // A number that divides each range of selected elements, so that all of a block of so many is
   // selected or nothing; 0 for everything.
   std::int64_t granule() const { return granule_; }
+  bool is_everything() const { return std::holds_alternative<All>(kind_); }
 
   // Tiles that may hold a selected element, in ascending order.
   std::int64_t tiles() const;

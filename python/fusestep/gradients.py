@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import _cpu
-from ._arrays import backend_of
+from ._arrays import on_host
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -115,8 +115,9 @@ class OfSamples:
 class Samples(OfSamples):
     """Gradients of several samples, one for each, which the step weighs and adds up.
 
-    The step takes ``sum_i weight_i * clip_i * values_i``, divided as `reduction` says, without ever
-    storing it: each piece of the sum is made and used while it is in the cache.
+    The step takes ``sum_i weight_i * clip_i * values_i``, divided as `reduction` says. On the CPU
+    that is never stored: each piece of the sum is made and used while it is in the cache. On a GPU
+    it is made before the step, in memory that is kept for the next one.
 
     With `max_norm` and `noise_multiplier` that is the step of DP-SGD [1]_: no sample moves the
     parameters by more than `max_norm` allows, and noise hides whether it was there.
@@ -128,7 +129,7 @@ class Samples(OfSamples):
         be 0.
     weight
         How much each sample counts: N numbers that are not negative; None: 1 each. A sample with
-        weight 0 is as if it were not there.
+        weight 0 is as if it were not there. On the CPU, or on a GPU: then they are fetched.
     max_norm
         Bounds each sample's gradient: it is multiplied by ``max_norm / norm`` where its L2 norm,
         over the samples for all parameters of the step together, is larger. Weights come after
@@ -154,7 +155,8 @@ class Samples(OfSamples):
     -----
     Arrays are kept, not copied. If no sample is there, and no noise, the parameter does not move
     and its state does not age. ``grad_scale`` multiplies the gradients before they are bounded, and
-    does not multiply the noise; ``zero_grad=True`` sets `values` to zero.
+    does not multiply the noise; ``zero_grad=True`` sets `values` to zero. On a GPU a step with
+    `max_norm` waits for the norms, and cannot be captured in a CUDA graph (`RuntimeError`).
 
     The generator is not a cryptographic one: whoever knows the seed can subtract the noise. How
     much privacy a training run has spent is for an accountant to say, such as Opacus' or
@@ -295,7 +297,7 @@ def _positive(name: str, value: Any) -> float:
 
 def as_weights(weight: Any, label: str) -> npt.NDArray[np.float64]:
     """Return weights as float64 in the CPU's memory, of whatever library they are."""
-    array = np.asarray(backend_of(weight).to_numpy(weight))
+    array = np.asarray(on_host(weight))
     if array.dtype.kind not in "fiubV" and array.size:
         raise TypeError(f"{label} have dtype {array.dtype}; expected real numbers")
     return array.astype(np.float64)

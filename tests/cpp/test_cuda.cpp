@@ -21,6 +21,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "cpu/samples.h"
 #include "cpu/step.h"
 #include "cuda/step.h"
 #include "testing.h"
@@ -1223,6 +1224,85 @@ void check_clearing() {
   }
 }
 
+// ---- gradients of samples ----------------------------------------------------------------------
+
+// Some samples and their sum, on both sides.
+class Sum {
+ public:
+  // The first axis of the view is that of the samples.
+  Sum(const View& values, DType dtype, DType compute, bool has_noise, Random& random)
+      : values_(values, dtype, random.below(3)),
+        sum_(View::of(Shape(values.shape.begin() + 1, values.shape.end())), compute, 0) {
+    values_.fill([&] { return random.number(); });
+    std::vector<double> norms;
+    for (std::int64_t i = 0; i < values.shape[0]; ++i) {
+      samples_.weight.push_back(static_cast<double>(random.below(4)) / 3);
+      norms.push_back(1 + random.number());
+    }
+    samples_.max_norm = 1;
+    samples_.noise_multiplier = has_noise ? 0.5 : 0;
+    samples_.find_present();
+    samples_.plan(norms, 0.5, RandomStream::of(1, 2, 3));
+
+    const auto [shape, strides] = values_.geometry();
+    const Geometry one{shape.subspan(1), strides.subspan(1)};
+    work_.compute = compute;
+    work_.iteration.operand[kParameter] = sum_.on_device();
+    work_.iteration.operand[kGradient] = values_.on_device();
+    if (is_c_contiguous(one, item_size(dtype)))
+      work_.iteration.plan_dense(sum_.size(), 2);
+    else
+      work_.iteration.plan(std::array{sum_.geometry(), one});
+    part_.size = sum_.size();
+    part_.samples = &samples_;
+    part_.operand[kGradient].view(values_.on_host(), values_.geometry());
+  }
+
+  cuda::MadeGradient on_device() const {
+    return {&work_, values_.geometry().strides[0], &samples_};
+  }
+
+  void check() {
+    cpu::add_up_samples(part_, work_.compute, sum_.on_host().data);
+    check_that(sum_.is_same(), "a sum of samples");
+    check_that(values_.is_same(), "gradients of samples");
+  }
+
+ private:
+  Array values_, sum_;
+  gradients::Samples samples_;
+  Work work_;
+  selections::Part part_;
+};
+
+// More than a launch takes, of all sizes, types and layouts.
+void check_samples(bool quick) {
+  scene() = "samples";
+  const std::vector<Shape> shapes = {{},     {1},      {3},    {0},      {1023},       {1024},
+                                     {1025}, {40, 30}, {4100}, {33, 65}, {5, 4, 3, 2}, {7, 1, 150}};
+  Random random(5);
+  std::deque<Sum> sums;
+  for (const std::int64_t count : quick ? Shape{0, 5} : Shape{0, 1, 3, 4, 5, 8, 11}) {
+    for (const Shape& shape : shapes) {
+      Shape all{count};
+      all.insert(all.end(), shape.begin(), shape.end());
+      const View dense = View::of(all);
+      for (const View& view :
+           {dense, dense, View::in_order(all, shuffled(all.size(), random)), dense.stepped(2),
+            dense.reversed(all.size() - 1), dense.broadcast(0)})
+        for (const DType compute : {DType::float32, DType::float64})
+          sums.emplace_back(view, kAllDTypes[random.below(4)], compute, random.below(2) == 0,
+                            random);
+    }
+  }
+  sums.emplace_back(View::of(Shape(64, 1)), DType::float32, DType::float32, true, random);
+  std::vector<cuda::MadeGradient> gradients;
+  for (const Sum& sum : sums) gradients.push_back(sum.on_device());
+  cuda::Workspace workspace(0);
+  cuda::make_gradients(workspace, 0, gradients);
+  for (Sum& sum : sums) sum.check();
+}
+
 // ---- decisions ---------------------------------------------------------------------------------
 
 // Every type and layout, and an array without elements.
@@ -1652,6 +1732,7 @@ void run(bool quick) {
   check_rule_tables();
   check_group_boundaries(quick);
   check_clearing();
+  check_samples(quick);
   check_all_decisions(quick);
   check_progress_memory();
   check_many_steps(quick);

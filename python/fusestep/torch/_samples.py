@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..gradients import Outer, Samples
-from . import _selections, linear
+from . import _selections, _tensors, linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def taken(optimizer: Optimizer, weight: Any, options: Any) -> list[tuple[Tensor,
     TypeError
         The options are not those of :class:`fusestep.Samples`, or not in a dict.
     ValueError
-        No parameter has ``grad_sample``; or one has a gradient without, or two of them.
+        No parameter has ``grad_sample``; or one has a gradient without, or is a DTensor.
     """
     if options is None:
         options = {}
@@ -53,6 +53,11 @@ def taken(optimizer: Optimizer, weight: Any, options: Any) -> list[tuple[Tensor,
     for parameter, label in optimizer._parameters():
         values = _of(parameter)
         if values is not None:
+            if _tensors.is_sharded(parameter):
+                raise ValueError(
+                    f"{label} is a DTensor and has grad_sample; samples are for parameters that "
+                    "every process holds all of"
+                )
             found.append((parameter, Samples(values, weight, **options)))
         elif linear.factors_of(parameter) and parameter.grad is None:
             factors = linear.of_samples(parameter, label)
@@ -81,7 +86,7 @@ def _of(parameter: Tensor) -> Tensor | None:
     if isinstance(values, (list, tuple)):
         parts = [part for part in values if part is not None]
         values = torch.cat(parts) if parts else None
-    return values
+    return values if values is None else torch.as_tensor(values)
 
 
 def forget(optimizer: Optimizer) -> None:

@@ -169,7 +169,8 @@ class Optimizer(torch.optim.Optimizer):
             or None, and `sample_options` a dict with some of ``max_norm``, ``noise_multiplier`` and
             ``reduction``. With these it is the step of Opacus' ``DPOptimizer``. ``p.grad`` is not
             looked at. With `zero_grad`, and from then on with :meth:`zero_grad`, ``p.grad_sample``
-            is set to None, too. For parameters on the CPU.
+            is set to None, too. On a GPU such a step waits for a loss scaler, for weights that are
+            there and, with ``max_norm``, for the norms of samples.
 
         Returns
         -------
@@ -188,11 +189,11 @@ class Optimizer(torch.optim.Optimizer):
             Shapes differ, two parameters share memory, a gradient shares memory with a parameter or
             state, a gradient is on another device than its parameter, or an option of a group has a
             value that is out of range; there are no samples where they are asked for, or not of all
-            parameters with a gradient; or `where` is given for parameters on a GPU in a group that
-            is capturable.
+            parameters with a gradient, or of a DTensor; or `where` is given for parameters on a GPU
+            in a group that is capturable.
         RuntimeError
             A CUDA graph is being captured, and its replays would not be steps; or a gradient on the
-            GPU is sparse, or ``rows`` is "exact".
+            GPU is sparse, ``rows`` is "exact", or samples have weights on the GPU or ``max_norm``.
 
         Notes
         -----
@@ -291,7 +292,9 @@ class Optimizer(torch.optim.Optimizer):
         loss_scale = getattr(self, "grad_scale", None)
         on_gpu = None
         is_scaled = loss_scale is not None or found_inf is not None
-        if is_scaled and not _selections.are_on_gpu(self, where):  # which the host counts
+        by_sample = sample_weight is not None or sample_options is not None
+        # The host counts updates of blocks, and bounds samples.
+        if is_scaled and not by_sample and not _selections.are_on_gpu(self, where):
             on_gpu = self._on_the_gpu(loss_scale, found_inf)
         if on_gpu is None:
             if found_inf is not None and float(found_inf) != 0:
@@ -300,7 +303,6 @@ class Optimizer(torch.optim.Optimizer):
                 grad_scale /= float(loss_scale)
             on_gpu = None, None
         samples: Sequence[tuple[Tensor, Any]] = ()  # in place of gradients
-        by_sample = sample_weight is not None or sample_options is not None
         if by_sample:
             samples = _samples.taken(self, sample_weight, sample_options)
         elif linear.is_used():
