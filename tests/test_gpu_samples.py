@@ -244,9 +244,9 @@ def test_weights_of_their_own(lib: Library, rng: np.random.Generator) -> None:
     takes."""
     pair = SamplesPair(lib, fs.Adam, [standard(rng, 9) for _ in range(7)])
     a, b = 0.5 + rng.random(5), 0.5 + rng.random(5)
-    fewer = a * [1, 0, 1, 1, 1]
+    fewer, others = np.array([1.0, 0, 1, 1, 1]), np.array([1.0, 1, 0, 1, 1])
     for reduction in ("mean", "sum"):
-        weights = [a, a, b, fewer, a, np.zeros(5), a]
+        weights = [a, a, b, fewer, others, np.zeros(5), a]
         pair.step(
             [
                 samples(rng, w, 5, weight=weight, reduction=reduction)

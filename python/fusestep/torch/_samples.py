@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..gradients import Samples
+from ..gradients import Samples, as_weights
 from . import _selections, _tensors
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def taken(optimizer: Optimizer, weight: Any, options: Any) -> list[tuple[Tensor,
         raise TypeError(
             f"sample_options is {options!r}; expected a dict with some of {', '.join(_OPTIONS)}"
         )
+    if _tensors.is_on_gpu(weight) and not _tensors.is_capturing():
+        weight = as_weights(weight, "sample_weight")  # once for all parameters
     found, without = [], []
     for parameter, label in optimizer._parameters():
         values = _of(parameter)

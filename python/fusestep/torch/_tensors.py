@@ -179,6 +179,11 @@ def current_stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
 
 
+def is_capturing() -> bool:
+    """Return whether torch's current stream is being captured in a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def has_cuda_kernels() -> bool:
     """Return whether this build of fusestep has them."""
     return importlib.util.find_spec("fusestep._cuda") is not None
