@@ -181,7 +181,8 @@ def current_stream(index: int) -> int:
 
 def is_capturing() -> bool:
     """Return whether torch's current stream is being captured in a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    is_in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_in_use and torch.cuda.is_current_stream_capturing()
 
 
 def has_cuda_kernels() -> bool:
