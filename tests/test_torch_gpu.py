@@ -3205,6 +3205,43 @@ def test_samples_that_graphs_cannot_have(machine: Machine) -> None:
     opt.step(sample_options=SAMPLES[3])
 
 
+# ---- what fused linear layers leave --------------------------------------------------------------
+
+
+def with_factors(place: Place, name: str, mode: str) -> Any:
+    """Sequences, single batches and batches that have been accumulated, with and without samples;
+    beside a parameter that has a gradient."""
+    params = leaves(place, (40, 7), (40,), (33, 65), (9,))
+    opt = new(name, params, seed=3, **mode_options(place, name, mode))
+    generator = torch.Generator().manual_seed(7)
+    for step in range(8):
+        shape = (5, 3) if step % 2 else (5,)
+        for p in params[:3]:
+            passes = 2 if step == 4 else 1
+            p.grad_factors = [
+                fst.linear.Factors(
+                    place.put(numbers((*shape, p.shape[1]), p.dtype, generator))
+                    if p.ndim == 2
+                    else None,
+                    place.put(numbers((*shape, len(p)), p.dtype, generator)),
+                    5,
+                )
+                for _ in range(passes)
+            ]
+        options: dict[str, Any] = {"sample_options": SAMPLES[step % 4]} if step in (1, 3, 6) else {}
+        params[3].grad = None if options else place.put(numbers((9,), torch.float32, generator))
+        opt.step(grad_scale=0.5, zero_grad=True, **options)
+    return standing(opt, params)
+
+
+@each_class_and_mode(CLASSES)
+def test_factors_of_linear_layers(
+    machine: Machine, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fst.linear, "_is_used", True)
+    assert_same_course(machine, with_factors, name, mode)
+
+
 # ---- several devices in one optimizer ------------------------------------------------------------
 
 
