@@ -231,10 +231,11 @@ class Outer(OfSamples):
 
     Notes
     -----
-    Arrays are kept, not copied, and never changed, not by ``zero_grad=True`` either. Samples are
-    added up one after another, each product rounded to the type the rule computes in: the same bits
-    on any number of threads and every instruction set. That takes 2 N operations for each element
-    of the parameter, as a product of matrices does, and is as quick as one.
+    Arrays are kept, not copied, and never changed, not by ``zero_grad=True`` either. On a GPU the
+    sum is made first, in memory of the optimizer's, as for :class:`Samples`. Samples are added up
+    one after another, each product rounded to the type the rule computes in: the same bits on any
+    number of threads, on every instruction set and on a GPU. That takes 2 N operations for each
+    element of the parameter, as a product of matrices does; on the CPU it is as quick as one.
 
     References
     ----------
