@@ -430,7 +430,7 @@ typename Body::Item* add_made(Body& body, const MadeGradient& gradient,
   item.samples = samples;
   item.count = std::ssize(gradient.samples->row);
   item.noise = gradient.samples->noise;
-  item.has_noise = gradient.samples->has_noise();
+  item.has_noise = gradient.samples->noise.deviation != 0;  // as Noise::add() has it
   return &item;
 }
 

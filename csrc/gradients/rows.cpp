@@ -73,12 +73,10 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
     first_.push_back(std::ssize(source_));
   }
   count_ = std::ssize(row_);
-  values_ = std::ssize(numbers);
 }
 
 void Rows::plan_in_place(std::vector<std::int64_t> rows) {
   plan_sums(std::move(rows), {}, {});
-  values_ = count_;
   is_in_place_ = true;
 }
 
@@ -96,7 +94,6 @@ void Rows::plan_sums(std::vector<std::int64_t> rows, std::vector<std::int64_t> f
   first_ = std::move(first);
   source_ = std::move(sources);
   count_ = std::ssize(row_);
-  values_ = std::ssize(source_);
 }
 
 void Rows::plan_state(std::vector<std::int64_t> rows) {
@@ -110,7 +107,7 @@ void Rows::plan_all(std::int64_t table_rows) {
   state_row_.clear();
   first_.clear();
   source_.clear();
-  count_ = values_ = table_rows;
+  count_ = table_rows;
 }
 
 }  // namespace fusestep::gradients

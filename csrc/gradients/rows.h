@@ -45,9 +45,6 @@ class Rows {
 
   std::int64_t count() const { return count_; }
 
-  // Rows that the values have, of whatever row.
-  std::int64_t values() const { return values_; }
-
   // The i-th row that moves: they ascend.
   std::int64_t row(std::int64_t i) const {
     return row_.empty() ? i : row_[static_cast<std::size_t>(i)];
@@ -84,7 +81,6 @@ class Rows {
 
  private:
   std::int64_t count_ = 0;
-  std::int64_t values_ = 0;
   std::vector<std::int64_t> row_;        // empty: all of them
   std::vector<std::int64_t> first_;      // where the sources of each row begin, and the end
   std::vector<std::int64_t> source_;     // in the order of the rows; empty: one for each, in order
