@@ -3,6 +3,8 @@
 ``python bench/samples.py [--json FILE]`` prints one table for each workload. Peers take turns, as
 in partial.py; ratios are medians of the ratios within the rounds. One thread.
 
+Networks: a step of training, with torch's fused Adam, with ours, and with ours and fuse_linear.
+
 Outer products: torch makes the gradient (``error.T @ x``, into new memory, as backward does, or
 into the same) and takes a fused Adam step. Samples: Opacus' DPOptimizer clips and adds up, and
 takes the step of torch's fused Adam; the limit reads the same gradients once, and no more.
@@ -20,6 +22,7 @@ import threadpoolctl
 import torch
 
 import fusestep as fs
+import fusestep.torch
 import limit
 import threads
 from machine import describe
@@ -34,6 +37,7 @@ LAYERS = [
     *[(4096, 4096, n) for n in (1, 8, 64)],
     (50_000, 128, 32),
 ]
+NETWORKS = [(64, 3, 1), (1024, 4, 1), (1024, 4, 32), (1024, 4, 256)]
 SAMPLES, ELEMENTS = 64, 1_000_000
 
 
@@ -68,6 +72,33 @@ def outer_steps(rows: int, columns: int, count: int) -> Steps:
         "torch": in_new_memory,
         "torch, out=": in_the_same_memory,
         "NumPy, out=, fusestep's dense step": with_numpy,
+    }
+
+
+def training_steps(width: int, layers: int, batch: int) -> Steps:
+    """Return forward, loss, backward, step and zero_grad of linear layers, by name."""
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        pairs = [(torch.nn.Linear(width, width), torch.nn.ReLU()) for _ in range(layers)]
+        return torch.nn.Sequential(*[layer for pair in pairs for layer in pair])
+
+    x = torch.randn(batch, width, generator=torch.Generator().manual_seed(0))
+
+    def training(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        def step() -> None:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    fused = fusestep.torch.fuse_linear(network())
+    models = [network() for _ in range(2)]
+    return {
+        "fuse_linear": training(fused, fusestep.torch.Adam(fused.parameters())),
+        "torch": training(models[0], torch.optim.Adam(models[0].parameters(), fused=True)),
+        "fusestep.torch": training(models[1], fusestep.torch.Adam(models[1].parameters())),
     }
 
 
@@ -144,6 +175,10 @@ def main() -> None:
     for rows, columns, count in LAYERS:
         title = f"outer products, {rows} x {columns}, N = {count}"
         results[title] = measure(outer_steps(rows, columns, count), options.rounds)
+        print(table(title, results[title]), flush=True)
+    for width, layers, batch in NETWORKS:
+        title = f"training, {layers} linear layers of {width} x {width}, batch {batch}"
+        results[title] = measure(training_steps(width, layers, batch), options.rounds)
         print(table(title, results[title]), flush=True)
     for bounded in (False, True):
         title = f"samples, {SAMPLES} x {ELEMENTS:,}" + (", max_norm" if bounded else "")

@@ -246,19 +246,6 @@ def test_what_cannot_be_changes_nothing(where: Any, error: type[Exception], mess
     step_torch(opt, params, arrays(1))  # and goes on
 
 
-def test_parameters_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    parameter = torch.nn.Parameter(torch.zeros(6, 2))
-    parameter.grad = torch.ones(6, 2)
-    simulation = pytest.importorskip("simulated_torch").Simulation(monkeypatch)
-    simulation.mark(parameter, torch.device("cuda", 0))
-    simulation.mark(parameter.grad, torch.device("cuda", 0))
-    with pytest.raises(
-        (TypeError, RuntimeError), match=r"selections \(where=\)|no CUDA kernels|CUDA"
-    ):
-        fs.torch.Adam([parameter]).step(where=fs.CyclicBlocks(2))
-    assert not parameter.any()
-
-
 def test_exact_rows_are_refused() -> None:
     table = torch.nn.Parameter(torch.zeros(6, 2))
     table.grad = torch.ones(6, 2)
