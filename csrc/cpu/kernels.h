@@ -57,6 +57,7 @@ struct Kernels {
 
   // Of linear models, where a rule has its step in pieces (else null): conditioned[i] of the
   // feature i, after the state has observed run.gradient; and the step by `s` times the features.
+  // Where there is no state, the step works out for itself what it needs of `conditioned`.
   using Condition = void (*)(const void* rule, const Run<T>& run, T* conditioned);
   using Finish = void (*)(const void* rule, const Run<T>& run, const T* conditioned, T s);
   std::array<Condition, rules::Loops::size> condition;

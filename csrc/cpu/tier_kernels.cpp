@@ -233,6 +233,13 @@ void finish(const Rule rule, const Run<T>& run, const T* conditioned, T s, State
       };
       advance(w[i], state[i]...);
     }
+  } else if constexpr (sizeof...(State) == 0) {
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+    for (std::int64_t i = 0; i < run.size; ++i) w[i] -= s * rule.conditioned(features[i]);
   } else {
 #if defined(__clang__)
 #pragma clang loop vectorize(assume_safety)
@@ -300,10 +307,21 @@ void pull(const Run<T>& run) {
   for (std::int64_t i = 0; i < run.size; ++i) w[i] = tied(i, w[i]);
 }
 
+// Rows of weights are a few lanes long, as a rule, and the next step waits for this sum.
+template <class T, int... n>
+double dot(const T* a, const T* b, std::int64_t size, std::integer_sequence<int, n...>) {
+  const auto product = [=](std::int64_t i) {
+    return static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  };
+  double sum;
+  if (((size == (n + 1) * kLanes && (sum = sum_in_lanes<(n + 1) * kLanes>(product), true)) || ...))
+    return sum;
+  return sum_in_lanes(size, product);
+}
+
 template <class T>
 double dot(const T* a, const T* b, std::int64_t size) {
-  return sum_in_lanes(
-      size, [=](std::int64_t i) { return static_cast<double>(a[i]) * static_cast<double>(b[i]); });
+  return dot(a, b, size, std::make_integer_sequence<int, 8>{});
 }
 
 template <class T, class... Loop>
