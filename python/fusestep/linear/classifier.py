@@ -472,7 +472,8 @@ def _signs(labels: NDArray[Any], first: Any, second: Any) -> NDArray[np.float64]
     signs = is_second.view(np.int8)
     signs += signs
     signs -= 1
-    return signs.astype(np.float64)
+    targets: NDArray[np.float64] = signs.astype(np.float64)
+    return targets
 
 
 def _runs(labels: NDArray[Any], classes: Any) -> list[tuple[int, int]]:
