@@ -63,7 +63,8 @@ FUSESTEP_HOST_DEVICE double sum_in_lanes(Value value) {
 double sum_in_groups(double* values, std::int64_t size);
 
 // The sum of `size` values that are zero but for those at these places, which ascend: with the bits
-// of the sum of all of them, in groups. Overwrites places and values.
-double sum_of_places(std::int64_t* places, double* values, std::int64_t count, std::int64_t size);
+// of the sum of all of them, in groups. Overwrites values; `groups` is working memory for `count`.
+double sum_of_places(const std::int64_t* places, double* values, std::int64_t* groups,
+                     std::int64_t count, std::int64_t size);
 
 }  // namespace fusestep

@@ -103,6 +103,7 @@ inline const TaylorTable<64> logistic_table([](double m, double* c) {
   }
 });
 
+// 1 / (1 + e^m), for every m.
 [[gnu::always_inline]] inline double logistic_of_minus(double m) {
   if (m >= -logistic_table.kReach && m <= logistic_table.kReach) [[likely]]
     return logistic_table(m);
@@ -131,7 +132,7 @@ struct Squared {
   static double derivative(double p, double y) { return p - y; }
 
   // The distance to the label shrinks by e^(-h q).
-  static double integral(double p, double y, double h, double q, double = 0) {
+  static double integral(double p, double y, double h, double q, double /*tolerance*/ = 0) {
     return (p - y) * (-expm1_of(-h * q) / q);
   }
 };
@@ -163,7 +164,7 @@ struct Logistic {
 struct Hinge {
   static double derivative(double p, double y) { return y * p < 1 ? -y : 0; }
 
-  static double integral(double p, double y, double h, double q, double = 0) {
+  static double integral(double p, double y, double h, double q, double /*tolerance*/ = 0) {
     const double missing = 1 - y * p;
     if (missing <= 0) return 0;
     return -y * (h * q < missing ? h : missing / q);

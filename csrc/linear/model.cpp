@@ -46,8 +46,10 @@ std::int64_t Model<T>::learn(const Samples<T>& samples, const Lessons& lessons,
   const cpu::IeeeEnvironment ieee;
   kernels_ = &cpu::active_tier().kernels->of<T>();
   // One sample is checked before it changes anything.
-  saved_.clear();
-  if (samples.count > 1) for_each_element(samples, [&](T& x) { saved_.push_back(x); });
+  if (samples.count > 1) {
+    saved_.resize(elements(samples));
+    for_each_element(samples, [saved = saved_.data()](T& x) mutable { *saved++ = x; });
+  }
 
   try {
     if (!is_direct(samples))
@@ -66,8 +68,8 @@ std::int64_t Model<T>::learn(const Samples<T>& samples, const Lessons& lessons,
                    });
     });
   } catch (...) {
-    auto saved = saved_.begin();
-    if (samples.count > 1) for_each_element(samples, [&](T& x) { x = *saved++; });
+    if (samples.count > 1)
+      for_each_element(samples, [saved = saved_.data()](T& x) mutable { x = *saved++; });
     throw;
   }
 }
@@ -141,15 +143,15 @@ void Model<T>::load_dense(const Samples<T>& samples, std::int64_t i, Row& row) c
 
 template <class T>
 void Model<T>::load_sparse(const Samples<T>& samples, std::int64_t i, Row& row) const {
-  row.memory_of_values.clear();
-  row.memory_of_columns.clear();
-  for (std::int64_t at = samples.starts[i]; at < samples.starts[i + 1]; ++at) {
-    row.memory_of_values.push_back(samples.value(at));
-    row.memory_of_columns.push_back(samples.columns[at]);
-  }
+  const std::int64_t begin = samples.starts[i], count = samples.starts[i + 1] - begin;
+  const auto size = static_cast<std::size_t>(count + (options_.has_intercept ? 1 : 0));
+  row.memory_of_values.resize(size);
+  row.memory_of_columns.resize(size);
+  std::copy_n(samples.stored() + begin, count, row.memory_of_values.data());
+  samples.columns.copy(begin, count, row.memory_of_columns.data());
   if (options_.has_intercept) {
-    row.memory_of_values.push_back(T{1});
-    row.memory_of_columns.push_back(arrays_.features);
+    row.memory_of_values.back() = T{1};
+    row.memory_of_columns.back() = arrays_.features;
   }
   row.columns = row.memory_of_columns.data();
 }
@@ -160,7 +162,7 @@ void Model<T>::load_scattered(const Samples<T>& samples, std::int64_t i, Row& ro
   AlignedVector<T>& features = row.memory_of_values;
   features.assign(static_cast<std::size_t>(width_), T{0});
   for (std::int64_t at = samples.starts[i]; at < samples.starts[i + 1]; ++at)
-    features[static_cast<std::size_t>(samples.columns[at])] = samples.value(at);
+    features[static_cast<std::size_t>(samples.columns[at])] = samples.stored()[at];
   if (options_.has_intercept) features[static_cast<std::size_t>(arrays_.features)] = T{1};
   row.columns = nullptr;
 }
@@ -178,12 +180,12 @@ template <class T>
 double Model<T>::dot(const Row& row, const T* with_all, const T* with_row) {
   products_.resize(static_cast<std::size_t>(row.size));
   if (row.columns) {
-    places_.assign(row.columns, row.columns + row.size);
+    groups_.resize(static_cast<std::size_t>(row.size));
+    double* const products = products_.data();
     for (std::int64_t i = 0; i < row.size; ++i)
-      products_[static_cast<std::size_t>(i)] =
-          static_cast<double>(row.values[i]) *
-          static_cast<double>(with_all ? with_all[row.columns[i]] : with_row[i]);
-    return sum_of_places(places_.data(), products_.data(), row.size, width_);
+      products[i] = static_cast<double>(row.values[i]) *
+                    static_cast<double>(with_all ? with_all[row.columns[i]] : with_row[i]);
+    return sum_of_places(row.columns, products, groups_.data(), row.size, width_);
   }
   const T* const other = with_all ? with_all : with_row;
   if (row.size <= kTileSize) return kernels_->dot(row.values, other, row.size);
@@ -364,14 +366,14 @@ auto Model<T>::with_loss(Visit visit) const {
 template <class T>
 template <class Visit>
 auto Model<T>::with_length(Visit visit) const {
-  return with_loss([&]<class Loss>(Loss) {
+  return with_loss([&]<class Function>(Function) {
     if (!options_.is_importance_aware)
       return visit([](double p, double y, double weight, double) {
-        return weight * Loss::derivative(p, y);
+        return weight * Function::derivative(p, y);
       });
     return visit([](double p, double y, double weight, double reach) {
       // Where there is no reach, nothing moves p.
-      return reach > 0 ? Loss::integral(p, y, std::min(weight, kLongest), reach, kTolerance<T>)
+      return reach > 0 ? Function::integral(p, y, std::min(weight, kLongest), reach, kTolerance<T>)
                        : 0.0;
     });
   });
@@ -429,6 +431,25 @@ void Model<T>::put_back(const Row& row) {
   for_each_gathered(row, [](T& element, T& gathered) { element = gathered; });
 }
 
+// In each array, counting some of them several times.
+template <class T>
+std::int64_t Model<T>::changes(const Samples<T>& samples) const {
+  return samples.starts[samples.count] - samples.starts[0] + (options_.has_intercept ? 1 : 0);
+}
+
+template <class T>
+bool Model<T>::changes_few(const Samples<T>& samples) const {
+  return skips_absent(samples) && changes(samples) < width_;
+}
+
+// How many for_each_element visits.
+template <class T>
+std::size_t Model<T>::elements(const Samples<T>& samples) const {
+  const std::int64_t arrays =
+      arrays_.outputs * static_cast<std::int64_t>(1 + arrays_.states.size());
+  return static_cast<std::size_t>(arrays * (changes_few(samples) ? changes(samples) : width_));
+}
+
 // Of weights and state, those that `samples` can change; some several times.
 template <class T>
 template <class Visit>
@@ -437,8 +458,8 @@ void Model<T>::for_each_element(const Samples<T>& samples, Visit visit) {
   for (std::int64_t k = 0; k < arrays_.outputs; ++k)
     for (std::int64_t i = 0; i < count; ++i) {
       T* const all = array(i, k);
-      if (!skips_absent(samples)) {
-        std::for_each(all, all + width_, visit);
+      if (!changes_few(samples)) {
+        for (std::int64_t j = 0; j < width_; ++j) visit(all[j]);
         continue;
       }
       for (std::int64_t at = samples.starts[0]; at < samples.starts[samples.count]; ++at)

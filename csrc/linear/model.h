@@ -131,6 +131,9 @@ class Model {
   // Everything that `samples` may change, to be given back when one of them turns out to be wrong.
   template <class Visit>
   void for_each_element(const Samples<T>& samples, Visit visit);
+  std::size_t elements(const Samples<T>& samples) const;
+  std::int64_t changes(const Samples<T>& samples) const;
+  bool changes_few(const Samples<T>& samples) const;
 
   bool skips_absent(const Samples<T>& samples) const;
   T* array(std::int64_t i, std::int64_t output) const;
@@ -148,7 +151,7 @@ class Model {
   AlignedVector<T> gathered_;     // weights and state of the row's columns
   AlignedVector<T> conditioned_;  // of each output
   std::vector<double> products_;
-  std::vector<std::int64_t> places_;
+  std::vector<std::int64_t> groups_;
   std::vector<double> predictions_, derivatives_, reaches_, integrals_, logs_;
   std::vector<T> saved_;
 };
