@@ -63,6 +63,11 @@ struct Kernels {
   std::array<Condition, rules::Loops::size> condition;
   std::array<Finish, rules::Loops::size> finish;
 
+  // The inner product of the features and `conditioned`, where there is no state (else null); of at
+  // most kTileSize elements, in the order of `dot`.
+  using Reach = double (*)(const void* rule, const T* features, std::int64_t size);
+  std::array<Reach, rules::Loops::size> reach;
+
   // Their penalty: shrinks weights, and pulls them to the anchor of `run`, if it has one.
   void (*shrink)(rules::WeightDecay<T> decay, const Run<T>& run);
   void (*pull)(const Run<T>& run);

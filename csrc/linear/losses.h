@@ -105,10 +105,16 @@ inline const TaylorTable<64> logistic_table([](double m, double* c) {
 
 // 1 / (1 + e^m), for every m.
 [[gnu::always_inline]] inline double logistic_of_minus(double m) {
-  if (m >= -logistic_table.kReach && m <= logistic_table.kReach) [[likely]]
+  if (logistic_table.reaches(m)) [[likely]]
     return logistic_table(m);
   return 1 / (1 + exp_of(m));
 }
+
+// e^x, near enough to 0.
+inline const TaylorTable<32> exponential_table([](double x, double* c) {
+  c[0] = exp_of(x);
+  for (int n = 0; n + 1 < kTaylorTerms; ++n) c[n + 1] = c[n] / (n + 1);
+});
 
 // The root u of u + e^u = x, Wright's omega function's logarithm. With v = e^u,
 //
@@ -151,12 +157,13 @@ struct Logistic {
     if (margin < 0 && length > 700)  // e^d would overflow; the new margin is positive or close
       return LineAndExponential::of(1).root((margin + length) + expm1_of(margin), tolerance) -
              margin;
-    const double e = exp_of(margin < 700 ? margin : 700), flat = logistic_of_minus(margin);
+    const double flat = logistic_of_minus(margin);
     // The difference of the margins has enough digits where it is not a small one.
-    const double x = (margin + length) + e;
-    if (length * flat > 0.03 && tolerance > 1e-12 && x > -margin_table.kReach &&
-        x < margin_table.kReach)
-      return margin_table(x) - margin;
+    if (tolerance > 1e-12 && length * flat > 0.03 && exponential_table.reaches(margin)) {
+      const double x = (margin + length) + exponential_table(margin);
+      if (margin_table.reaches(x)) return margin_table(x) - margin;
+    }
+    const double e = exp_of(margin < 700 ? margin : 700);
     return LineAndExponential{e, flat, logistic_of_minus(-margin)}.root(length, tolerance);
   }
 };

@@ -229,9 +229,15 @@ void Model<T>::prepare(const Row& row, std::int64_t number, double lr) {
   lr_ = lr;
   conditioned_.resize(static_cast<std::size_t>(arrays_.outputs * row.size));
   if (options_.observes || !options_.is_importance_aware) return;
-  condition(row, 0, 0);
-  std::fill(reaches_.begin(), reaches_.end(),
-            std::min(dot(row, nullptr, conditioned(row, 0)), kLongest));
+  double reach;
+  if (const auto sum = kernels_->reach[coefficients_.loop];
+      sum && !row.columns && row.size <= kTileSize) {
+    reach = sum(coefficients_.bytes, row.values, row.size);
+  } else {
+    condition(row, 0, 0);
+    reach = dot(row, nullptr, conditioned(row, 0));
+  }
+  std::fill(reaches_.begin(), reaches_.end(), std::min(reach, kLongest));
 }
 
 template <class T>

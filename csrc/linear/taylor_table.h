@@ -18,8 +18,6 @@ inline constexpr int kTaylorTerms = 8;
 template <int reach>  // of the points around 0
 class TaylorTable {
  public:
-  static constexpr double kReach = reach;
-
   // find(x, c) finds the coefficients around x.
   template <class Find>
   explicit TaylorTable(Find find) {
@@ -28,7 +26,9 @@ class TaylorTable {
       find(static_cast<double>(k) / kPointsPerUnit, around(k));
   }
 
-  // The function's value, for |x| <= kReach.
+  bool reaches(double x) const { return x >= -reach && x <= reach; }
+
+  // The function's value, where that is within reach.
   double operator()(double x) const {
     constexpr double kRound = 0x1.8p52 / kPointsPerUnit;  // adding it rounds to the next point
     const double rounded = x + kRound, r = x - (rounded - kRound);
