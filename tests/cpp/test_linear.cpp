@@ -60,20 +60,32 @@ void test_softmax() {
     }
 }
 
+// A sum of the values at these places, beside that of all values.
+void check_sum_of_places(std::vector<std::int64_t> places, std::int64_t size, Random& random) {
+  std::vector<double> all(static_cast<std::size_t>(size)), values;
+  std::vector<std::int64_t> groups(places.size());
+  for (const std::int64_t i : places)
+    values.push_back(all[static_cast<std::size_t>(i)] = random.number());
+  const double sum = sum_of_places(places.data(), values.data(), groups.data(),
+                                   static_cast<std::int64_t>(places.size()), size);
+  CHECK(sum == sum_in_groups(all.data(), size));  // absent zeros make no difference
+}
+
 void test_sums_of_places() {
   Random random(1);
   for (const std::int64_t size : {1, 31, 32, 33, 1024, 1025, 5000, 1100000}) {
-    std::vector<double> all(static_cast<std::size_t>(size)), values;
-    std::vector<std::int64_t> places;
-    for (std::int64_t i = size / 9; i < size; i += 1 + size / 300 + i % 3) {
-      all[static_cast<std::size_t>(i)] = random.number();
-      places.push_back(i);
-      values.push_back(all[static_cast<std::size_t>(i)]);
+    std::vector<std::int64_t> even, uneven;
+    for (std::int64_t i = size / 9; i < size; i += 1 + size / 300 + i % 3) even.push_back(i);
+    check_sum_of_places(even, size, random);
+    // None, one, two or more in each group of 1,024.
+    for (std::int64_t begin = 0; begin < size; begin += kReductionGroup) {
+      std::int64_t at = begin;
+      for (std::int64_t rest = random.below(5); rest > 0; --rest) {
+        at += 1 + random.below(200);
+        if (at < size && at < begin + kReductionGroup) uneven.push_back(at);
+      }
     }
-    std::vector<std::int64_t> groups(places.size());
-    const double sum = sum_of_places(places.data(), values.data(), groups.data(),
-                                     static_cast<std::int64_t>(places.size()), size);
-    CHECK(sum == sum_in_groups(all.data(), size));  // absent zeros make no difference
+    check_sum_of_places(uneven, size, random);
   }
 }
 
