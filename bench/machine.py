@@ -14,7 +14,10 @@ from typing import Any
 import fusestep
 import limit
 
-_PACKAGES = ("numpy", "torch", "jax", "jaxlib", "optax", "deepspeed", "pytest-benchmark")
+_PACKAGES = (
+    "numpy", "torch", "jax", "jaxlib", "optax", "deepspeed", "pytest-benchmark",
+    "scikit-learn", "vowpalwabbit", "river",
+)  # fmt: skip
 _FLAGS = re.compile(r"^(sse4_2|avx.*|fma|bmi2|f16c|neon|asimd.*|sve.*)$")
 
 

@@ -180,6 +180,32 @@ def test_weight_is_repetition_at_small_rates(loss: str, optimizer: str, aware: b
     np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=1e-2, atol=1e-7)
 
 
+@pytest.mark.parametrize("importance_aware", [True, False])
+@pytest.mark.parametrize("loss", ONE_OUTPUT)
+@pytest.mark.parametrize("width", [31, 32, 63, 64, 127, 128, 255, 256, 1023, 1024])
+def test_widths_around_those_with_code_of_their_own(
+    width: int, loss: str, importance_aware: bool
+) -> None:
+    """With the intercept whole lanes, or one less or more: the same bits on every tier."""
+    X, y = data(40, width, dtype=np.float32)
+    results = set()
+    for intercept in (True, False):
+        options: dict[str, Any] = {"optimizer": "sgd", "importance_aware": importance_aware}
+        model = Classifier(loss, fit_intercept=intercept, learning_rate=1e-3, **options)
+        for tier in AVAILABLE:
+            _cpu.use_tier(tier)
+            batch = clone(model).partial_fit(X, y, [0, 1])
+            rows = clone(model)
+            for i in range(len(X)):
+                rows.partial_fit(X[[i]], y[[i]], [0, 1])
+            thin = clone(model).partial_fit(sparse.csr_matrix(X), y, [0, 1])
+            results.update((intercept, bits(each)) for each in (batch, rows, thin))
+        w = np.append(batch.coef_[0], batch.intercept_).astype(np.float64)
+        expected = X.astype(np.float64) @ w[:-1] + w[-1]
+        np.testing.assert_allclose(batch.decision_function(X), expected, rtol=1e-9, atol=1e-12)
+    assert len(results) == 2
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("importance_aware", [True, False])
@@ -477,6 +503,38 @@ def test_new_classes_are_refused_unless_allowed() -> None:
     assert model.set_params(allow_new_classes=True).partial_fit(X[:1], [7]).classes_.tolist() == [
         0, 1, 7,
     ]  # fmt: skip
+
+
+KINDS = [
+    [0, 1], [-1, 1], [False, True], [0.0, 1.0], ["ham", "spam"],
+    np.array(["ham", "spam"], object),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_labels_of_every_kind(kinds: Any) -> None:
+    """Labels of a batch are compared as arrays, those of a few samples one by one."""
+    X, y = data(100)
+    names = np.asarray(kinds)
+    batch, few = (Classifier().partial_fit(X[:1], names[y[:1]], classes=names) for _ in range(2))
+    batch.partial_fit(X, names[y])
+    for part in np.split(np.arange(len(y)), 10):
+        few.partial_fit(X[part], names[y[part]])
+    assert bits(batch) == bits(few)
+    assert set(batch.predict(X).tolist()) == set(names.tolist())
+
+
+@pytest.mark.parametrize(("known", "unknown"), [([0, 1], 7), ([0.0, 1.0], 2.0), (["a", "b"], "c")])
+@pytest.mark.parametrize("n", [3, 100])
+def test_one_unknown_label_among_many(known: list[Any], unknown: Any, n: int) -> None:
+    X, y = data(n)
+    model = Classifier().partial_fit(X, np.array(known)[y], classes=known)
+    before = bits(model)
+    labels = np.array(known)[y]
+    labels[-1] = unknown
+    with pytest.raises(ValueError, match="labels"):
+        model.partial_fit(X, labels)
+    assert bits(model) == before
 
 
 # ---- penalties -----------------------------------------------------------------------------------

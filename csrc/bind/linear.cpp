@@ -127,7 +127,8 @@ class LinearModel {
                                 .has_intercept = has_intercept,
                                 .l2 = l2,
                                 .rests = states.empty() || rule == "adagrad",
-                                .adds_squares = rule == "adagrad"};
+                                .adds_squares = rule == "adagrad",
+                                .observes = rule == "adagrad" || rule == "adam"};
     if (weights.ndim() != 2 || weights.shape(1) % linear::kColumns != 0 || features < 0 ||
         features + (has_intercept ? 1 : 0) > weights.shape(1))
       throw ValueError("the weights do not have the shape of a model's");

@@ -63,10 +63,16 @@ struct Kernels {
 
   // Of linear models, where a rule has its step in pieces (else null): conditioned[i] of the
   // feature i, after the state has observed run.gradient; and the step by `s` times the features.
+  // Where there is no state, the step works out for itself what it needs of `conditioned`.
   using Condition = void (*)(const void* rule, const Run<T>& run, T* conditioned);
   using Finish = void (*)(const void* rule, const Run<T>& run, const T* conditioned, T s);
   std::array<Condition, rules::Loops::size> condition;
   std::array<Finish, rules::Loops::size> finish;
+
+  // The inner product of the features and `conditioned`, where there is no state (else null); of at
+  // most kTileSize elements, in the order of `dot`.
+  using Reach = double (*)(const void* rule, const T* features, std::int64_t size);
+  std::array<Reach, rules::Loops::size> reach;
 
   // Their penalty: shrinks weights, and pulls them to the anchor of `run`, if it has one.
   void (*shrink)(rules::WeightDecay<T> decay, const Run<T>& run);

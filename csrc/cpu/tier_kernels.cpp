@@ -240,6 +240,13 @@ void finish(const Rule rule, const Run<T>& run, const T* conditioned, T s, State
       };
       advance(w[i], state[i]...);
     }
+  } else if constexpr (sizeof...(State) == 0) {
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
+    for (std::int64_t i = 0; i < run.size; ++i) w[i] -= s * rule.conditioned(features[i]);
   } else {
 #if defined(__clang__)
 #pragma clang loop vectorize(assume_safety)
@@ -307,10 +314,39 @@ void pull(const Run<T>& run) {
   for (std::int64_t i = 0; i < run.size; ++i) w[i] = tied(i, w[i]);
 }
 
+// Most rows of weights are a few times kLanes long, and the next step waits for their sums. Sizes
+// that are constants cost memory: each of them is code in every tier.
+template <int... n, class Value>
+[[gnu::always_inline]] inline double sum_of_features(std::int64_t size, Value value,
+                                                     std::integer_sequence<int, n...>) {
+  double sum;
+  if (((size == (n + 1) * kLanes && (sum = sum_in_lanes<(n + 1) * kLanes>(value), true)) || ...))
+    return sum;
+  return sum_in_lanes(size, value);
+}
+
+template <class Value>
+[[gnu::always_inline]] inline double sum_of_features(std::int64_t size, Value value) {
+  return sum_of_features(size, value, std::make_integer_sequence<int, 4>{});
+}
+
 template <class T>
 double dot(const T* a, const T* b, std::int64_t size) {
-  return sum_in_lanes(
+  return sum_of_features(
       size, [=](std::int64_t i) { return static_cast<double>(a[i]) * static_cast<double>(b[i]); });
+}
+
+template <class T, class Loop>
+constexpr typename Kernels<T>::Reach reach_of() {
+  if constexpr (is_in_pieces<T, Loop>() && Loop::kStates == 0)
+    return [](const void* rule, const T* features, std::int64_t size) {
+      const auto& move = *static_cast<const typename Loop::template Of<T>*>(rule);
+      return sum_of_features(size, [=, &move](std::int64_t i) {
+        return static_cast<double>(features[i]) *
+               static_cast<double>(move.conditioned(features[i]));
+      });
+    };
+  return nullptr;
 }
 
 template <class T, class... Loop>
@@ -327,6 +363,7 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
           {condition_of<T, Loop>()...},
           {finish_of<T, Loop>()...},
+          {reach_of<T, Loop>()...},
           shrink<T>,
           pull<T>,
           dot<T>,

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "core/aligned.h"
 #include "core/reduction.h"
 #include "cpu/kernels.h"
 #include "linear/losses.h"
@@ -26,6 +27,9 @@ struct Options {
   // Whether its state adds up squared gradients (rather than averages them), so that a sample of
   // weight 2 counts twice in it.
   bool adds_squares = false;
+  // Whether its state learns of the size of a gradient before the step, and the metric with it.
+  // Otherwise the metric does not wait for the prediction.
+  bool observes = true;
 };
 
 // Rows of weights are multiples of so many columns long, so that loops have no rest. The columns
@@ -69,27 +73,51 @@ class Model {
   void predict(const Samples<T>& samples, double* predictions);
 
  private:
-  // The features of one sample, the intercept's among them.
+  // A copy of one sample: its features, the intercept's among them.
   struct Row {
-    std::int64_t size;
-    const T* values;
-    const std::int64_t* columns;  // null: all of them
+    std::int64_t size = 0;
+    const T* values = nullptr;
+    const std::int64_t* columns = nullptr;  // null: all of them
+    AlignedVector<T> memory_of_values{};
+    std::vector<std::int64_t> memory_of_columns{};
   };
 
-  Row load(const Samples<T>& samples, std::int64_t i);
-  Row load_dense(const Samples<T>& samples, std::int64_t i);
-  Row load_sparse(const Samples<T>& samples, std::int64_t i);
-  Row load_scattered(const Samples<T>& samples, std::int64_t i);
+  template <class Step>
+  std::int64_t learn(const Samples<T>& samples, const Lessons& lessons, std::int64_t steps,
+                     Step step);
+
+  void load(const Samples<T>& samples, std::int64_t i, Row& row) const;
+  void load_dense(const Samples<T>& samples, std::int64_t i, Row& row) const;
+  void load_sparse(const Samples<T>& samples, std::int64_t i, Row& row) const;
+  void load_scattered(const Samples<T>& samples, std::int64_t i, Row& row) const;
 
   double dot(const Row& row, const T* with_all, const T* with_row);
-  void predict(const Row& row, double* predictions);
-  void check_predictions(const Samples<T>& samples, std::int64_t i) const;
+  void predict(const Samples<T>& samples, std::int64_t i, const Row& row);
+  [[noreturn]] void fail(const Samples<T>& samples, std::int64_t i, const T* features,
+                         std::int64_t size) const;
 
-  void step(const Row& row, double target, double weight, std::int64_t number, double lr);
-  void step_plainly(const Row& row, double target, double weight);
-  void step_by_importance(const Row& row, double target, double weight);
-  void differentiate(double target);
-  void integrate(double target, double weight);
+  void prepare(const Row& row, std::int64_t number, double lr);
+  void step(const Row& row, double target, double weight);
+  void step_output(const Row& row, std::int64_t k, double y, double weight);
+  bool is_direct(const Samples<T>& samples) const;
+  template <class Length>
+  void step_directly(const Samples<T>& samples, std::int64_t i, const cpu::Run<T>& run,
+                     double target, double weight, Length length);
+  void step_softmax(const Row& row, std::int64_t label, double weight);
+
+  void observe(const Row& row, std::int64_t k, double slope, double weight);
+  void condition(const Row& row, std::int64_t k, double factor);
+  void finish(const Row& row, std::int64_t k, double s);
+  T* conditioned(const Row& row, std::int64_t k);
+
+  void shrink();
+  void pull();
+
+  double derivative(double p, double y) const;
+  template <class Visit>
+  auto with_loss(Visit visit) const;
+  template <class Visit>
+  auto with_length(Visit visit) const;
   double label(double target, std::int64_t output) const;
 
   // The weights and state of one output, or those at the row's columns, which lie elsewhere
@@ -103,6 +131,9 @@ class Model {
   // Everything that `samples` may change, to be given back when one of them turns out to be wrong.
   template <class Visit>
   void for_each_element(const Samples<T>& samples, Visit visit);
+  std::size_t elements(const Samples<T>& samples) const;
+  std::int64_t changes(const Samples<T>& samples) const;
+  bool changes_few(const Samples<T>& samples) const;
 
   bool skips_absent(const Samples<T>& samples) const;
   T* array(std::int64_t i, std::int64_t output) const;
@@ -116,12 +147,11 @@ class Model {
   double lr_ = -1;  // that they are of
 
   // Working memory.
-  std::vector<T> features_;  // of one sample
-  std::vector<std::int64_t> columns_;
-  std::vector<T> gathered_;     // weights and state of the row's columns
-  std::vector<T> conditioned_;  // of each output
+  Row rows_[2];                   // this sample and the next
+  AlignedVector<T> gathered_;     // weights and state of the row's columns
+  AlignedVector<T> conditioned_;  // of each output
   std::vector<double> products_;
-  std::vector<std::int64_t> places_;
+  std::vector<std::int64_t> groups_;
   std::vector<double> predictions_, derivatives_, reaches_, integrals_, logs_;
   std::vector<T> saved_;
 };

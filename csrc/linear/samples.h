@@ -1,6 +1,7 @@
 // The samples that a linear model is given: a matrix, dense of any strides or in compressed rows.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,13 @@ struct Indices {
   std::int64_t operator[](std::int64_t i) const {
     return is_wide ? static_cast<const std::int64_t*>(data)[i]
                    : static_cast<const std::int32_t*>(data)[i];
+  }
+
+  void copy(std::int64_t begin, std::int64_t count, std::int64_t* to) const {
+    if (is_wide)
+      std::copy_n(static_cast<const std::int64_t*>(data) + begin, count, to);
+    else
+      std::copy_n(static_cast<const std::int32_t*>(data) + begin, count, to);
   }
 };
 
@@ -31,7 +39,7 @@ struct Samples {
   bool is_sparse = false;
   Indices starts{}, columns{};
 
-  T value(std::int64_t i) const { return reinterpret_cast<const T*>(values)[i]; }
+  const T* stored() const { return reinterpret_cast<const T*>(values); }
 
   // Of dense samples, which need not be aligned.
   T at(std::int64_t row, std::int64_t column) const {

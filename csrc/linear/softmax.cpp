@@ -13,7 +13,7 @@ namespace {
 double log_of_probability(double t, double reach) {
   if (!(reach > 1e-300)) return t;
   const double shift = log_of(reach);
-  return root_of_line_and_exponential(1, (t + shift) - 1) - shift;
+  return LineAndExponential::of(1).root((t + shift) - 1) - shift;
 }
 
 }  // namespace
@@ -44,7 +44,7 @@ void softmax_integrals(const double* p, std::int64_t classes, std::int64_t label
     double excess = 0, slope = 0;  // of the sum over 1, in which the label has pi - 1
     for (std::int64_t k = 0; k < classes; ++k) {
       const double reach = h * q[k], t = p[k] - z;
-      logs[k] = k == label ? root_of_line_and_exponential(reach, t) : log_of_probability(t, reach);
+      logs[k] = k == label ? LineAndExponential::of(reach).root(t) : log_of_probability(t, reach);
       const double probability = exp_of(logs[k]);
       excess += k == label ? expm1_of(logs[k]) : probability;
       slope += probability / (1 + reach * probability);

@@ -19,6 +19,8 @@ OPTIMIZERS = ("sgd", "nag", "adam", "adagrad")
 
 _BINDING = threading.Lock()
 
+_LINE = 64  # bytes of a cache line
+
 # Rows as the native loop takes them: an array, or (values, columns, starts of rows).
 Rows = Any
 
@@ -67,6 +69,16 @@ def _options(optimizer: str, estimator: Any) -> dict[str, float]:
     return {"eps": eps} | ({"beta1": beta1, "beta2": beta2} if optimizer == "adam" else {})
 
 
+def _aligned(shape: tuple[int, int], value: float, dtype: Any) -> NDArray[Any]:
+    """Return an array that begins at a cache line: no vector of it then lies in two of them."""
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    memory = np.empty(size + _LINE, np.uint8)
+    begin = -memory.ctypes.data % _LINE
+    array: NDArray[Any] = memory[begin : begin + size].view(dtype).reshape(shape)
+    array.fill(value)
+    return array
+
+
 class Anchor(NamedTuple):
     """Where the weights are held: arrays of the shape [outputs, features]."""
 
@@ -96,8 +108,8 @@ class Model:
         blocks = -(-(features + settings.fit_intercept) // _cpu.LINEAR_COLUMNS)
         shape = outputs, blocks * _cpu.LINEAR_COLUMNS  # the rest are zeros
         names, _, initial = _cpu.describe_rule(settings.rule, settings.options)
-        self.weights = np.zeros(shape, dtype)
-        self.states = [np.full(shape, initial, dtype) for _ in names]
+        self.weights = _aligned(shape, 0, dtype)
+        self.states = [_aligned(shape, initial, dtype) for _ in names]
         self._native: Any = None
 
     @property

@@ -330,12 +330,15 @@ class Classifier(ClassifierMixin, LinearModel):  # type: ignore[misc]
 
     def _known_targets(self, labels: Any, model: Model) -> NDArray[np.float64] | None:
         """Return what the native loop is to learn, or None where a label is not a class."""
+        is_binary = model.outputs == 1 and len(self.classes_) == 2
         if len(labels) <= _FEW:
             numbers = self._numbers
             found = [numbers.get(label, -1) for label in labels.tolist()]
             if -1 in found:
                 return None
             targets = np.array(found, np.float64)
+        elif is_binary and labels.dtype == self.classes_.dtype != object:
+            return _signs(labels, *self.classes_)
         else:
             at = np.searchsorted(self.classes_, labels)
             at[at == len(self.classes_)] = 0
@@ -344,7 +347,7 @@ class Classifier(ClassifierMixin, LinearModel):  # type: ignore[misc]
             targets = at.astype(np.float64)
         if model.outputs > 1 or model.settings.loss == "softmax":
             return targets
-        return 2 * targets - 1 if len(self.classes_) > 1 else np.ones(len(labels))
+        return 2 * targets - 1 if is_binary else np.ones(len(labels))
 
     def _targets(self, labels: NDArray[Any], model: Model) -> NDArray[np.float64]:
         targets = self._known_targets(labels, model)
@@ -458,6 +461,19 @@ def _labels(y: Any, count: int) -> NDArray[Any]:
     if len(y) != count:
         check_consistent_length(np.empty(count), y)
     return y  # type: ignore[no-any-return]
+
+
+def _signs(labels: NDArray[Any], first: Any, second: Any) -> NDArray[np.float64] | None:
+    """Return -1 for the first label and 1 for the second, or None where there are others."""
+    is_second = labels == second
+    others = len(labels) - np.count_nonzero(is_second)
+    if others != np.count_nonzero(labels == first):
+        return None
+    signs = is_second.view(np.int8)
+    signs += signs
+    signs -= 1
+    targets: NDArray[np.float64] = signs.astype(np.float64)
+    return targets
 
 
 def _runs(labels: NDArray[Any], classes: Any) -> list[tuple[int, int]]:
