@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -144,6 +145,23 @@ def test_huge_weights_do_not_overshoot(
             if loss == "squared":
                 end = max(abs(before), 1)
             assert min(before * label, 1) - 1e-3 <= after * label <= end + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("loss", ["logistic", "hinge", "softmax"])
+@pytest.mark.parametrize("margin", [1.0, 340.0, 360.0, 690.0, 720.0, 1e4, 1e9])
+def test_certain_predictions_stay_finite(loss: str, margin: float, dtype: Any) -> None:
+    """Right or wrong, with any weight and learning rate: they move towards the label, if at all."""
+    x = np.array([[200.0]], dtype)
+    for lr, weight, label in itertools.product((1e-3, 1.0, 1e6), (1.0, 1e12, 1e300), (0, 1)):
+        model = Classifier(loss, optimizer="sgd", learning_rate=lr, fit_intercept=False)
+        model.partial_fit(x, [1], classes=[0, 1])
+        model.coef_[:] = margin / 200
+        before = float(model.decision_function(x)[0])
+        model.partial_fit(x, [label], sample_weight=[weight])
+        after = float(model.decision_function(x)[0])
+        assert np.isfinite(after)
+        assert (after - before) * (2 * label - 1) >= -1e-6 * abs(before)
 
 
 def test_extreme_logistic_steps() -> None:

@@ -82,7 +82,7 @@ def test_the_losses_of_ordinary_training(name: str, make: Callable[[], Any], bat
     models = [make(), make()]
     assert fst.fuse_linear(models[0]) is models[0]
     ours, theirs = (getattr(fst, name)(m.parameters(), **options) for m in models)
-    for step in range(12):
+    for step in range(6):
         losses = []
         for model, opt in zip(models, (ours, theirs), strict=True):
             opt.zero_grad()
