@@ -14,6 +14,13 @@
 #include "cpu/outer_block.h"
 #include "gradients/sum_of_samples.h"
 
+// Before a loop: its arrays do not overlap. The caller has checked it.
+#if defined(__clang__)
+#define FUSESTEP_DISJOINT_ARRAYS _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FUSESTEP_DISJOINT_ARRAYS _Pragma("GCC ivdep")
+#endif
+
 namespace fusestep::cpu {
 namespace {
 
@@ -37,16 +44,11 @@ struct Tied {
 
 // Moves `size` elements: one loop for every rule, every kind of gradient and anchor, and every
 // number of state arrays. The rule works on copies, so that its branches become selects rather than
-// conditional stores, which are not vectorised. ivdep: the arrays do not overlap; the caller has
-// checked it.
+// conditional stores, which are not vectorised.
 template <class T, class Rule, class Gradient, class Pull, class... State>
 void move(const Rule rule, std::int64_t size, T* parameter, const Gradient gradient,
           const Pull pull, State*... state) {
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
+  FUSESTEP_DISJOINT_ARRAYS
   for (std::int64_t i = 0; i < size; ++i) {
     const auto move_one = [&](T w, State... s) {
       rule(w, gradient(i), s...);
@@ -78,11 +80,7 @@ bool suits(const Move move, std::int64_t size, const T* parameter, const State*.
 
 template <class T, class Move, class... State>
 void catch_up(const Move move, std::int64_t size, T* parameter, State*... state) {
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
+  FUSESTEP_DISJOINT_ARRAYS
   for (std::int64_t i = 0; i < size; ++i) {
     const auto move_one = [&](T w, State... s) {
       move(w, s...);
@@ -140,11 +138,7 @@ void store(const T* __restrict from, void* to, std::int64_t size) {
 
 template <class T>
 void select(const unsigned char* meant, const T* from, T* to, std::int64_t size) {
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
+  FUSESTEP_DISJOINT_ARRAYS
   for (std::int64_t i = 0; i < size; ++i) {
     const T moved = from[i], kept = to[i];
     to[i] = meant[i] != 0 ? moved : kept;
@@ -207,11 +201,7 @@ template <class T, class Rule, class... State>
 void condition(const Rule rule, const Run<T>& run, T* conditioned, State*... state) {
   const gradients::Dense<T> gradient = run.gradient;
   const T* const features = gradient.values;
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
+  FUSESTEP_DISJOINT_ARRAYS
   for (std::int64_t i = 0; i < run.size; ++i) {
     const auto observe = [&](State... s) {
       rule.observe(gradient(i), s...);
@@ -227,11 +217,7 @@ void finish(const Rule rule, const Run<T>& run, const T* conditioned, T s, State
   T* const w = run.parameter;
   const T* const features = run.gradient.values;
   if constexpr (requires(T x) { rule.advance(x, x, *state...); }) {
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
+    FUSESTEP_DISJOINT_ARRAYS
     for (std::int64_t i = 0; i < run.size; ++i) {
       const auto advance = [&](T moved, State... kept) {
         rule.advance(moved, s * features[i], kept...);
@@ -241,18 +227,10 @@ void finish(const Rule rule, const Run<T>& run, const T* conditioned, T s, State
       advance(w[i], state[i]...);
     }
   } else if constexpr (sizeof...(State) == 0) {
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
+    FUSESTEP_DISJOINT_ARRAYS
     for (std::int64_t i = 0; i < run.size; ++i) w[i] -= s * rule.conditioned(features[i]);
   } else {
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
+    FUSESTEP_DISJOINT_ARRAYS
     for (std::int64_t i = 0; i < run.size; ++i) w[i] -= s * conditioned[i];
   }
 }
@@ -306,11 +284,7 @@ template <class T>
 void pull(const Run<T>& run) {
   const Tied<T> tied(run);
   T* const w = run.parameter;
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
+  FUSESTEP_DISJOINT_ARRAYS
   for (std::int64_t i = 0; i < run.size; ++i) w[i] = tied(i, w[i]);
 }
 
