@@ -152,7 +152,7 @@ def test_a_part_of_a_large_one(
 def test_one_sample(rng: np.random.Generator) -> None:
     x, error = normal(rng, 5), normal(rng, 3)
     ours, theirs = (fs.SGD([np.zeros((3, 5), np.float32)], lr=0.5) for _ in range(2))
-    ours.step([fs.Outer(x, error, 2.0)])
+    ours.step([fs.Outer(x, error, np.float32(2.0))])
     theirs.step([fs.Outer(x[None], error[None], [2.0])])
     assert_alike(ours, theirs)
     np.testing.assert_array_equal(ours.params[0], -np.outer(error, x))
@@ -280,6 +280,24 @@ def test_norms_that_overflow(large: float, small: float) -> None:
         fs.SGD([w], lr=1.0).step([fs.Outer(x, error, max_norm=5.0)])
         of_each = positions * large * small
         np.testing.assert_allclose(w, np.full((2, 1), -min(of_each, 5 / np.sqrt(2))), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_positions_that_cancel(dtype: str) -> None:
+    """The bound holds for the sum that is made, rounding and all."""
+    tiny = np.finfo(dtype).eps
+    cases = [
+        ([[1e10], [600], [-1e10], [-600]], [[1], [1], [1], [1]]),
+        ([[8e11], [8e11]], [[1], [-(1 + 1.5e-8)]]),
+        ([[1e30, 1], [1e30, 1]], [[1, 1], [-1, -1 - 4 * tiny]]),
+    ]
+    if dtype == "f8":
+        cases.append(([[1e200, 1], [1, 1e-200]], [[1e-200, 1e-200], [1, 1]]))
+    for x, error in cases:
+        w = np.zeros((len(error[0]), len(x[0])), dtype)
+        outer = fs.Outer(np.array([x], dtype), np.array([error], dtype), max_norm=1.0)
+        fs.SGD([w], lr=1.0).step([outer])
+        assert np.linalg.norm(w.astype("f8")) <= 1 + 1e-5
 
 
 def test_noise_is_that_of_samples(rng: np.random.Generator) -> None:

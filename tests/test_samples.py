@@ -265,6 +265,17 @@ def test_a_sample_is_bounded_over_all_parameters(
         np.testing.assert_allclose(p.ravel(), e, rtol=1e-5 if dtype == "f4" else 1e-12, atol=1e-6)
 
 
+def test_who_is_not_there_for_one_parameter_has_no_norm(rng: np.random.Generator) -> None:
+    a, b = normal(rng, (2, 3), "f8"), normal(rng, (2, 4), "f8")
+    a[0] = np.nan
+    p, q = np.zeros(3), np.zeros(4)
+    options: Any = {"max_norm": 1e-3, "reduction": "sum"}
+    fs.SGD([p, q], lr=1.0).step([fs.Samples(a, [0, 1], **options), fs.Samples(b, **options)])
+    lengths = np.sqrt([(b[0] ** 2).sum(), (a[1] ** 2).sum() + (b[1] ** 2).sum()])
+    clip = 1e-3 / (lengths + 1e-6)
+    np.testing.assert_allclose(q, -clip @ b, rtol=1e-12)
+
+
 def test_norms_that_overflow(rng: np.random.Generator) -> None:
     w, values = np.zeros(3), np.array([[3e200, 4e200, 0], [0, 0, 1e-200]])
     fs.SGD([w], lr=1.0).step([fs.Samples(values, max_norm=5.0, reduction="sum")])
@@ -380,7 +391,10 @@ def test_what_is_refused_changes_nothing(rng: np.random.Generator) -> None:
     a, b = samples_of(rng, params, 2)
     opt.step([fs.Samples(a), fs.Samples(b)])
     noise: Any = {"max_norm": 1.0, "noise_multiplier": 1.0}
+    changed = fs.Samples(a)
+    changed.reduction = 0.0
     cases: list[tuple[list[Any], dict[str, Any], type[Exception], str]] = [
+        ([changed, b[0]], {}, ValueError, "reduction of the samples for parameter 0 is 0"),
         ([fs.Samples(a[:, 0]), b[0]], {}, ValueError, "have values of shape"),
         ([fs.Samples(a[0]), b[0]], {}, ValueError, "one gradient for each sample, of shape"),
         ([None, fs.Samples(np.float32(1.0))], {}, ValueError, "no dimensions"),

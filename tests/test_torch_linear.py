@@ -192,6 +192,140 @@ def test_under_autocast() -> None:
         torch.testing.assert_close(p, q, rtol=2e-2, atol=2e-3)
 
 
+def stepped(fused: bool, course: Callable[..., None], make: Callable[[], Any] = mlp) -> Any:
+    """A model after a course of its own, fused or not."""
+    model = make()
+    if fused:
+        fst.fuse_linear(model)
+    course(model, fst.SGD(model.parameters(), lr=0.1, momentum=0.5))
+    return model
+
+
+def assert_same_course(course: Callable[..., None], make: Callable[[], Any] = mlp) -> None:
+    assert_close(stepped(True, course, make), stepped(False, course, make))
+
+
+def test_gradients_that_are_not_for_parameters() -> None:
+    """An attack on the input, and a backward pass for some parameters only."""
+
+    def course(model: Any, opt: Any) -> None:
+        x, y = vectors(0)
+        x.requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+        F.cross_entropy(model(x + 0.1 * g.sign()), y).backward()
+        F.cross_entropy(model(x), y).backward(inputs=[model[4].bias])
+        opt.step()
+
+    assert_same_course(course)
+    model = fst.fuse_linear(mlp())
+    with pytest.raises(RuntimeError, match="unfuse_linear"):
+        torch.autograd.grad(model(vectors(0)[0]).sum(), model[0].weight)
+
+
+def computed() -> Any:
+    torch.manual_seed(0)
+    layers = [torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(6, 4)).double()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(4, 3).double())
+
+
+def hooked() -> Any:
+    model = mlp()
+    model[0].weight.register_hook(lambda g: g * 0.5)
+    return model
+
+
+@pytest.mark.parametrize("make", [computed, hooked])
+def test_parameters_whose_gradient_somebody_wants(make: Callable[[], Any]) -> None:
+    def course(model: Any, opt: Any) -> None:
+        if make is computed:
+            torch.nn.utils.parametrizations.weight_norm(model[1])
+            opt.add_param_group({"params": [*model[1].parametrizations.parameters()]})
+        for step in range(3):
+            loss_of(model, vectors(step)).backward()
+            opt.step(zero_grad=True)
+
+    assert_same_course(course, make)
+
+
+def test_what_is_changed_before_the_step_is_refused() -> None:
+    model = fst.fuse_linear(mlp())
+    opt = fst.SGD(model.parameters(), lr=0.1)
+    x, y = vectors(0)
+    for options in ({}, {"sample_weight": torch.ones(7)}):
+        opt.zero_grad()
+        loss_of(model, (x, y)).backward()
+        if options:
+            model[3].weight.grad = model[3].bias.grad = None
+        x.zero_()
+        before = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match="has been changed in place since backward"):
+            opt.step(**options)
+        assert_close(model, before)
+
+
+def test_inputs_that_are_parameters() -> None:
+    class Queries(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q = torch.nn.Parameter(torch.randn(4, 6))
+            self.layer = torch.nn.Linear(6, 6)
+
+        def forward(self) -> Tensor:
+            return self.layer(self.q).tanh() @ self.layer(self.q[:2]).T
+
+    def course(model: Any, opt: Any) -> None:
+        for _ in range(3):
+            model().sum().backward()
+            opt.step(zero_grad=True)
+
+    assert_same_course(course, lambda: Queries().double())
+
+
+def test_empty_batches_and_small_layers() -> None:
+    """State ages; and many passes of a small layer are kept as a gradient."""
+
+    def course(model: Any, opt: Any) -> None:
+        for step in range(3):
+            x, _ = vectors(step, 5 if step != 1 else 0)
+            model(x).square().sum().backward()
+            opt.step(zero_grad=True)
+        for step in range(30):
+            model(vectors(step, 50)[0]).square().mean().backward()
+        kept = sum(f.elements for f in getattr(model[0].weight, "grad_factors", []))
+        assert kept <= 50 * 15
+        opt.step()
+
+    assert_same_course(course)
+
+
+def test_the_models_zero_grad_is_warned_of() -> None:
+    model = fst.fuse_linear(torch.nn.Sequential(torch.nn.Linear(60, 60)))
+    opt = fst.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(2, 60)).sum().backward()
+    opt.step()
+    model.zero_grad()
+    model(torch.ones(2, 60)).sum().backward()
+    with pytest.warns(RuntimeWarning, match="the optimizer's zero_grad"):
+        opt.step()
+
+
+def test_transforms_of_functions() -> None:
+    model = fst.fuse_linear(linear_only())
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    x, y = vectors(0)
+
+    def loss(params: Any, x: Tensor, y: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, params, (x[None],))
+        return F.cross_entropy(output, y[None])
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, x, y)
+    other = linear_only()
+    loss_of(other, (x, y)).backward()
+    for name, p in other.named_parameters():
+        torch.testing.assert_close(found[name].mean(0), p.grad)
+
+
 # ---- samples -------------------------------------------------------------------------------------
 
 
@@ -254,9 +388,9 @@ def test_bounded_samples_beside_opacus(positions: int | None) -> None:
 
 
 def test_samples_of_a_layer_that_is_used_twice() -> None:
-    model = fst.fuse_linear(torch.nn.Sequential(torch.nn.Linear(3, 3)))
+    model = fst.fuse_linear(torch.nn.Sequential(torch.nn.Linear(30, 30)))
     opt = fst.SGD(model.parameters(), lr=0.1)
-    model(model(torch.ones(2, 3))).sum().backward()
+    model(model(torch.ones(2, 30))).sum().backward()
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=r"parameter 0.*used 2 times since the last step"):
         opt.step(sample_weight=torch.ones(2))
@@ -307,6 +441,9 @@ def test_what_is_refused() -> None:
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+    for replicas in (torch.nn.DataParallel,):
+        with pytest.raises(TypeError, match="exchange gradients"):
+            fst.fuse_linear(torch.nn.Sequential(replicas(torch.nn.Linear(2, 2))))
 
 
 def test_the_gradients_memory_is_saved() -> None:

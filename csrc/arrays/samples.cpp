@@ -74,6 +74,15 @@ std::vector<double> read_weights(const py::object& weight, std::int64_t count,
   return weights;
 }
 
+// Attributes may have been assigned to.
+void check_is_positive(double value, const char* what, const std::string& name) {
+  if (value > 0 && std::isfinite(value)) return;
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  throw ValueError(std::string(what) + " of the samples for " + name + " is " + text +
+                   "; expected a positive number");
+}
+
 // What is weighed: gradients, or the errors that they are made from.
 Samples read_values(const py::handle& given, const Array& parameter, const std::string& name,
                     const View& view) {
@@ -142,6 +151,8 @@ Samples from_samples(PyObject* object, const Array& parameter, const std::string
     throw ValueError("there are no samples for " + name +
                      ", so noise has no mean to be added to: give the expected number of samples "
                      "as the reduction, Samples(..., reduction=256)");
+  check_is_positive(samples.max_norm.value_or(1), "max_norm", name);
+  if (!samples.is_nothing()) check_is_positive(samples.divisor, "reduction", name);
   return result;
 }
 

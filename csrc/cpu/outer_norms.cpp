@@ -13,87 +13,110 @@
 namespace fusestep::cpu {
 namespace {
 
-// The inner products of a few rows of a matrix, in double.
-class InnerProducts {
+// A few rows of a matrix, in double: how long each is, and the angles between them.
+class Rows {
  public:
-  InnerProducts(const FlatArray* array, std::int64_t first, std::int64_t count,
-                std::int64_t columns)
+  Rows(const FlatArray* array, std::int64_t first, std::int64_t count, std::int64_t columns)
       : kernels_(active_tier().kernels->float64),
         access_(kernels_),
         array_(array),
         first_(first),
         columns_(columns) {
-    measure(count);
-    if (is_finite(largest_) && largest_ >= kSmall) return;  // else squares lose digits, or are lost
-    prescale_ = is_finite(largest_) ? 1 / kPrescale : kPrescale;
-    measure(count);
+    for (std::int64_t row = 0; row < count; ++row) rows_.push_back(measured(row));
   }
 
-  // The length of the longest row.
-  double length() const { return std::sqrt(largest_) / prescale_; }
+  double length(std::int64_t row) const { return at(row).length / at(row).prescale; }
 
-  // As a multiple of the square of that: it cannot overflow.
-  double operator()(std::int64_t a, std::int64_t b) const {
-    return largest_ == 0 ? 0
-                         : (a == b ? squares_[static_cast<std::size_t>(a)] : dot(a, b)) / largest_;
+  // From 1 to -1.
+  double cosine(std::int64_t a, std::int64_t b) const {
+    if (a == b) return 1;
+    const double lengths = at(a).length * at(b).length;
+    return lengths == 0 ? 0 : dot(a, at(a).prescale, b, at(b).prescale) / lengths;
   }
 
  private:
-  void measure(std::int64_t count) {
-    squares_.clear();
-    for (std::int64_t row = 0; row < count; ++row) squares_.push_back(dot(row, row));
-    largest_ = 0;
-    for (const double square : squares_)
-      if (!(square <= largest_)) largest_ = square;  // or a NaN
+  // Prescaled where squares would overflow, or lose digits.
+  struct Row {
+    double prescale, length;
+  };
+  const Row& at(std::int64_t row) const { return rows_[static_cast<std::size_t>(row)]; }
+
+  Row measured(std::int64_t row) const {
+    constexpr double kSmall = 0x1p-900;
+    const double square = dot(row, 1, row, 1);
+    if (is_finite(square) && square >= kSmall) return {1, std::sqrt(square)};
+    const double prescale = is_finite(square) ? 1 / kPrescale : kPrescale;
+    return {prescale, std::sqrt(dot(row, prescale, row, prescale))};
   }
 
-  double dot(std::int64_t a, std::int64_t b) const {
-    if (!array_) return prescale_ * prescale_;  // ones
+  double dot(std::int64_t a, double prescale_a, std::int64_t b, double prescale_b) const {
+    if (!array_) return prescale_a * prescale_b;  // ones
     std::vector<double> sums;
     alignas(kCacheLine) double of_a[kTileSize], of_b[kTileSize];
     for (std::int64_t column = 0; column < columns_; column += kTileSize) {
       const std::int64_t count = std::min(kTileSize, columns_ - column);
-      sums.push_back(
-          kernels_.dot(read(a, column, count, of_a), read(b, column, count, of_b), count));
+      sums.push_back(kernels_.dot(read(a, column, count, prescale_a, of_a),
+                                  read(b, column, count, prescale_b, of_b), count));
     }
     return sum_in_groups(sums.data(), std::ssize(sums));
   }
 
-  const double* read(std::int64_t row, std::int64_t column, std::int64_t count,
+  const double* read(std::int64_t row, std::int64_t column, std::int64_t count, double prescale,
                      double* buffer) const {
     const double* const values =
         access_.read(*array_, (first_ + row) * columns_ + column, count, buffer);
-    if (prescale_ == 1) return values;
-    for (std::int64_t i = 0; i < count; ++i) buffer[i] = prescale_ * values[i];
+    if (prescale == 1) return values;
+    for (std::int64_t i = 0; i < count; ++i) buffer[i] = prescale * values[i];
     return buffer;
   }
 
-  static constexpr double kSmall = 0x1p-900;
   const Kernels<double>& kernels_;
   TileAccess<double> access_;
   const FlatArray* array_;
   std::int64_t first_, columns_;
-  double prescale_ = 1, largest_ = 0;
-  std::vector<double> squares_;
+  std::vector<Row> rows_;
 };
+
+// Of the sum of so many products. Where they nearly cancel, what is left is mostly what rounding
+// makes of them, in the step's own sum, too: as much as that can be is added, since this is a
+// bound.
+double norm_of_sum(const Rows& error, const Rows& x, std::int64_t count, double rounding) {
+  std::vector<double> lengths;
+  double longest = 0, all = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    lengths.push_back(error.length(t) * x.length(t));
+    if (!(lengths.back() <= longest)) longest = lengths.back();  // or a NaN
+  }
+  if (longest == 0 || !is_finite(longest) || count == 1) return longest;
+  double square = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    const double of_t = lengths[static_cast<std::size_t>(t)] / longest;
+    all += of_t;
+    square += of_t * of_t;
+    for (std::int64_t u = 0; u < t; ++u)
+      square += 2 * of_t * (lengths[static_cast<std::size_t>(u)] / longest) * error.cosine(t, u) *
+                x.cosine(t, u);
+  }
+  const double most_rounding = static_cast<double>(count + 2) * rounding * all;
+  // In double, the square has been rounded, too.
+  const double least = std::sqrt(static_cast<double>(count) * 0x1p-50) * all;
+  const bool is_lost = square < least * least;
+  return longest * ((is_lost ? least : std::sqrt(square)) + most_rounding);
+}
 
 }  // namespace
 
-std::vector<double> norms_of_outer(const gradients::Samples& samples, const FlatArray& error,
-                                   std::int64_t rows, const FlatArray* x, std::int64_t columns) {
+std::vector<double> norms_of_outer(const gradients::Samples& samples, DType compute,
+                                   const FlatArray& error, std::int64_t rows, const FlatArray* x,
+                                   std::int64_t columns) {
+  const double rounding = compute == DType::float64 ? 0x1p-52 : 0x1p-23;
   std::vector<double> norms(samples.weight.size());
   parallel_for(std::ssize(samples.present), num_threads(), [&](std::int64_t i) {
     const IeeeEnvironment ieee;
     const std::int64_t sample = samples.present[static_cast<std::size_t>(i)];
     const std::int64_t count = samples.positions, first = sample * count;
-    const InnerProducts of_error(&error, first, count, rows), of_x(x, first, count, columns);
-    double sum = 0;
-    for (std::int64_t t = 0; t < count; ++t) {
-      for (std::int64_t u = 0; u < t; ++u) sum += 2 * of_error(t, u) * of_x(t, u);
-      sum += of_error(t, t) * of_x(t, t);
-    }
-    norms[static_cast<std::size_t>(sample)] =
-        std::sqrt(sum < 0 ? 0 : sum) * of_error.length() * of_x.length();
+    const Rows of_error(&error, first, count, rows), of_x(x, first, count, columns);
+    norms[static_cast<std::size_t>(sample)] = norm_of_sum(of_error, of_x, count, rounding);
   });
   return norms;
 }

@@ -249,8 +249,8 @@ std::vector<double> Slot::norms_of_outer(const Update& update, const Fetch& fetc
   const FlatArray error = copies.of(update.gradient);
   FlatArray x;
   if (update.x) x = copies.of(*update.x);
-  return cpu::norms_of_outer(*update.samples, error, outer_.rows, update.x ? &x : nullptr,
-                             outer_.columns);
+  return cpu::norms_of_outer(*update.samples, work.compute, error, outer_.rows,
+                             update.x ? &x : nullptr, outer_.columns);
 }
 
 void Slot::prepare_all_rows(const Array& gradient, const OccupiedMemory& memory,

@@ -261,11 +261,13 @@ std::vector<double> Stepper::norms_of_arrays(Updates updates) {
   std::vector<Work> ones;
   std::vector<std::int64_t> strides;
   std::vector<std::size_t> parts;
+  std::vector<const gradients::Samples*> samples;
   std::int64_t count = 0;
   for (std::size_t i = 0; i < updates.size(); ++i) {
     const Update& update = updates[i];
     if (!update.samples || !update.samples->max_norm || update.samples->present.empty()) continue;
     if (update.is_outer) continue;
+    samples.push_back(update.samples.get());
     count = update.samples->count();
     ones.push_back(one_sample(update));
     strides.push_back(stride_of_samples(update));
@@ -277,6 +279,7 @@ std::vector<double> Stepper::norms_of_arrays(Updates updates) {
     std::deque<Work> work;
     std::vector<const Work*> list;
     std::vector<std::size_t> parts_of_list;
+    std::vector<bool> is_there;  // for each tile: of a sample that is
     std::int64_t tiles = 0;
     for (std::int64_t sample = begin; sample < end; ++sample)
       for (std::size_t i = 0; i < ones.size(); ++i) {
@@ -284,10 +287,14 @@ std::vector<double> Stepper::norms_of_arrays(Updates updates) {
         one.iteration.operand[kGradient].data += sample * strides[i];
         list.push_back(&one);
         parts_of_list.push_back(parts[i]);
+        is_there.resize(is_there.size() + static_cast<std::size_t>(one.tiles()),
+                        samples[i]->weight[static_cast<std::size_t>(sample)] != 0);
         if (sample == begin) tiles += one.tiles();
       }
     const auto sums = [&](double prescale) {
       std::vector<double> of_tiles = tile_sums(list, parts_of_list, prescale), result;
+      for (std::size_t i = 0; i < of_tiles.size(); ++i)
+        if (!is_there[i]) of_tiles[i] = 0;
       for (std::int64_t i = 0; i < end - begin; ++i)
         result.push_back(sum_in_groups(of_tiles.data() + i * tiles, tiles));
       return result;

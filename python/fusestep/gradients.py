@@ -272,8 +272,8 @@ class Outer(OfSamples):
         super().__init__(weight, max_norm, noise_multiplier, reduction)
         self.x: Any = x
         self.error: Any = error
-        if isinstance(weight, (int, float)):  # of the only sample
-            self.weight = [weight]
+        if weight is not None and np.ndim(weight) == 0:  # of the only sample
+            self.weight = [float(weight)]
 
     def __repr__(self) -> str:
         x, error = (getattr(array, "shape", None) for array in (self.x, self.error))
@@ -299,7 +299,8 @@ def _positive(name: str, value: Any) -> float:
 def as_weights(weight: Any, label: str) -> npt.NDArray[np.float64]:
     """Return weights as float64 in the CPU's memory, of whatever library they are."""
     array = np.asarray(on_host(weight))
-    if array.dtype.kind not in "fiubV" and array.size:
+    is_number = array.dtype.kind in "fiub" or array.dtype.name == "bfloat16"
+    if not is_number and array.size:
         raise TypeError(f"{label} have dtype {array.dtype}; expected real numbers")
     return array.astype(np.float64)
 

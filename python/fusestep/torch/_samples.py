@@ -15,20 +15,29 @@ if TYPE_CHECKING:
 
     from .optimizer import Optimizer
 
+_LABEL = "a parameter of this optimizer"
 _OPTIONS = ("max_norm", "noise_multiplier", "reduction")
 
 
 def of_layers(optimizer: Optimizer) -> list[tuple[Tensor, Outer]]:
-    """Return the gradients of parameters with which a fused layer has left the factors."""
+    """Return the gradients of parameters with which a fused layer has left the factors.
+
+    Raises
+    ------
+    RuntimeError
+        Somebody has written to them.
+    """
     found = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not linear.factors_of(parameter):
                 continue
             if parameter.grad is not None:
-                linear.add_to_gradient(parameter)
+                linear.add_to_gradient(parameter, _LABEL)
             else:
-                found.append((parameter, Outer(*linear.in_all(parameter), reduction="sum")))
+                factors = linear.in_all(parameter, _LABEL)
+                linear.mark_taken(parameter)
+                found.append((parameter, Outer(*factors, reduction="sum")))
     return found
 
 
@@ -63,6 +72,7 @@ def taken(optimizer: Optimizer, weight: Any, options: Any) -> list[tuple[Tensor,
             found.append((parameter, Samples(values, weight, **options)))
         elif linear.factors_of(parameter) and parameter.grad is None:
             factors = linear.of_samples(parameter, label)
+            linear.mark_taken(parameter)
             found.append((parameter, Outer(*factors, weight, **options)))
         elif parameter.grad is not None:
             without.append(label)

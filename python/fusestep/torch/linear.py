@@ -6,9 +6,12 @@ outputs and what went in. Here the layer leaves these with its weight, for the n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -20,12 +23,45 @@ if TYPE_CHECKING:
 _is_used = False  # some layer has left something with a parameter
 
 
-class Factors(NamedTuple):
-    """A gradient, as what it is the outer products of: the layer's inputs, and its errors."""
+class Factors:
+    """A gradient, as what it is the outer products of: the layer's inputs, and its errors.
 
-    x: Tensor | None  # [..., in]; None: ones, of a bias
-    error: Tensor  # [..., out]: the derivatives of the loss by the layer's outputs
-    times: int  # samples of the batch, if the loss is their mean; else 1
+    Parameters
+    ----------
+    x
+        Inputs, of shape [..., in]; None: ones, of a bias.
+    error
+        The derivatives of the loss by the layer's outputs, of shape [..., out].
+    times
+        Samples of the batch, if the loss is their mean; else 1.
+    """
+
+    __slots__ = ("_versions", "error", "is_taken", "times", "x")
+
+    def __init__(self, x: Tensor | None, error: Tensor, times: int) -> None:
+        self.x, self.error, self.times = x, error, times
+        self.is_taken = False  # by a step
+        self._versions = self._present_versions()
+
+    def _present_versions(self) -> tuple[int, ...]:
+        return tuple(tensor._version for tensor in (self.x, self.error) if tensor is not None)
+
+    @property
+    def are_intact(self) -> bool:
+        """Whether nobody has written to the tensors since."""
+        return self._versions == self._present_versions()
+
+    @property
+    def elements(self) -> int:
+        """How many numbers are kept."""
+        return self.error.numel() + (0 if self.x is None else self.x.numel())
+
+
+class _Passes(list[Factors]):
+    """Those of one parameter. They are not for checkpoints: copies have none."""
+
+    def __reduce__(self) -> Any:
+        return (_Passes, ())
 
 
 class _HandOver(torch.autograd.Function):
@@ -35,23 +71,53 @@ class _HandOver(torch.autograd.Function):
     def forward(
         ctx: Any, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, is_mean: bool
     ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.is_mean = weight, bias, is_mean
+        ctx.save_for_backward(x if weight.requires_grad else None)
+        ctx.weight, ctx.bias = weight, bias
+        ctx.times = len(x) if is_mean and x.ndim > 1 else 1
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor, None, None, None, None]:
-        global _is_used
-        _is_used = True
         (x,) = ctx.saved_tensors
-        times = len(x) if ctx.is_mean and x.ndim > 1 else 1
-        for parameter, of_columns in ((ctx.weight, x), (ctx.bias, None)):
-            if parameter is not None and parameter.requires_grad:
-                factors = Factors(of_columns, error, times)
-                parameter.grad_factors = [*factors_of(parameter), factors]
+        _, _, *nodes = (node for node, _ in ctx.next_functions)
+        for parameter, node, of_columns in zip(
+            (ctx.weight, ctx.bias), nodes, (x, None), strict=False
+        ):
+            if node is not None and _is_asked_for(node):
+                _leave(parameter, Factors(_own(of_columns), error, ctx.times))
         return error, None, None, None, None
+
+
+def _is_asked_for(node: Any) -> bool:
+    """Return whether this backward pass is to accumulate the gradient of a node's parameter."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError as error:
+        raise RuntimeError(
+            "torch.autograd.grad is asked for the gradient of a parameter of a fused linear "
+            "layer, which is not made: call fusestep.torch.unfuse_linear(model) first"
+        ) from error
+
+
+def _own(x: Tensor | None) -> Tensor | None:
+    """Return the inputs, or a copy of those that a step may move: a parameter's memory."""
+    base = x if x is None or x._base is None else x._base
+    is_of_parameter = base is not None and base.is_leaf and base.requires_grad
+    return x.detach().clone() if x is not None and is_of_parameter else x
+
+
+def _leave(parameter: Tensor, factors: Factors) -> None:
+    """Leave factors with a parameter; as a gradient, where that is smaller than all of them."""
+    global _is_used
+    _is_used = True
+    passes = factors_of(parameter)
+    if not passes:
+        passes = parameter.grad_factors = _Passes()  # type: ignore[attr-defined]
+    passes.append(factors)
+    if len(passes) > 1 and sum(one.elements for one in passes) > parameter.numel():
+        add_to_gradient(parameter, "a parameter of a fused layer")
 
 
 class FusedLinear(torch.nn.Linear):
@@ -63,14 +129,43 @@ class FusedLinear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Return ``input @ weight.T + bias``."""
         weight, bias = self.weight, self.bias
-        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if not learns or not torch.is_grad_enabled():
+        if not self._hands_over(input):
             return functional.linear(input, weight, bias)
         output = functional.linear(input, weight.detach(), None if bias is None else bias.detach())
         handed: Tensor = _HandOver.apply(  # type: ignore[no-untyped-call]
             output, input, weight, bias, self.loss_is_mean
         )
         return handed
+
+    def _hands_over(self, x: Tensor) -> bool:
+        """Return whether parameters learn here, in a way that a step can make up for."""
+        parameters = [p for p in (self.weight, self.bias) if p is not None]
+        return (
+            torch.is_grad_enabled()
+            and any(p.requires_grad for p in parameters)
+            and not any(_is_special(p) for p in parameters)
+            and x.layout == torch.strided
+            and torch._C._get_tracing_state() is None
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not _is_one_of_several_processes()
+        )
+
+
+def _is_special(parameter: Tensor) -> bool:
+    """Return whether somebody wants its gradient: it is computed, hooked, complex or sharded."""
+    return (
+        not parameter.is_leaf
+        or bool(parameter._backward_hooks)
+        or bool(parameter._post_accumulate_grad_hooks)
+        or parameter.is_complex()
+        or _tensors.is_sharded(parameter)
+    )
+
+
+def _is_one_of_several_processes() -> bool:
+    """Return whether gradients may have to be exchanged."""
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
 
 
 def fuse_linear(model: nn.Module, *, loss_reduction: str = "mean") -> nn.Module:
@@ -110,9 +205,17 @@ def fuse_linear(model: nn.Module, *, loss_reduction: str = "mean") -> nn.Module:
     -----
     The optimizer is to be one of :mod:`fusestep.torch`; torch's would leave these parameters where
     they are. What looks at ``p.grad`` finds None: ``clip_grad_norm_`` (use the optimizer's
-    ``max_norm``), a ``GradScaler``, hooks of a parameter. Call the optimizer's ``zero_grad``, not
-    the model's. A parameter that has a gradient besides, such as a tied embedding, gets the sum in
-    ``p.grad`` when a step is taken.
+    ``max_norm``), a ``GradScaler``. Call the optimizer's ``zero_grad``, not the model's. Nobody may
+    write to a layer's input, or to the gradient of its output, before the step, which raises
+    ``RuntimeError`` then.
+
+    A parameter gets an ordinary gradient, in backward or when the step is taken, where it has one
+    besides (a tied embedding), or where the factors of several passes take more memory than that.
+    A layer is as if it were not fused where its parameters are computed (``weight_norm``), hooked,
+    complex or sharded, in transforms of ``torch.func``, and where there are several processes,
+    which may have to exchange gradients.
+
+    Samples are what lies along the first axis of a layer's input.
 
     Examples
     --------
@@ -151,16 +254,17 @@ def unfuse_linear(model: nn.Module) -> nn.Module:
     """
     for layer in model.modules():
         if type(layer) is FusedLinear:
-            vars(layer).pop("loss_is_mean")
+            vars(layer).pop("loss_is_mean", None)
             layer.__class__ = torch.nn.Linear  # type: ignore[assignment]
     return model
 
 
 def _check_is_in_one_place(model: nn.Module) -> None:
     is_sharded = any(map(_tensors.is_sharded, model.parameters()))
-    if is_sharded or isinstance(model, torch.nn.parallel.DistributedDataParallel):
+    replicas = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    if is_sharded or any(isinstance(module, replicas) for module in model.modules()):
         raise TypeError(
-            f"the model is {'sharded' if is_sharded else 'a DistributedDataParallel'}: processes "
+            f"the model is {'sharded' if is_sharded else 'replicated'}: processes "
             "would have to exchange gradients that fuse_linear does not make"
         )
 
@@ -180,16 +284,52 @@ def factors_of(parameter: Tensor) -> list[Factors]:
 
 def forget(parameter: Tensor) -> None:
     """Let go of it."""
-    if factors_of(parameter):
-        parameter.grad_factors = None  # type: ignore[attr-defined]
+    if hasattr(parameter, "grad_factors"):
+        del parameter.grad_factors
 
 
-def in_all(parameter: Tensor) -> tuple[Tensor | None, Tensor]:
+def taken(parameter: Tensor, label: str) -> list[Factors]:
+    """Return it for a step.
+
+    Raises
+    ------
+    RuntimeError
+        Somebody has written to a layer's inputs, or to the gradient of its output.
+    """
+    passes = factors_of(parameter)
+    if not all(factors.are_intact for factors in passes):
+        raise RuntimeError(
+            f"{label}: the input of its fused layer, or the gradient of its output, has been "
+            "changed in place since backward(), before a step could use it; give the layer a "
+            "copy, or call fusestep.torch.unfuse_linear(model)"
+        )
+    return passes
+
+
+def mark_taken(parameter: Tensor) -> None:
+    """Note that a step has used it."""
+    passes = factors_of(parameter)
+    if passes and passes[0].is_taken and not passes[-1].is_taken:
+        warnings.warn(
+            "the gradients of fused linear layers have been accumulated over steps: call the "
+            "optimizer's zero_grad(), which knows of them, rather than the model's",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    for factors in passes:
+        factors.is_taken = True
+
+
+def in_all(parameter: Tensor, label: str) -> tuple[Tensor | None, Tensor]:
     """Return x and error of all passes that a parameter has had a part in: [rows, ...] each."""
-    all_factors = factors_of(parameter)
-    xs = [_as_rows(factors.x) for factors in all_factors if factors.x is not None]
-    errors = [_as_rows(factors.error) for factors in all_factors]
-    return _joined(xs) if xs else None, _joined(errors)
+    passes = taken(parameter, label)
+    xs = [_as_rows(factors.x) for factors in passes if factors.x is not None]
+    errors = [_as_rows(factors.error) for factors in passes]
+    x, error = (_joined(xs) if xs else None), _joined(errors)
+    if len(error) > 0:
+        return x, error
+    # Of an empty batch the gradient is zero, and not none: state ages.
+    return None if x is None else x.new_zeros(1, x.shape[1]), error.new_zeros(1, error.shape[1])
 
 
 def of_samples(parameter: Tensor, label: str) -> tuple[Tensor | None, Tensor]:
@@ -200,35 +340,36 @@ def of_samples(parameter: Tensor, label: str) -> tuple[Tensor | None, Tensor]:
     ValueError
         There has been more than one pass, whose samples might be the same.
     """
-    (x, error, times), *others = factors_of(parameter)
+    factors, *others = taken(parameter, label)
     if others:
         raise ValueError(
             f"{label}: its layer has been used {1 + len(others)} times since the last step, so it "
             "is not known which gradients belong to one sample"
         )
-    if times != 1:
-        error = error * times
-    return (None if x is None else _by_sample(x)), _by_sample(error)
+    error = factors.error if factors.times == 1 else factors.error * factors.times
+    return (None if factors.x is None else _by_sample(factors.x)), _by_sample(error)
 
 
-def add_to_gradient(parameter: Tensor) -> None:
-    """Add it to the gradient that the parameter has besides."""
-    x, error = in_all(parameter)
-    made = error.sum(0) if x is None else error.T @ x.to(error.dtype)
-    assert parameter.grad is not None
+def add_to_gradient(parameter: Tensor, label: str) -> None:
+    """Add it to the gradient that the parameter has besides, if any."""
+    x, error = in_all(parameter, label)
     with torch.no_grad():
-        parameter.grad += made
+        made = error.sum(0) if x is None else error.T @ x.to(error.dtype)
+        made = made.to(parameter.dtype)
+        parameter.grad = made if parameter.grad is None else made + parameter.grad
     forget(parameter)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _by_sample(tensor: Tensor) -> Tensor:
     if tensor.ndim < 3:
         return _as_rows(tensor)
-    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
