@@ -263,6 +263,20 @@ def test_ddp(ranks: Ranks, name: str, bucket_views: bool, max_norm: float | None
         assert_same(trained, expected)
 
 
+def train_fused_layers(rank: int) -> Any:
+    import fusestep.torch
+
+    model = nn.parallel.DistributedDataParallel(fusestep.torch.fuse_linear(network()))
+    with pytest.raises(TypeError, match="exchange gradients"):
+        fusestep.torch.fuse_linear(model)
+    return train(model, fused("Adam", model.parameters()), of(rank))
+
+
+def test_fused_layers_are_ordinary_ones(ranks: Ranks) -> None:
+    for trained in ranks.run(train_fused_layers):
+        assert_same(trained, train_alone("Adam"))
+
+
 # ---- fully_shard: what a step does ---------------------------------------------------------------
 
 

@@ -82,9 +82,8 @@ class _HandOver(torch.autograd.Function):
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
         _, _, *nodes = (node for node, _ in ctx.next_functions)
-        for parameter, node, of_columns in zip(
-            (ctx.weight, ctx.bias), nodes, (x, None), strict=False
-        ):
+        parameters = ((ctx.weight, x), (ctx.bias, None))
+        for (parameter, of_columns), node in zip(parameters, nodes, strict=False):
             if node is not None and _is_asked_for(node):
                 _leave(parameter, Factors(_own(of_columns), error, ctx.times))
         return error, None, None, None, None
