@@ -71,7 +71,7 @@ def outer_steps(rows: int, columns: int, count: int) -> Steps:
         "fusestep": lambda: own.step(outer),
         "torch": in_new_memory,
         "torch, out=": in_the_same_memory,
-        "NumPy, out=, fusestep's dense step": with_numpy,
+        "NumPy, then a dense step": with_numpy,
     }
 
 
@@ -116,7 +116,7 @@ def sample_steps(*, bounded: bool) -> Steps:
         if bounded:
             steps["the limit: reading twice"] = lambda: (reads(), reads())
     there = torch.from_numpy(values)
-    steps["torch: a matrix product, fused Adam"] = torch_samples(there, bounded=bounded)
+    steps["torch by hand"] = torch_samples(there, bounded=bounded)
     if bounded:
         steps |= opacus_steps(there)
     return steps

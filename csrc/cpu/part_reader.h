@@ -38,7 +38,11 @@ class PartReader {
     gradients::Dense<T> gradient;
     std::int64_t count;
   };
-  static constexpr std::int64_t kPiece = 32768 / sizeof(T);  // at most, if they are in the buffer
+  // At most, if they are made in the buffer. The sum of samples is the longer, the quicker: memory
+  // is read in longer stretches (64 x 1M: 9.1 ms by 32 KB, 8.3 ms by 128 KB).
+  static constexpr std::int64_t kPiece = 32768 / sizeof(T), kLongPiece = 4 * kPiece;
+  bool makes_long_pieces() const { return !outer_; }
+
   Piece gradient(std::int64_t begin, std::int64_t end, T factor, T* buffer) {
     if (outer_ && outer_->is_multiple() && (factor == 1 || factor == -1)) {  // rounds nothing
       const auto [times, x, count] = outer_->multiple(begin, std::min(end, begin + kPiece), buffer);
@@ -47,7 +51,7 @@ class PartReader {
     if (outer_)
       if (const auto [values, count] = outer_->made(begin); count > 0)
         return {{values, factor}, std::min(count, end - begin)};
-    const std::int64_t count = std::min(end - begin, kPiece);
+    const std::int64_t count = std::min(end - begin, outer_ ? kPiece : kLongPiece);
     if (!outer_) return {{add_up_samples(begin, count, buffer), factor}, count};
     for (std::int64_t done = 0; done < count; done += kTileSize)
       read(kGradient, begin + done, std::min(kTileSize, count - done), buffer + done);

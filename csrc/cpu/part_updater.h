@@ -147,8 +147,14 @@ class PartUpdater : Mover<T> {
   }
 
   void move_straight_on(std::int64_t first, std::int64_t last) {
-    alignas(kCacheLine) T buffer[PartReader<T>::kPiece];
+    alignas(kCacheLine) T piece[PartReader<T>::kPiece];
     const std::int64_t end = std::min(last * kTileSize, part_.size);
+    const std::int64_t size = end - first * kTileSize;
+    std::unique_ptr<T[]> long_piece;  // too long for a thread's stack
+    if (reader_.makes_long_pieces() && size > PartReader<T>::kPiece)
+      long_piece = std::make_unique_for_overwrite<T[]>(
+          static_cast<std::size_t>(std::min(size, PartReader<T>::kLongPiece)));
+    T* const buffer = long_piece ? long_piece.get() : piece;
     reader_.expect(first, last);
     for (std::int64_t begin = first * kTileSize; begin < end;) {
       const auto [gradient, count] = reader_.gradient(begin, end, factor_, buffer);
