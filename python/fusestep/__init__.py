@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import functional
+from ._memory import memory
 from ._version import __version__
 from .fisher import Fisher
 from .gradients import Outer, Rows, Samples
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "functional",
     "get_num_threads",
+    "memory",
     "set_num_threads",
     "show_config",
 ]
