@@ -55,6 +55,7 @@ def test_it_prints_a_table() -> None:
         ["state", "9.87", "MB"],
         ["total", "19.7", "MB"],
     ]
+    assert "498 MB" in str(fs.memory(np.broadcast_to(np.float32(0), 124_439_808), "sgd"))
     assert "12 B" in str(fs.memory(np.zeros(3, "f4"), "sgd"))
     assert "1.20 GB" in str(fs.memory(np.broadcast_to(np.float32(0), 300_000_000), "sgd"))
 

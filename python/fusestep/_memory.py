@@ -149,8 +149,9 @@ def _each(params: Any) -> Iterable[tuple[tuple[int, ...], str]]:
 
 def _text(size: int) -> str:
     """Return a number of bytes with three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000  # type: ignore[assignment]
-    return f"{size:.3g} {unit}" if unit == "B" else f"{size:#.3g} {unit}"
+    number, units = float(size), ["GB", "MB", "kB", "B"]
+    while number >= 1000 and len(units) > 1:
+        number /= 1000
+        units.pop()
+    digits = 0 if number >= 100 or units[-1] == "B" else 1 if number >= 10 else 2
+    return f"{number:.{digits}f} {units[-1]}"
