@@ -1259,7 +1259,7 @@ class Sum {
   }
 
   cuda::MadeGradient on_device() const {
-    return {&work_, values_.geometry().strides[0], &samples_};
+    return {&work_, &samples_, values_.geometry().strides[0]};
   }
 
   void check() {
