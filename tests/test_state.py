@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fusestep as fs
+from fusestep._state_dict import OUR_SETTINGS
 from rules import PLAIN, RULES, Rule
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def test_names_are_torchs() -> None:
         ours = opt.state_dict()
         assert set(theirs.state_dict()["state"].get(0, {})) | {"step"} == set(ours["state"][0])
         known = set(theirs.state_dict()["param_groups"][0])
-        extra = {"max_norm", "skip_nonfinite", "state_dtype"}
+        extra = {"state_dtype", *OUR_SETTINGS}
         assert set(ours["param_groups"][0]) <= known | extra
 
 

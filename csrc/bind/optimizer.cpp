@@ -58,14 +58,16 @@ Optimizer::Choices choices(const py::object& where, py::tuple& keep) {
 }
 
 void step(Optimizer& optimizer, const py::handle& gradients, const py::handle& lr,
-          const py::handle& grad_scale, const py::handle& zero_grad, const py::object& where) {
+          const py::handle& grad_scale, const py::handle& zero_grad, const py::object& where,
+          std::optional<double> ema_decay) {
   PyObject* sequence = gradients.ptr();
   if (!PyList_Check(sequence) && !PyTuple_Check(sequence))
     throw TypeError(std::string("gradients are a ") + Py_TYPE(sequence)->tp_name +
                     "; expected a list or tuple with one array (or None) for each parameter");
   const auto rate = lr.is_none() ? std::nullopt : std::optional(number("lr", lr.ptr()));
   const StepArguments arguments{.grad_scale = number("grad_scale", grad_scale.ptr()),
-                                .zero_grad = flag("zero_grad", zero_grad.ptr())};
+                                .zero_grad = flag("zero_grad", zero_grad.ptr()),
+                                .ema_decay = ema_decay};
   // A copy of the references: another thread may change the list while a custom array exports
   // itself.
   const auto fixed = py::reinterpret_steal<py::object>(PySequence_Tuple(sequence));
@@ -153,13 +155,26 @@ void register_optimizer(py::module_& module) {
   py::class_<Optimizer>(module, "Optimizer")
       .def(py::init(&make_optimizer), "rule"_a, "options"_a, "names"_a, "parameters"_a, "states"_a)
       .def("step", &step, "gradients"_a, "lr"_a, "grad_scale"_a, "zero_grad"_a,
-           "where"_a = py::none())
+           "where"_a = py::none(), "ema_decay"_a = py::none())
       .def(
           "set_option",
           [](Optimizer& self, const std::string& name, double value) {
-            self.group.rule->set(name, value);
+            self.set_option(name, value);
           },
           "name"_a, "value"_a)
+      .def("exempt_from_decay", &Optimizer::exempt_from_decay, "index"_a)
+      .def(
+          "set_average",
+          [](Optimizer& self, std::size_t i, const py::object& average) {
+            self.set_average(i, average.ptr());
+          },
+          "index"_a, "average"_a)
+      .def(
+          "set_copy",
+          [](Optimizer& self, std::size_t i, const py::object& copy) {
+            self.set_copy(i, copy.ptr());
+          },
+          "index"_a, "copy"_a)
       .def("keep_history", &Optimizer::keep_history)
       .def("catch_up", &catch_up, "indices"_a)
       .def("flush", &Optimizer::flush)
@@ -206,7 +221,7 @@ void register_optimizer(py::module_& module) {
           "function"_a)
       .def_property(
           "maximize", [](const Optimizer& self) { return self.group.maximize; },
-          [](Optimizer& self, bool value) { self.group.maximize = value; })
+          &Optimizer::set_maximize)
       .def_property(
           "skip_nonfinite",
           [](const Optimizer& self) { return self.stepper.settings.skip_nonfinite; },
@@ -216,6 +231,15 @@ void register_optimizer(py::module_& module) {
           [](Optimizer& self, std::optional<double> value) {
             self.stepper.settings.max_norm = value;
           })
+      .def_property(
+          "clip_value", [](const Optimizer& self) { return self.stepper.settings.clip_value; },
+          [](Optimizer& self, std::optional<double> value) {
+            self.stepper.settings.clip_value = value;
+          })
+      .def_property(
+          "stochastic_rounding",
+          [](const Optimizer& self) { return self.stepper.settings.stochastic_rounding; },
+          [](Optimizer& self, bool value) { self.stepper.settings.stochastic_rounding = value; })
       .def_property_readonly("steps", &Optimizer::steps)
       .def_property_readonly("skipped_steps", &Optimizer::skipped_steps)
       .def("set_counts", &Optimizer::set_counts, "steps"_a, "skipped_steps"_a);

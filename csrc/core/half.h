@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/annotations.h"
 #include "core/floating.h"
@@ -64,6 +65,32 @@ FUSESTEP_HOST_DEVICE Float16 to_float16(float x) {
   return {static_cast<std::uint16_t>(half | sign)};
 }
 
+// Rounded up or down at random, so that the mean is x: of 32 random bits, so many of the lowest are
+// added as there are to be dropped. (Gupta et al. 2015, "Deep learning with limited numerical
+// precision", section 3.) What is not finite, or beyond the largest number, is rounded to nearest.
+FUSESTEP_HOST_DEVICE BFloat16 to_bfloat16(float x, std::uint32_t random) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+  const bool has_room = (bits & 0x7fffffffu) < 0x7f7f0000u;
+  const std::uint32_t rounded = (bits + (random & 0xffffu)) >> 16;
+  return {has_room ? static_cast<std::uint16_t>(rounded) : to_bfloat16(x).bits};
+}
+
+FUSESTEP_HOST_DEVICE Float16 to_float16(float x, std::uint32_t random) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  const std::uint32_t dropped = random & 0x1fffu;
+  const std::uint32_t normal = ((magnitude + dropped) >> 13) - (112u << 10);
+  // In units of 2^-37, of which the smallest float16 has 2^13.
+  const bool is_small = magnitude < 0x38800000u;
+  const float small = is_small ? bit_cast<float>(magnitude) * 0x1p37f : 0.0f;
+  const std::uint32_t subnormal =
+      (static_cast<std::uint32_t>(static_cast<std::int32_t>(small)) + dropped) >> 13;
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  const std::uint32_t half = sign | (is_small ? subnormal : normal);
+  const bool has_room = magnitude < 0x477fe000u;
+  return {has_room ? static_cast<std::uint16_t>(half) : to_float16(x).bits};
+}
+
 // double -> float such that a second rounding, to a 16-bit type, is as if it had been the only one
 // (round to odd: Boldo & Melquiond 2008).
 FUSESTEP_HOST_DEVICE float round_to_odd(double x) {
@@ -101,6 +128,17 @@ struct Cast<BFloat16> {
 template <class To, class From>
 FUSESTEP_HOST_DEVICE To cast(From x) {
   return Cast<To>::of(x);
+}
+
+// The same, rounded at random where digits are dropped that a rule may need: for 16-bit types.
+FUSESTEP_HOST_DEVICE float rounded_once(float x) { return x; }
+FUSESTEP_HOST_DEVICE float rounded_once(double x) { return round_to_odd(x); }
+
+template <class To, class T>
+FUSESTEP_HOST_DEVICE To cast_at_random(T x, std::uint32_t random) {
+  if constexpr (std::is_same_v<To, BFloat16>) return to_bfloat16(rounded_once(x), random);
+  if constexpr (std::is_same_v<To, Float16>) return to_float16(rounded_once(x), random);
+  return cast<To>(x);
 }
 
 }  // namespace fusestep

@@ -47,4 +47,23 @@ struct RandomStream {
   }
 };
 
+// 32 random bits for each place of a tile: cheap enough for every element of every step, and in
+// 32-bit arithmetic, which all vectors have.
+struct TileRandom {
+  std::uint32_t key;
+
+  FUSESTEP_HOST_DEVICE static TileRandom of(const RandomStream& stream, std::int64_t tile) {
+    return {static_cast<std::uint32_t>(stream.bits(static_cast<std::uint64_t>(tile)) >> 32)};
+  }
+
+  // A bijection of 32 bits with little bias: two rounds of multiplying and shifting, with constants
+  // that were found by search (Wellons 2018, "Prospecting for hash functions").
+  FUSESTEP_HOST_DEVICE std::uint32_t bits(std::uint32_t place) const {
+    std::uint32_t x = key + 0x9e3779b9u * place;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+  }
+};
+
 }  // namespace fusestep

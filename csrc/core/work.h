@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 
 #include "core/dtypes.h"
 #include "core/flat_array.h"
 #include "core/layout.h"
+#include "core/random.h"
 #include "gradients/rows.h"
 
 namespace fusestep {
@@ -40,6 +42,31 @@ struct Work {
     int importance = 0;  // 0: that of all elements is 1
   };
   Anchor anchor;
+
+  // What is written after the parameter, in the same pass: which operands, 0: there is none.
+  struct Followers {
+    int average = 0;  // of the parameter
+    double decay = 0;
+    int copy = 0;  // of the parameter, in another type
+    bool any() const { return average != 0 || copy != 0; }
+  };
+  Followers followers;
+
+  // Operands are the parameter, its gradient and its state, which the rule sees; its anchor; and
+  // then those that are only looked at afterwards.
+  int rule_operands = kState, operands_read = kState;
+
+  // How a parameter and a state of 16 bits are rounded.
+  struct Rounding {
+    bool is_random = false;
+    RandomStream stream{};  // of this step of the parameter
+
+    // For an operand and one of its tiles.
+    TileRandom of(int operand, std::int64_t tile) const {
+      return TileRandom::of(stream.other(static_cast<std::uint64_t>(operand) + 1), tile);
+    }
+  };
+  Rounding rounding;
 
   // The state of a row-wise rule: one element for each row of the parameter.
   bool is_rowwise = false;
@@ -86,6 +113,7 @@ struct Work {
 struct StepOptions {
   double gradient_factor = 1;  // multiplies every gradient
   bool clear_gradients = false;
+  double gradient_bound = std::numeric_limits<double>::infinity();  // of each element, after that
 };
 
 using WorkList = std::span<const Work* const>;

@@ -9,8 +9,10 @@
 
 #include "core/dtypes.h"
 #include "core/layout.h"
+#include "core/random.h"
 #include "gradients/dense.h"
 #include "rules/anchor.h"
+#include "rules/moving_average.h"
 #include "rules/registry.h"
 #include "rules/weight_decay.h"
 
@@ -21,7 +23,7 @@ template <class T>
 struct Run {
   std::int64_t size;
   T* parameter = nullptr;
-  gradients::Dense<T> gradient{};
+  gradients::Bounded<T> gradient{};
   T* state[kMaxStates] = {};
 
   // Where the parameter is anchored.
@@ -60,6 +62,16 @@ struct Kernels {
 
   std::array<Load, kDTypes> load;    // by stored type; `from` need not be aligned
   std::array<Store, kDTypes> store;  // by stored type; `to` need not be aligned
+
+  // The same, rounded at random where the type has 16 bits: element i with the bits for the place
+  // `first` + i.
+  using StoreAtRandom = void (*)(const T* from, void* to, std::int64_t size, TileRandom random,
+                                 std::uint32_t first);
+  std::array<StoreAtRandom, kDTypes> store_at_random;
+
+  // Brings the average of parameters up to date.
+  void (*average)(rules::MovingAverage<T> average, const T* parameter, T* averaged,
+                  std::int64_t size);
 
   // Of linear models, where a rule has its step in pieces (else null): conditioned[i] of the
   // feature i, after the state has observed run.gradient; and the step by `s` times the features.

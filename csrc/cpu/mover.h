@@ -31,7 +31,9 @@ class Mover {
         loop_(kernels_.update[is_anchored()][loop_number_]),
         rule_(work.rule->bytes),
         anchor_(anchor_at(work.anchor.lr)),
-        factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)) {}
+        factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)),
+        bound_(static_cast<T>(options.gradient_bound)),
+        average_(work.followers.decay) {}
 
   bool is_anchored() const { return work_.anchor.reference != 0; }
 
@@ -39,16 +41,40 @@ class Mover {
     return rules::Anchor<T>::of(lr * work_.anchor.lambda);
   }
 
-  bool is_moved(int operand) const {
-    const bool is_anchor = is_anchored() && operand >= work_.anchor.reference;
-    return operand != kGradient && !is_anchor;
+  bool is_moved(int operand) const { return operand != kGradient && operand < work_.rule_operands; }
+
+  // ---- writing what has moved, and what follows it ----
+
+  // Elements of a tile from `first` on.
+  void store(int operand, const T* elements, const Block& block, std::int64_t tile,
+             std::int64_t first) const {
+    if (work_.rounding.is_random)
+      access_.store(elements, block, work_.rounding.of(operand, tile), first);
+    else
+      access_.store(elements, block);
   }
+
+  // Brings up to date what follows the parameter, of which these are the elements.
+  template <class BlockOf>
+  void follow(const T* parameter, BlockOf block_of) const {
+    if (const int operand = work_.followers.average) {
+      alignas(kCacheLine) T buffer[kTileSize];
+      const Block block = block_of(operand);
+      T* const averaged = access_.read(block, buffer);
+      kernels_.average(average_, parameter, averaged, block.size());
+      if (averaged == buffer) access_.store(buffer, block);
+    }
+    if (const int operand = work_.followers.copy) access_.store(parameter, block_of(operand));
+  }
+
+  // ---- calling the loop ----
 
   Run<T> run_over(const std::array<T*, kMaxOperands>& at, std::int64_t size,
                   const gradients::Dense<T>& gradient, const rules::Anchor<T>& anchor) const {
+    const gradients::Bounded<T> bounded{gradient, bound_};
     return {size,
             at[kParameter],
-            gradient,
+            bounded,
             {at[kState], at[kState + 1], at[kState + 2]},
             anchor,
             at[work_.anchor.reference],
@@ -94,7 +120,8 @@ class Mover {
   typename Kernels<T>::Update loop_;
   const void* rule_;
   rules::Anchor<T> anchor_;
-  T factor_;
+  T factor_, bound_;
+  rules::MovingAverage<T> average_;
 };
 
 }  // namespace fusestep::cpu

@@ -86,7 +86,7 @@ class PartUpdater : Mover<T> {
   using Mover<T>::access_, Mover<T>::rule_, Mover<T>::work_, Mover<T>::loop_, Mover<T>::factor_,
       Mover<T>::anchor_;
   using Mover<T>::is_anchored, Mover<T>::run_over, Mover<T>::is_moved, Mover<T>::call_loop,
-      Mover<T>::call_loop_from_line;
+      Mover<T>::call_loop_from_line, Mover<T>::follow;
   using Buffer = T[kMaxOperands][kTileSize];
   using Elements = std::array<T*, kMaxOperands>;
 
@@ -102,8 +102,32 @@ class PartUpdater : Mover<T> {
   void update_tile(std::int64_t tile, const TileBits& moved) {
     if (!moved.any()) return;
     move_tile(tile, moved, part_.written(tile, moved));
+    if (work_.followers.any()) follow_tile();
     if (part_.counts_by_tile()) part_.progress->advance(*part_.rule, first_, moved);
   }
+
+  // What follows a parameter follows what is kept of it.
+  void follow_tile() {
+    alignas(kCacheLine) T buffer[kTileSize];
+    written_.for_each_run([&](std::int64_t begin, std::int64_t end) {
+      follow_run(first_ + begin, first_ + end,
+                 reader_.read(kParameter, first_ + begin, end - begin, buffer));
+    });
+  }
+
+  // Elements of one tile, wherever those of each operand lie.
+  void follow_run(std::int64_t begin, std::int64_t end, const T* parameter) const {
+    while (begin < end) {
+      std::int64_t some = end - begin;
+      for (int i = work_.operands_read; i < part_.operands; ++i)
+        some = std::min(some, operand(i).stretch(begin));
+      follow(parameter, [&](int i) { return operand(i).block(begin, some); });
+      begin += some;
+      parameter += some;
+    }
+  }
+
+  const FlatArray& operand(int i) const { return part_.operand[static_cast<std::size_t>(i)]; }
 
   void move_tile(std::int64_t tile, const TileBits& moved, const TileBits& written) {
     first_ = tile * kTileSize;
@@ -137,8 +161,8 @@ class PartUpdater : Mover<T> {
   bool goes_straight_on() const {
     if (!part_.makes_gradients() || !part_.moves_all()) return false;
     if (is_anchored() && work_.anchor.importance == 0) return false;  // ones, as many as a tile has
-    for (int i = 0; i < part_.operands; ++i)
-      if (i != kGradient && !is_one_run(part_.operand[static_cast<std::size_t>(i)])) return false;
+    for (int i = 0; i < work_.operands_read; ++i)
+      if (i != kGradient && !is_one_run(operand(i))) return false;
     return true;
   }
 
@@ -159,15 +183,21 @@ class PartUpdater : Mover<T> {
     for (std::int64_t begin = first * kTileSize; begin < end;) {
       const auto [gradient, count] = reader_.gradient(begin, end, factor_, buffer);
       Elements at{};
-      for (int i = 0; i < part_.operands; ++i)
-        at[i] = reinterpret_cast<T*>(part_.operand[static_cast<std::size_t>(i)].at(begin));
+      for (int i = 0; i < work_.operands_read; ++i)
+        at[i] = reinterpret_cast<T*>(operand(i).at(begin));
       at[kGradient] = const_cast<T*>(gradient.values);
       if (count >= kAlignedRun)
         call_loop_from_line(rule_, at, count, gradient.factor);
       else
         call_loop(rule_, at, count, gradient.factor);
+      if (work_.followers.any()) follow_tiles(begin, begin + count, at[kParameter]);
       begin += count;
     }
+  }
+
+  void follow_tiles(std::int64_t begin, std::int64_t end, const T* parameter) const {
+    for (; begin < end; begin += kTileSize, parameter += kTileSize)
+      follow_run(begin, std::min(begin + kTileSize, end), parameter);
   }
 
   // ---- how far blocks have come ----
@@ -199,7 +229,7 @@ class PartUpdater : Mover<T> {
     call_loop_over_run(rule_at(begin), at, size, at[kParameter] != buffer[kParameter]);
     TileBits here;
     here.set(begin, end);
-    for (int i = 0; i < part_.operands; ++i)
+    for (int i = 0; i < work_.rule_operands; ++i)
       if (is_moved(i) && at[i] == buffer[i]) store(i, here & written_to(i), at[i] - begin);
   }
 
@@ -224,19 +254,19 @@ class PartUpdater : Mover<T> {
     Elements at = read(0, size_, buffer);
     const T* const present = at[kParameter];
     at[kParameter] = copied(present, size_, moved);
-    for (int i = kState; i < part_.operands; ++i)
+    for (int i = kState; i < work_.rule_operands; ++i)
       if (is_moved(i)) at[i] = copied(at[i], size_, buffer[i]);
     call_loop(rule_at(moved_.first_set()), at, size_);
     if (sizes_) {
       for (std::int64_t i = 0; i < size_; ++i) sizes_[i] = std::abs(moved[i] - present[i]);
       return;
     }
-    for (int i = 0; i < part_.operands; ++i)
+    for (int i = 0; i < work_.rule_operands; ++i)
       if (is_moved(i)) write_back(i, written_to(i), at[i]);
   }
 
   void write_back(int operand, const TileBits& bits, const T* values) const {
-    const FlatArray& array = part_.operand[static_cast<std::size_t>(operand)];
+    const FlatArray& array = this->operand(operand);
     T* const elements = array.stretch(first_) >= size_
                             ? TileAccess<T>::in_place(array.block(first_, size_))
                             : nullptr;
@@ -254,7 +284,7 @@ class PartUpdater : Mover<T> {
     alignas(kCacheLine) T before[kTileSize];
     const std::int64_t count = places.count();
     Elements at{};
-    for (int i = 0; i < part_.operands; ++i) gather(i, places, at[i] = buffer[i]);
+    for (int i = 0; i < work_.operands_read; ++i) gather(i, places, at[i] = buffer[i]);
     if (sizes_) std::copy_n(at[kParameter], count, before);
     for (std::int64_t begin = 0; begin < count;) {
       const std::int64_t end = end_of_equal(places, begin);
@@ -267,7 +297,7 @@ class PartUpdater : Mover<T> {
         sizes_[places[k]] = std::abs(buffer[kParameter][k] - before[k]);
       return;
     }
-    for (int i = 0; i < part_.operands; ++i)
+    for (int i = 0; i < work_.rule_operands; ++i)
       if (is_moved(i)) scatter(i, places, buffer[i]);
   }
 
@@ -281,7 +311,7 @@ class PartUpdater : Mover<T> {
   // Calls visit(k, address) with the memory of each place.
   template <class Visit>
   void for_each_address(int operand, const Places& places, Visit visit) const {
-    const FlatArray& array = part_.operand[static_cast<std::size_t>(operand)];
+    const FlatArray& array = this->operand(operand);
     if (array.stretch(first_) >= size_) {
       const Block tile = array.block(first_, size_);
       for (std::int64_t k = 0; k < places.count(); ++k)
@@ -292,7 +322,7 @@ class PartUpdater : Mover<T> {
   }
 
   void gather(int operand, const Places& places, T* values) {
-    const DType dtype = part_.operand[static_cast<std::size_t>(operand)].dtype();
+    const DType dtype = this->operand(operand).dtype();
     if (operand == kGradient && part_.makes_gradients()) {
       T buffer[kTileSize];
       const T* const of_tile = reader_.read(kGradient, first_, size_, buffer);
@@ -309,14 +339,15 @@ class PartUpdater : Mover<T> {
   }
 
   void scatter(int operand, const Places& places, const T* values) const {
-    const DType dtype = part_.operand[static_cast<std::size_t>(operand)].dtype();
+    const DType dtype = this->operand(operand).dtype();
     const TileBits& bits = written_to(operand);
     for_each_address(operand, places, [&](std::int64_t k, std::byte* at) {
       if (!bits[places[k]]) return;
       if (dtype == kComputeType<T>)
         std::memcpy(at, values + k, sizeof(T));
       else
-        access_.store(values + k, {at, dtype, 1, 1, 0, item_size(dtype)});
+        Mover<T>::store(operand, values + k, {at, dtype, 1, 1, 0, item_size(dtype)}, tile(),
+                        places[k]);
     });
   }
 
@@ -325,7 +356,7 @@ class PartUpdater : Mover<T> {
   // Elements of a tile: where they are, or copied to the buffer.
   Elements read(std::int64_t begin, std::int64_t end, Buffer& buffer) {
     Elements at{};
-    for (int i = 0; i < part_.operands; ++i)
+    for (int i = 0; i < work_.operands_read; ++i)
       at[i] = reader_.read(i, first_ + begin, end - begin, buffer[i]);
     return at;
   }
@@ -342,12 +373,15 @@ class PartUpdater : Mover<T> {
   // `values` are by place.
   void store(int operand, const TileBits& bits, const T* values) const {
     bits.for_each_run([&](std::int64_t begin, std::int64_t end) {
-      part_.operand[static_cast<std::size_t>(operand)].for_each_stretch(
+      this->operand(operand).for_each_stretch(
           first_ + begin, end - begin, [&](const Block& block, std::int64_t offset) {
-            access_.store(values + begin + offset, block);
+            const std::int64_t place = begin + offset;
+            Mover<T>::store(operand, values + place, block, tile(), place);
           });
     });
   }
+
+  std::int64_t tile() const { return first_ / kTileSize; }
 
   const selections::Part& part_;
   PartReader<T> reader_;

@@ -29,6 +29,9 @@ class RowTile {
   // In the table.
   std::int64_t row() const { return work_.rows->row(row_); }
 
+  // Among all tiles of the table.
+  std::int64_t number_in_table() const { return row() * work_.iteration.tiles() + tile_; }
+
   std::int64_t size() const { return work_.iteration.block(kParameter, tile_).size(); }
 
   // Of the parameter or a piece of its state.

@@ -136,6 +136,24 @@ void store(const T* __restrict from, void* to, std::int64_t size) {
   }
 }
 
+template <class T, class Stored>
+void store_at_random(const T* __restrict from, void* to, std::int64_t size, TileRandom random,
+                     std::uint32_t first) {
+  auto* bytes = static_cast<unsigned char*>(to);
+  for (std::int64_t i = 0; i < size; ++i) {
+    const Stored x =
+        cast_at_random<Stored>(from[i], random.bits(first + static_cast<std::uint32_t>(i)));
+    memcpy(bytes + i * static_cast<std::int64_t>(sizeof x), &x, sizeof x);
+  }
+}
+
+template <class T>
+void average(const rules::MovingAverage<T> average, const T* __restrict parameter,
+             T* __restrict averaged, std::int64_t size) {
+  for (std::int64_t i = 0; i < size; ++i)
+    averaged[i] = average(averaged[i], average.one_minus_beta * parameter[i]);
+}
+
 template <class T>
 void select(const unsigned char* meant, const T* from, T* to, std::int64_t size) {
   FUSESTEP_DISJOINT_ARRAYS
@@ -179,7 +197,7 @@ double sum_of_row([[maybe_unused]] const void* rule, [[maybe_unused]] const Run<
   if constexpr (rules::kIsRowwise<Rule>) {
     const Rule move = *static_cast<const Rule*>(rule);
     const T* const w = run.parameter;
-    const gradients::Dense<T> gradient = run.gradient;
+    const gradients::Bounded<T> gradient = run.gradient;
     return sum_in_lanes(run.size, [=](std::int64_t i) { return move.square(w[i], gradient(i)); });
   }
   return 0;
@@ -335,6 +353,8 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           {rule_of_row<T, Loop>...},
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},
           {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
+          {nullptr, nullptr, store_at_random<T, Float16>, store_at_random<T, BFloat16>},
+          average<T>,
           {condition_of<T, Loop>()...},
           {finish_of<T, Loop>()...},
           {reach_of<T, Loop>()...},

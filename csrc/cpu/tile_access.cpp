@@ -72,6 +72,23 @@ void TileAccess<T>::store(const T* buffer, const Block& block) const {
 }
 
 template <class T>
+void TileAccess<T>::store(const T* buffer, const Block& block, TileRandom random,
+                          std::int64_t first) const {
+  const auto store_run = kernels_.store_at_random[static_cast<int>(block.dtype)];
+  if (!store_run) return store(buffer, block);
+  const auto place = [first](std::int64_t i) { return static_cast<std::uint32_t>(first + i); };
+  if (has_contiguous_rows(block)) {
+    for (std::int64_t r = 0; r < block.rows; ++r)
+      store_run(buffer + r * block.columns, block.data + r * block.row_stride, block.columns,
+                random, place(r * block.columns));
+    return;
+  }
+  for_each_element(block, [&](std::byte* at, std::int64_t i) {
+    store_run(buffer + i, at, 1, random, place(i));
+  });
+}
+
+template <class T>
 void TileAccess<T>::clear(const Block& block) const {
   const std::int64_t item = item_size(block.dtype);
   if (has_contiguous_rows(block)) {

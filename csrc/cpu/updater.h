@@ -38,12 +38,12 @@ class Updater : Mover<T> {
   using Mover<T>::kernels_, Mover<T>::access_, Mover<T>::work_, Mover<T>::loop_number_,
       Mover<T>::loop_, Mover<T>::rule_, Mover<T>::anchor_, Mover<T>::factor_;
   using Mover<T>::is_anchored, Mover<T>::anchor_at, Mover<T>::is_moved, Mover<T>::run_over,
-      Mover<T>::call_loop, Mover<T>::call_loop_from_line;
+      Mover<T>::call_loop, Mover<T>::call_loop_from_line, Mover<T>::store, Mover<T>::follow;
 
   // True where the rule's loop can go straight through the arrays' own memory.
   bool is_one_run(std::int64_t first, std::int64_t last) const {
     if (iteration_.layout || (clear_ && last - first > 1)) return false;
-    for (int i = 0; i < iteration_.operands; ++i)
+    for (int i = 0; i < work_.operands_read; ++i)
       if (!TileAccess<T>::in_place(iteration_.dense(i, 0, 1))) return false;
     return true;
   }
@@ -52,11 +52,12 @@ class Updater : Mover<T> {
     const std::int64_t begin = first * kTileSize;
     const std::int64_t size = std::min(last * kTileSize, iteration_.size) - begin;
     std::array<T*, kMaxOperands> at{};
-    for (int i = 0; i < iteration_.operands; ++i)
+    for (int i = 0; i < work_.operands_read; ++i)
       at[i] = reinterpret_cast<T*>(iteration_.operand[i].data) + begin;
 
-    if (is_anchored() && work_.anchor.importance == 0)
-      update_in_tiles(at, size);
+    const bool has_ones = is_anchored() && work_.anchor.importance == 0;  // as many as a tile has
+    if (has_ones || work_.followers.any())
+      update_in_tiles(at, begin, size);
     else if (size >= kAlignedRun)
       call_loop_from_line(rule_, at, size);
     else
@@ -64,10 +65,13 @@ class Updater : Mover<T> {
     if (clear_) access_.clear(iteration_.dense(kGradient, begin, size));
   }
 
-  void update_in_tiles(std::array<T*, kMaxOperands> at, std::int64_t size) const {
-    for (std::int64_t rest = size; rest > 0; rest -= kTileSize) {
-      call_loop(at, std::min(rest, kTileSize));
-      for (int i = 0; i < iteration_.operands; ++i) at[i] += kTileSize;
+  void update_in_tiles(std::array<T*, kMaxOperands> at, std::int64_t begin,
+                       std::int64_t size) const {
+    for (const std::int64_t end = begin + size; begin < end; begin += kTileSize) {
+      const std::int64_t some = std::min(end - begin, kTileSize);
+      call_loop(at, some);
+      follow(at[kParameter], [&](int i) { return iteration_.dense(i, begin, some); });
+      for (int i = 0; i < work_.operands_read; ++i) at[i] += kTileSize;
     }
   }
 
@@ -75,14 +79,21 @@ class Updater : Mover<T> {
     alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     std::array<Block, kMaxOperands> block;
     std::array<T*, kMaxOperands> at{};
-    for (int i = 0; i < iteration_.operands; ++i) {
-      block[i] = iteration_.block(i, tile);
-      at[i] = access_.read(block[i], buffer[i]);
+    for (int i = 0; i < iteration_.operands; ++i) block[i] = iteration_.block(i, tile);
+    for (int i = 0; i < work_.operands_read; ++i) at[i] = access_.read(block[i], buffer[i]);
+    call_loop(at, block[kParameter].size());
+    for (int i = 0; i < work_.rule_operands; ++i)
+      if (is_moved(i) && at[i] == buffer[i]) store(i, buffer[i], block[i], tile, 0);
+    if (work_.followers.any()) {
+      as_stored(at[kParameter], buffer[kParameter], block[kParameter]);
+      follow(at[kParameter], [&](int i) { return block[i]; });
     }
-    call_loop(at, block[0].size());
-    for (int i = 0; i < iteration_.operands; ++i)
-      if (is_moved(i) && at[i] == buffer[i]) access_.store(buffer[i], block[i]);
     if (clear_) access_.clear(block[kGradient]);
+  }
+
+  // What follows a parameter follows what is kept of it.
+  void as_stored(T* elements, T* buffer, const Block& block) const {
+    if (elements == buffer) access_.load(block, buffer);
   }
 
   void update_rows(std::int64_t first, std::int64_t last) const {
@@ -122,7 +133,7 @@ class Updater : Mover<T> {
   bool suits(const RowTile& tile) const {
     alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     std::array<T*, kMaxOperands> at{};
-    for (int i = 0; i < iteration_.operands; ++i)
+    for (int i = 0; i < work_.operands_read; ++i)
       if (i != kGradient) at[i] = access_.read(tile.block(i), buffer[i]);
     return suits(work_.history->missed_steps(tile.row()), run_over(at, tile.size(), {}, anchor_));
   }
@@ -134,16 +145,16 @@ class Updater : Mover<T> {
   void update_row_tile(const RowTile& tile, bool may_be_in_closed_form) const {
     alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     std::array<T*, kMaxOperands> at{};
-    for (int i = 0; i < iteration_.operands; ++i)
+    for (int i = 0; i < work_.operands_read; ++i)
       if (i != kGradient) at[i] = access_.read(tile.block(i), buffer[i]);
     const auto for_each_stored = [&](auto visit) {
-      for (int i = 0; i < iteration_.operands; ++i)
-        if (is_moved(i) && at[i] == buffer[i]) visit(buffer[i], tile.block(i));
+      for (int i = 0; i < work_.rule_operands; ++i)
+        if (is_moved(i) && at[i] == buffer[i]) visit(i, buffer[i], tile.block(i));
     };
     if (work_.history && work_.history->is_behind(tile.row())) {
       catch_up(tile, at, buffer[kGradient], may_be_in_closed_form);
       // Rounded as if somebody had asked for the row first: whether anybody has must not matter.
-      for_each_stored([&](T* elements, const Block& block) {
+      for_each_stored([&](int, T* elements, const Block& block) {
         access_.store(elements, block);
         access_.load(block, elements);
       });
@@ -151,8 +162,14 @@ class Updater : Mover<T> {
     if (!work_.only_catches_up) {
       at[kGradient] = tile.gradient(access_, buffer[kGradient]);
       call_loop(at, tile.size());
+      for_each_stored([&](int i, T* elements, const Block& block) {
+        store(i, elements, block, tile.number_in_table(), 0);
+      });
     }
-    for_each_stored([&](T* elements, const Block& block) { access_.store(elements, block); });
+    if (work_.followers.any()) {
+      as_stored(at[kParameter], buffer[kParameter], tile.block(kParameter));
+      follow(at[kParameter], [&](int i) { return tile.block(i); });
+    }
     if (clear_) tile.clear(access_);
   }
 
@@ -182,7 +199,7 @@ class Updater : Mover<T> {
       for (std::int64_t tile = 0; tile < iteration_.tiles(); ++tile) {
         const RowTile at(work_, row, tile);
         std::array<T*, kMaxOperands> elements{};
-        for (int i = 0; i < iteration_.operands; ++i)
+        for (int i = 0; i < work_.operands_read; ++i)
           if (i != kGradient) elements[i] = access_.read(at.block(i), buffer[i]);
         elements[kGradient] =
             has_gradient ? at.gradient(access_, buffer[kGradient]) : buffer[kGradient];
@@ -196,9 +213,7 @@ class Updater : Mover<T> {
       for_each_tile([&](const RowTile& at, const Run<T>& run) {
         const double sum = kernels_.sum_of_row[loop_number_](rule.bytes, run);
         find_rule_of_row(row, rule, sum);
-        if (keeps_value(row)) return;
-        loop_(rule.bytes, run);
-        if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
+        if (!keeps_value(row)) move_tile_of_row(at, rule, run, buffer[kParameter], has_gradient);
       });
       return;
     }
@@ -209,9 +224,23 @@ class Updater : Mover<T> {
     find_rule_of_row(row, rule, sum_in_groups(sums.data(), std::ssize(sums)));
     if (keeps_value(row)) return;
     for_each_tile([&](const RowTile& at, const Run<T>& run) {
-      loop_(rule.bytes, run);
-      if (run.parameter == buffer[0]) access_.store(buffer[0], at.block(kParameter));
+      move_tile_of_row(at, rule, run, buffer[kParameter], has_gradient);
     });
+  }
+
+  // Steps that a row has missed are rounded to nearest, so that it does not matter when it makes up
+  // for them.
+  void move_tile_of_row(const RowTile& at, const rules::Coefficients& rule, const Run<T>& run,
+                        T* buffer, bool has_gradient) const {
+    loop_(rule.bytes, run);
+    const Block block = at.block(kParameter);
+    if (run.parameter == buffer && has_gradient)
+      store(kParameter, buffer, block, at.number_in_table(), 0);
+    else if (run.parameter == buffer)
+      access_.store(buffer, block);
+    if (!work_.followers.any()) return;
+    as_stored(run.parameter, buffer, block);
+    follow(run.parameter, [&](int i) { return at.block(i); });
   }
 
   // Of a row that is not selected only the state moves.

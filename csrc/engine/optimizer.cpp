@@ -13,20 +13,40 @@
 namespace fusestep::engine {
 namespace {
 
+const std::string kWeightDecay = "weight_decay";
+
+arrays::Array pinned(PyObject* object, const arrays::Label& label) {
+  arrays::Array array = arrays::from_object(object, label);
+  array.pin();
+  return array;
+}
+
 // A learning rate that is given with a step holds for that step alone.
 class RateForThisStep {
  public:
-  RateForThisStep(Group& group, std::optional<double> lr) : group_(group), before_(group.rate) {
+  RateForThisStep(Group& group, std::optional<Group>& without_decay, std::optional<double> lr)
+      : group_(group), without_decay_(without_decay), before_(group.rate) {
     if (!lr) return;
     group.lr = *lr;
     group.rate.reset();
+    share();
   }
-  ~RateForThisStep() { group_.rate = before_; }
+  ~RateForThisStep() {
+    group_.rate = before_;
+    share();
+  }
   RateForThisStep(const RateForThisStep&) = delete;
   RateForThisStep& operator=(const RateForThisStep&) = delete;
 
  private:
+  void share() {
+    if (!without_decay_) return;
+    without_decay_->lr = group_.lr;
+    without_decay_->rate = group_.rate;
+  }
+
   Group& group_;
+  std::optional<Group>& without_decay_;
   std::optional<RateOnDevice> before_;
 };
 
@@ -46,15 +66,10 @@ void Optimizer::add(std::string name, PyObject* parameter, const std::vector<PyO
 }
 
 void Optimizer::bind(Slot& slot, PyObject* parameter, const std::vector<PyObject*>& states) {
-  const auto view = [](PyObject* object, const std::string& label) {
-    arrays::Array array = arrays::from_object(object, {"", label});
-    array.pin();
-    return array;
-  };
   std::vector<arrays::Array> state_arrays;
   for (std::size_t i = 0; i < states.size(); ++i)
-    state_arrays.push_back(view(states[i], slot.state_label(i)));
-  slot.bind(view(parameter, slot.name()), std::move(state_arrays));
+    state_arrays.push_back(pinned(states[i], {"", slot.state_label(i)}));
+  slot.bind(pinned(parameter, {"", slot.name()}), std::move(state_arrays));
   memory_.reset();
 }
 
@@ -79,7 +94,7 @@ void Optimizer::step(PyObject* const* gradients, std::size_t count, std::optiona
   const Turnstile::Turn turn(turnstile);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   if (lr) check_rate(*lr);
-  const RateForThisStep rate(group, lr);
+  const RateForThisStep rate(group, without_decay_, lr);
   const ClearAtExit release_references{updates_};
   count_blocks_here(choices);
   collect(gradients, count, choices);
@@ -111,13 +126,13 @@ void Optimizer::collect(PyObject* const* gradients, std::size_t count, const Cho
     Slot& slot = slots_[i];
     slot.check_is_current();
     if (arrays::is_rows(gradients[i]))
-      updates_.emplace_back(&slot, &group,
+      updates_.emplace_back(&slot, &group_of(i),
                             arrays::from_rows(gradients[i], slot.parameter(), slot.name()));
     else if (arrays::is_samples(gradients[i]))
-      updates_.emplace_back(&slot, &group,
+      updates_.emplace_back(&slot, &group_of(i),
                             arrays::from_samples(gradients[i], slot.parameter(), slot.name()));
     else
-      updates_.emplace_back(&slot, &group,
+      updates_.emplace_back(&slot, &group_of(i),
                             arrays::from_object(gradients[i], {"the gradient of ", slot.name()}));
     Update& update = updates_.back();
     if (!choices.empty()) update.choice = choices.at(i);
@@ -150,37 +165,37 @@ void Optimizer::catch_up(const RowNumbers& numbers) {
   if (numbers.size() != slots_.size())
     throw ValueError("got " + std::to_string(numbers.size()) + " arrays of indices for " +
                      std::to_string(slots_.size()) + " parameters");
-  const auto for_each = [&](auto visit) {
-    for (std::size_t i = 0; i < slots_.size(); ++i)
-      if (numbers.at(i)) visit(slots_[i], *numbers[i]);
-  };
-  for_each([](const Slot& slot, const auto& rows) {
-    slot.check_is_current();
-    if (slot.history) gradients::Rows().plan(rows, slot.history->rows());  // throws IndexError
-  });
-  for_each([&](Slot& slot, const auto& rows) {
-    if (slot.history) stepper.catch_up(slot, *group.rule, rows, stream_of(slot));
-  });
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    if (!numbers.at(i)) continue;
+    slots_[i].check_is_current();
+    if (slots_[i].history)
+      gradients::Rows().plan(*numbers[i], slots_[i].history->rows());  // throws IndexError
+  }
+  for (std::size_t i = 0; i < slots_.size(); ++i)
+    if (numbers.at(i) && slots_[i].history)
+      stepper.catch_up(slots_[i], *group_of(i).rule, *numbers[i], stream_of(slots_[i]));
 }
 
 void Optimizer::flush() {
   const Turnstile::Turn turn = turnstile.turn_or_own();
   const cpu::IeeeEnvironment ieee;
   for (const Slot& slot : slots_) slot.check_is_current();
-  for (Slot& slot : slots_)
-    if (slot.history) stepper.catch_up(slot, *group.rule, stream_of(slot));
+  for (std::size_t i = 0; i < slots_.size(); ++i) catch_up(i);
+}
+
+void Optimizer::catch_up(std::size_t i) {
+  Slot& slot = slots_.at(i);
+  if (slot.history) stepper.catch_up(slot, *group_of(i).rule, stream_of(slot));
 }
 
 // ---- anchors ----
 
 void Optimizer::set_anchor(std::size_t i, double lambda, PyObject* reference,
                            PyObject* importance) {
+  catch_up(i);
   Slot& slot = slots_.at(i);
-  if (slot.history) stepper.catch_up(slot, *group.rule, stream_of(slot));
   const auto view = [&](PyObject* object, const char* role) {
-    arrays::Array array = arrays::from_object(object, {role, slot.name()});
-    array.pin();
-    return array;
+    return pinned(object, {role, slot.name()});
   };
   std::optional<arrays::Array> weights;
   if (importance != Py_None) weights = view(importance, "the importance of ");
@@ -188,9 +203,8 @@ void Optimizer::set_anchor(std::size_t i, double lambda, PyObject* reference,
 }
 
 void Optimizer::release_anchor(std::size_t i) {
-  Slot& slot = slots_.at(i);
-  if (slot.history) stepper.catch_up(slot, *group.rule, stream_of(slot));
-  slot.release_anchor();
+  catch_up(i);
+  slots_.at(i).release_anchor();
 }
 
 // ---- progress on a GPU ----
@@ -235,12 +249,45 @@ void Optimizer::make_capturable() {
 
 void Optimizer::set_rate(double lr) {
   group.lr = lr;
+  if (without_decay_) without_decay_->lr = lr;
   if (!is_capturable_) return;
   const arrays::Array& parameter = slots_.front().parameter();
   Gpu& gpu = stepper.gpu(parameter.device.index);
   const cuda::Stream stream = parameter.current_stream();
   gpu.write_rate(lr, stream);
   group.rate = RateOnDevice{parameter.device, gpu.rate(stream)};
+  if (without_decay_) without_decay_->rate = group.rate;
+}
+
+void Optimizer::set_option(const std::string& name, double value) {
+  group.rule->set(name, value);
+  if (without_decay_ && name != kWeightDecay) without_decay_->rule->set(name, value);
+}
+
+void Optimizer::set_maximize(bool value) {
+  group.maximize = value;
+  if (without_decay_) without_decay_->maximize = value;
+}
+
+void Optimizer::exempt_from_decay(std::size_t i) {
+  if (!without_decay_) {
+    without_decay_ = Group{group.rule->clone(), group.lr, group.maximize, group.rate};
+    without_decay_->rule->set(kWeightDecay, 0);
+    is_exempt_.resize(slots_.size());
+  }
+  is_exempt_.at(i) = true;
+}
+
+// ---- what follows a parameter ----
+
+void Optimizer::set_average(std::size_t i, PyObject* average) {
+  slots_.at(i).set_average(pinned(average, {"the average of ", slots_.at(i).name()}));
+  memory_.reset();
+}
+
+void Optimizer::set_copy(std::size_t i, PyObject* copy) {
+  slots_.at(i).set_copy(pinned(copy, {"the copy of ", slots_.at(i).name()}));
+  memory_.reset();
 }
 
 void Optimizer::set_skip_nonfinite(bool value) {

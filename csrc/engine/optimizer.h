@@ -42,6 +42,17 @@ class Optimizer {
   void make_capturable();
   void set_rate(double lr);
 
+  // Sets an option of the rule.
+  void set_option(const std::string& name, double value);
+  void set_maximize(bool value);
+
+  // Parameter i is not to be subject to weight decay.
+  void exempt_from_decay(std::size_t i);
+
+  // Keeps an average of parameter i in this array, and a copy in that one.
+  void set_average(std::size_t i, PyObject* average);
+  void set_copy(std::size_t i, PyObject* copy);
+
   // Whether a step may turn out to be left out.
   void set_skip_nonfinite(bool value);
 
@@ -52,6 +63,7 @@ class Optimizer {
   using RowNumbers = std::vector<std::optional<std::vector<std::int64_t>>>;
   void catch_up(const RowNumbers& numbers);
   void flush();
+  void catch_up(std::size_t i);  // all rows of parameter i
   Slot& slot(std::size_t i) { return slots_.at(i); }
   std::size_t size() const { return slots_.size(); }
 
@@ -83,7 +95,13 @@ class Optimizer {
   void place_progress();
   void count_blocks_here(const Choices& choices);
 
+  const Group& group_of(std::size_t i) const {
+    return without_decay_ && is_exempt_.at(i) ? *without_decay_ : group;
+  }
+
   std::deque<Slot> slots_;
+  std::optional<Group> without_decay_;  // of parameters that are exempt from it
+  std::vector<bool> is_exempt_;
   std::optional<OccupiedMemory> memory_;
   std::vector<Update> updates_;  // of the step under way
   bool is_capturable_ = false;

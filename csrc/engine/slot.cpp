@@ -72,7 +72,10 @@ void check_has_rows(const Array& array, const std::string& name) {
 }  // namespace
 
 Slot::Slot(std::string name, const rules::AnyRule& rule)
-    : name_(std::move(name)), is_rowwise_(rule.is_rowwise()) {
+    : name_(std::move(name)),
+      average_label_("the average of " + name_),
+      copy_label_("the copy of " + name_),
+      is_rowwise_(rule.is_rowwise()) {
   for (const std::string_view state : rule.state_names())
     state_labels_.push_back("the " + std::string(state) + " of " + name_);
 }
@@ -87,9 +90,9 @@ void Slot::bind(Array parameter, std::vector<Array> states) {
     if (!has_state_shape(state, parameter))
       throw ValueError(label + " has shape " + shape_text(state) + "; expected " +
                        (is_rowwise_ ? "one element for each row of " : "") + shape_text(parameter));
-    if (state.dtype != DType::float32 && state.dtype != DType::float64)
-      throw TypeError(label + " has dtype " + name_of(state.dtype) +
-                      "; expected float32 or float64");
+    if (state.dtype == DType::float16 || (is_rowwise_ && state.dtype == DType::bfloat16))
+      throw TypeError(label + " has dtype " + name_of(state.dtype) + "; expected float32" +
+                      (is_rowwise_ ? " or float64" : ", float64 or bfloat16"));
     if (state.device != parameter.device)
       throw ValueError(label + " is on " + name_of(state.device) + "; expected " +
                        name_of(parameter.device));
@@ -112,6 +115,8 @@ bool Slot::has_state_shape(const Array& state, const Array& parameter) const {
 void Slot::occupy(OccupiedMemory& memory) const {
   memory.add(parameter_, name_);
   for (std::size_t i = 0; i < states_.size(); ++i) memory.add(states_[i], state_labels_[i]);
+  if (average_) memory.add(*average_, average_label_);
+  if (copy_) memory.add(*copy_, copy_label_);
 }
 
 void Slot::prepare(const Array& gradient, const OccupiedMemory& memory, bool clears_gradient) {
@@ -128,6 +133,8 @@ void Slot::check_is_current() const {
   };
   check(parameter_, name_);
   for (std::size_t i = 0; i < states_.size(); ++i) check(states_[i], state_labels_[i]);
+  if (average_) check(*average_, average_label_);
+  if (copy_) check(*copy_, copy_label_);
 }
 
 void Slot::check_gradient(const Array& gradient, const OccupiedMemory& memory,
@@ -364,7 +371,7 @@ void Slot::plan_part(const Array& gradient) {
   const auto [arrays, count] = operands(gradient);
   if (is_on_gpu() && !part_.rows) plan(gradient);  // should all of it move
   forget_plan(work);
-  plan_anchor(work);
+  plan_others(work);
   part_.size = parameter_.size;
   part_.operands = static_cast<int>(count);
   part_.everything.select_all(part_.size);
@@ -458,13 +465,32 @@ void Slot::release_anchor() {
   find_order();
 }
 
+void Slot::check_follower(const Array& array, const std::string& label) const {
+  if (!same_shape(array, parameter_))
+    throw ValueError(label + " has shape " + shape_text(array) + "; expected " +
+                     shape_text(parameter_));
+  if (array.device != device())
+    throw ValueError(label + " is on " + name_of(array.device) + "; expected " + name_of(device()));
+  check_updatable(array, label);
+}
+
+void Slot::set_average(Array average) {
+  check_follower(average, average_label_);
+  average_ = std::move(average);
+  find_order();
+}
+
+void Slot::set_copy(Array copy) {
+  check_follower(copy, copy_label_);
+  copy_ = std::move(copy);
+  find_order();
+}
+
 // What has been planned is to be planned anew.
 void Slot::find_order() {
-  all_in_c_order_ = parameter_.c_contiguous;
-  for (const Array& state : states_) all_in_c_order_ = all_in_c_order_ && state.c_contiguous;
-  if (anchor_) all_in_c_order_ = all_in_c_order_ && anchor_->reference.c_contiguous;
-  if (anchor_ && anchor_->importance)
-    all_in_c_order_ = all_in_c_order_ && anchor_->importance->c_contiguous;
+  const auto [arrays, count] = operands(parameter_);
+  all_in_c_order_ = std::ranges::all_of(std::span(arrays).first(count),
+                                        [](const Array* array) { return array->c_contiguous; });
   work.iteration.operands = 0;
 }
 
@@ -504,22 +530,30 @@ Slot::Operands Slot::operands(const Array& gradient) const {
     for (const Array& state : states_) operands.add(state);
   if (anchor_) operands.add(anchor_->reference);
   if (anchor_ && anchor_->importance) operands.add(*anchor_->importance);
+  if (average_) operands.add(*average_);
+  if (copy_) operands.add(*copy_);
   return operands;
 }
 
-void Slot::plan_anchor(Work& work) const {
+// What there is besides the parameter, its gradient and its state, in the order of operands().
+void Slot::plan_others(Work& work) const {
+  work.rule_operands = kState + (is_rowwise_ ? 0 : static_cast<int>(states_.size()));
+  int next = work.rule_operands;
+  const auto take = [&next](bool is_there) { return is_there ? next++ : 0; };
   work.anchor = {};
-  if (!anchor_) return;
-  work.anchor.lambda = anchor_->lambda;
-  work.anchor.reference = kState + (is_rowwise_ ? 0 : static_cast<int>(states_.size()));
-  work.anchor.importance = anchor_->importance ? work.anchor.reference + 1 : 0;
+  work.anchor.reference = take(anchor_.has_value());
+  work.anchor.importance = take(anchor_ && anchor_->importance);
+  if (anchor_) work.anchor.lambda = anchor_->lambda;
+  work.operands_read = next;
+  work.followers.average = take(average_.has_value());
+  work.followers.copy = take(copy_.has_value());
 }
 
 void Slot::plan(const Array& gradient) {
   const auto [arrays, count] = operands(gradient);
   Iteration& iteration = work.iteration;
   forget_plan(work);
-  plan_anchor(work);
+  plan_others(work);
   for (std::size_t i = 0; i < count; ++i) iteration.operand[i] = arrays[i]->operand();
 
   if (all_in_c_order_ && gradient.c_contiguous)
@@ -538,7 +572,7 @@ void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows) con
   work.rows = &rows;
   work.history = history.get();
   work.is_rowwise = is_rowwise_;
-  plan_anchor(work);
+  plan_others(work);
   if (is_rowwise_) {
     work.row_state = states_[0].operand();
     work.row_state_stride = states_[0].geometry().strides[0];

@@ -109,6 +109,11 @@ class Slot {
   const arrays::Array& anchor_reference() const { return anchor_->reference; }
   const arrays::Array& anchor_importance() const { return *anchor_->importance; }
 
+  // Keeps an average of the parameter in this array, and a copy in that one, from the next step on.
+  // Throws and changes nothing where they do not fit.
+  void set_average(arrays::Array average);
+  void set_copy(arrays::Array copy);
+
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
 
@@ -168,10 +173,11 @@ class Slot {
     void add(const arrays::Array& one) { array[count++] = &one; }
   };
   Operands operands(const arrays::Array& gradient) const;
-  void plan_anchor(Work& work) const;
+  void plan_others(Work& work) const;
+  void check_follower(const arrays::Array& array, const std::string& label) const;
   void find_order();
 
-  std::string name_;
+  std::string name_, average_label_, copy_label_;
   arrays::Array parameter_;
   std::vector<arrays::Array> states_;
   std::vector<std::string> state_labels_;
@@ -183,6 +189,7 @@ class Slot {
     std::optional<arrays::Array> importance;
   };
   std::optional<Anchor> anchor_;
+  std::optional<arrays::Array> average_, copy_;
   selections::Part part_;   // of the last step that moved one
   gradients::Outer outer_;  // of the last gradient that was made from factors
   FlatArray whole_gradient_;

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <functional>
 #include <iterator>
+#include <limits>
 #include <string>
 
 #include "core/errors.h"
@@ -136,7 +137,7 @@ void Stepper::check_gradients_are_disjoint(Updates updates) {
 }
 
 // Parameters of a group that have had the same number of updates share their coefficients.
-void Stepper::add_coefficients(Updates updates) {
+void Stepper::add_coefficients(Updates updates, double ema_decay) {
   coefficients_.clear();
   coefficients_.reserve(updates.size());  // the work points into it
   for (std::size_t i = 0; i < updates.size(); ++i) {
@@ -149,6 +150,10 @@ void Stepper::add_coefficients(Updates updates) {
           group->rule->coefficients(next_[i], work_[i]->compute, group->lr, slot->states()));
     slot->work.rule = &coefficients_.back();
     slot->work.anchor.lr = group->lr;
+    slot->work.followers.decay = ema_decay;
+    slot->work.rounding = {};
+    if (settings.stochastic_rounding)
+      slot->work.rounding = {true, updates[i].draw.rounding(next_[i].step)};
   }
 }
 
@@ -163,7 +168,7 @@ bool Stepper::take(Updates updates, const StepArguments& arguments, const cpu::E
 
 bool Stepper::move(Updates updates, const StepArguments& arguments, const cpu::Errand& errand) {
   catch_up_whole_tables(updates);
-  add_coefficients(updates);
+  add_coefficients(updates, arguments.ema_decay.value_or(settings.ema_decay));
   // A copy of the settings: another thread may assign to an attribute while the GIL is released.
   if (!run(updates, arguments, Settings(settings), errand)) {
     ++skipped_steps;
@@ -185,7 +190,8 @@ bool Stepper::run(Updates updates, const StepArguments& arguments, const Setting
                   const cpu::Errand& errand) {
   if (is_on_gpus_) start(updates);
   plan_samples(updates, arguments);
-  Gpu::Request request{.options = {arguments.grad_scale, arguments.zero_grad},
+  const double bound = settings.clip_value.value_or(std::numeric_limits<double>::infinity());
+  Gpu::Request request{.options = {arguments.grad_scale, arguments.zero_grad, bound},
                        .scaling = arguments.scaling,
                        .counts = std::ranges::all_of(updates, [&](const Update& update) {
                          return is_counted_elsewhere(*update.slot);

@@ -41,6 +41,9 @@ struct Group {
 struct Settings {
   bool skip_nonfinite = false;
   std::optional<double> max_norm;
+  std::optional<double> clip_value;
+  double ema_decay = 0;              // of averages
+  bool stochastic_rounding = false;  // of 16-bit parameters and state
 
   bool need_norm() const { return skip_nonfinite || max_norm; }
 };
@@ -102,6 +105,7 @@ void check_rate(double lr);
 struct StepArguments {
   double grad_scale = 1;
   bool zero_grad = false;
+  std::optional<double> ema_decay = std::nullopt;  // instead of that of the settings
   // Of the gradients before grad_scale, where the caller knows it.
   std::optional<GradientNorm> norm = std::nullopt;
   // Where all parameters are on one GPU, and the norm is not given.
@@ -185,7 +189,7 @@ class Stepper {
   void finish_parts(bool clears_gradients);
   std::size_t place_of(int gpu);
   void check_gradients_are_disjoint(Updates updates);
-  void add_coefficients(Updates updates);
+  void add_coefficients(Updates updates, double ema_decay);
   bool move(Updates updates, const StepArguments& arguments, const cpu::Errand& errand);
   bool run(Updates updates, const StepArguments& arguments, const Settings& settings,
            const cpu::Errand& errand);

@@ -17,6 +17,7 @@
 
 #include "core/power.h"
 #include "rules/idle_moments.h"
+#include "rules/moving_average.h"
 #include "rules/rule.h"
 #include "rules/weight_decay.h"
 
@@ -39,24 +40,6 @@ struct AdamOptions {
                       Field{"weight_decay", &AdamOptions::weight_decay},
                       Field{"amsgrad", &AdamOptions::amsgrad},
                       Field{"decoupled_weight_decay", &AdamOptions::decoupled_weight_decay}};
-  }
-};
-
-// One exponential moving average, a <- beta a + (1 - beta) x,.
-//
-// Written as a + ((1 - beta) x - (1 - beta) a) where beta >= 1/2: in float32, 0.999 and 0.001 as
-// they are stored add up to 1 + 1.3e-8, which the sum of many steps turns into a v that is 1.3e-5
-// too large. Below 1/2 the other form is the accurate one (with beta = 0 it must give x, whatever a
-// is).
-template <class T>
-struct MovingAverage {
-  T beta, one_minus_beta;
-
-  FUSESTEP_HOST_DEVICE explicit MovingAverage(double beta)
-      : beta(static_cast<T>(beta)), one_minus_beta(static_cast<T>(1 - beta)) {}
-
-  FUSESTEP_HOST_DEVICE T operator()(T a, T share) const {
-    return beta >= T{0.5} ? a + (share - one_minus_beta * a) : beta * a + share;
   }
 };
 

@@ -47,6 +47,11 @@ struct Draw {
 
   // For another purpose than blocks.
   RandomStream noise() const { return random().other(1); }
+
+  // By which a parameter is rounded in its so many-th update.
+  RandomStream rounding(std::int64_t update) const {
+    return Draw{seed, update, parameter}.random().other(2);
+  }
 };
 
 }  // namespace fusestep::selections

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import functional
+from ._averages import EmaWarmup
 from ._memory import memory
 from ._version import __version__
 from .fisher import Fisher
@@ -34,6 +35,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "CyclicBlocks",
+    "EmaWarmup",
     "Fisher",
     "Mask",
     "NAdam",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _arrays, _cpu, _penalties, _state
@@ -19,9 +18,9 @@ def add(optimizer: Optimizer, strength: Any, reference: Any, importance: Any) ->
     targets = [target_of(optimizer, i) for i in range(len(optimizer._parameters.arrays))]
     tasks = _penalties.tasks(
         targets,
-        _spread(optimizer, strength, "strength"),
-        None if reference is None else _spread(optimizer, reference, "reference"),
-        None if importance is None else _spread(optimizer, importance, "importance"),
+        optimizer._parameters.spread(strength, "strength", one_for_all=True),
+        None if reference is None else optimizer._parameters.spread(reference, "reference"),
+        None if importance is None else optimizer._parameters.spread(importance, "importance"),
     )
     optimizer._native.flush()  # the present values are those of rows that are up to date
     added = _penalties.added(targets, optimizer._anchors, tasks)
@@ -70,7 +69,7 @@ def target_of(optimizer: Optimizer, i: int) -> _penalties.Target:
         optimizer._parameters.arrays[i],
         parameter.shape,
         None,
-        _state.state_dtype_for(optimizer._state_dtype, parameter),
+        _state.wide_dtype_for(optimizer._state_dtype, parameter),
     )
 
 
@@ -82,28 +81,10 @@ def described(optimizer: Optimizer, i: int, array: Any = None) -> _arrays.ArrayD
     return _arrays.ArrayDescription(*_cpu.describe_array(array, label))
 
 
-def _spread(optimizer: Optimizer, value: Any, what: str) -> list[Any]:
-    """Return one value for each parameter, from one for all or from the form that `params` has."""
-    parameters = optimizer._parameters
-    count = len(parameters.arrays)
-    if isinstance(parameters.given, dict) and isinstance(value, Mapping):
-        if unknown := value.keys() - parameters.given.keys():
-            raise ValueError(f"{what} has {sorted(unknown)}, which are not parameters")
-        return [value.get(key) for key in parameters.keys]
-    if isinstance(parameters.given, list) and isinstance(value, Sequence):
-        if len(value) != count:
-            raise ValueError(f"{what} has {len(value)} entries for {count} parameters")
-        return list(value)
-    if value is not None and what != "strength" and isinstance(parameters.given, (dict, list)):
-        form = "dict" if isinstance(parameters.given, dict) else "list"
-        raise TypeError(f"{what} is a {type(value).__name__}; expected a {form}, as params was")
-    return [value] * count
-
-
 def _stored(optimizer: Optimizer, i: int, array: Any, values: npt.NDArray[Any]) -> Any:
     """Return a copy that a kernel can walk in step with the parameter, in the state's dtype."""
     parameter = described(optimizer, i, array)
-    dtype = _state.state_dtype_for(optimizer._state_dtype, parameter)
+    dtype = _state.wide_dtype_for(optimizer._state_dtype, parameter)
     backend = _arrays.backend_for_state(array, parameter)
     copy = backend.new(parameter, dtype, 0)
     fitting = _penalties.storable(values, dtype).astype(dtype)

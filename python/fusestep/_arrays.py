@@ -197,6 +197,17 @@ def backend_for_state(parameter: Any, description: ArrayDescription) -> Backend:
     )
 
 
+def write(target: Any, source: Any) -> None:
+    """Write the values of an array to another of the same shape, whatever dtypes they have.
+
+    The other one is on the same device, or `source` is on the CPU.
+    """
+    backend, other = backend_of(target), backend_of(source)
+    if backend is not other:
+        source = backend.from_numpy(np.asarray(other.to_numpy(source)), target)
+    backend.assign(target, source)
+
+
 def on_host(array: Any) -> npt.NDArray[Any]:
     """Return an array of any library, wherever it is, on the CPU; it may share memory."""
     backend = _of_a_gpu(array) if is_on_gpu(array) else None

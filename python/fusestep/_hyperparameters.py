@@ -88,6 +88,16 @@ def max_norm(name: str, value: Any) -> float | None:
     return result
 
 
+def clip_value(name: str, value: Any) -> float | None:
+    """Return `value` as a float >= 0 (infinity clips nothing), or None."""
+    if value is None:
+        return None
+    result = number(name, value)
+    if not result >= 0:
+        raise ValueError(f"{name} is {value!r}; expected a number that is not negative, or None")
+    return result
+
+
 def learning_rate(name: str, value: Any) -> float | Callable[[int], float]:
     """Return a finite float >= 0, or a callable from the number of past steps to one."""
     if callable(value):

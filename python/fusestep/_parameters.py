@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from . import _cpu
+from ._hyperparameters import flag
 
 Array: TypeAlias = Any
 """A NumPy or CuPy array, a torch tensor, or anything else with ``__dlpack__`` or
@@ -13,6 +14,19 @@ Array: TypeAlias = Any
 
 Params: TypeAlias = Array | Iterable[Array] | Mapping[str, Array]
 Gradients: TypeAlias = Array | Sequence[Array | None] | Mapping[str, Array | None]
+
+
+def mask(parameters: Parameters, value: Any, what: str) -> list[bool] | None:
+    """Return one boolean for each parameter: given in their form, or by a callable."""
+    if value is None:
+        return None
+    if callable(value):
+        return [flag(f"{what}({label})", value(array)) for array, label in parameters.labelled()]
+    given = parameters.spread(value, what, one_for_all=isinstance(value, bool))
+    return [
+        x is None or flag(f"{what} of {label}", x)
+        for x, (_, label) in zip(given, parameters.labelled(), strict=True)
+    ]
 
 
 class Parameters:
@@ -69,6 +83,10 @@ class Parameters:
                 "params is a list of parameter groups; create one optimizer for each group instead"
             )
 
+    def labelled(self) -> Iterable[tuple[Array, str]]:
+        """Return each array with its label."""
+        return zip(self.arrays, self.labels, strict=True)
+
     def replace(self, i: int, array: Array) -> None:
         """Make another array the i-th parameter."""
         self.arrays[i] = array
@@ -78,6 +96,33 @@ class Parameters:
             self.given[i] = array
         else:
             self.given = array
+
+    def spread(self, value: Any, what: str, *, one_for_all: bool = False) -> list[Any]:
+        """Return one value for each parameter, from the form that `params` had.
+
+        None is one for each, and so is any other value with `one_for_all`.
+        """
+        if isinstance(self.given, dict) and isinstance(value, Mapping):
+            if unknown := value.keys() - self.given.keys():
+                raise ValueError(f"{what} has {sorted(unknown)}, which are not parameters")
+            return [value.get(key) for key in self.keys]
+        if isinstance(self.given, list) and isinstance(value, Sequence):
+            if len(value) != len(self.arrays):
+                raise ValueError(
+                    f"{what} has {len(value)} entries for {len(self.arrays)} parameters"
+                )
+            return list(value)
+        is_several = isinstance(self.given, (dict, list))
+        if value is not None and not one_for_all and is_several:
+            form = "dict" if isinstance(self.given, dict) else "list"
+            raise TypeError(f"{what} is a {type(value).__name__}; expected a {form}, as params was")
+        return [value] * len(self.arrays)
+
+    def in_form(self, values: Sequence[Any]) -> Any:
+        """Return values, one for each parameter, in the form that `params` had."""
+        if isinstance(self.given, dict):
+            return dict(zip(self.keys, values, strict=True))
+        return list(values) if isinstance(self.given, list) else values[0]
 
     @staticmethod
     def _from_sequence(gradients: Any) -> Any:

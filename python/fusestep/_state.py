@@ -12,24 +12,35 @@ if TYPE_CHECKING:
     from ._arrays import ArrayDescription
 
 
+_STATE_DTYPES = ("float32", "float64", "bfloat16")
+
+
 def state_dtype_for(state_dtype: str | None, parameter: ArrayDescription) -> str:
     """Return the dtype of a parameter's state: float64 for float64, float32 for all others."""
     default = "float64" if parameter.dtype == "float64" else "float32"
     return default if state_dtype is None else state_dtype
 
 
+def wide_dtype_for(state_dtype: str | None, parameter: ArrayDescription) -> str:
+    """Return the dtype of what is kept besides the state, which is never narrower than float32."""
+    wanted = state_dtype if state_dtype in ("float32", "float64") else None
+    return state_dtype_for(wanted, parameter)
+
+
 def check_state_dtype(value: Any) -> str | None:
     """Return None or the name of a supported dtype."""
     if value is None:
         return None
-    try:
-        dtype: np.dtype[Any] = np.dtype(value)
-    except TypeError:
-        dtype = np.dtype(object)
-    for name in ("float32", "float64"):
-        if dtype == name:
-            return name
-    raise ValueError(f"state_dtype is {value!r}; expected None, 'float32' or 'float64'")
+    name = value if isinstance(value, str) else str(value).rpartition(".")[2]  # torch's
+    if name not in _STATE_DTYPES:
+        try:
+            name = np.dtype(value).name
+        except TypeError:
+            name = ""
+    if name in _STATE_DTYPES:
+        return name
+    expected = ", ".join(map(repr, _STATE_DTYPES))
+    raise ValueError(f"state_dtype is {value!r}; expected None, {expected}")
 
 
 def as_state(value: Any, label: str, like: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _anchors, _cpu, _penalties
+from . import _anchors, _arrays, _averages, _cpu, _penalties
 from ._arrays import backend_of
 from ._hyperparameters import check_seed, number
 from ._state import as_state
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Entries of a group that are not hyper-parameters of ours.
 _IGNORED_OPTIONS = frozenset({"params", "state_dtype"})
 
+# What fusestep.torch keeps outside of torch's groups.
+OUR_SETTINGS = ("max_norm", "clip_value", "skip_nonfinite", "stochastic_rounding", "ema_decay")
+
 # How far the blocks of a parameter have come, where they differ.
 BLOCK_ENTRIES = ("block_size", "block_steps", "block_mu_products")
 
@@ -35,15 +38,18 @@ def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
     state = optimizer.state
     for entry in state.values() if copy else ():
         entry.update({x: backend_of(entry[x]).copy(entry[x]) for x in optimizer._state_names})
+    for entry, average in zip(state.values(), optimizer._averages, strict=False):
+        entry[_averages.ENTRY] = backend_of(average).copy(average) if copy else average
     for i, entry in enumerate(state.values()):
         entry.update(_missed_steps(optimizer, i))
         entry.update(_block_progress(optimizer, i))
         entry.update(_anchor(optimizer, i, copy=copy))
-    lr = optimizer._hyperparameters["lr"]
+    lr, ema_decay = (optimizer._hyperparameters[name] for name in ("lr", "ema_decay"))
     group = {
         **optimizer._hyperparameters,
         **optimizer._fixed,
         "lr": None if callable(lr) else lr,
+        "ema_decay": None if callable(ema_decay) else ema_decay,
         "state_dtype": optimizer._state_dtype,
         "params": list(optimizer._parameters.keys),
     }
@@ -101,6 +107,7 @@ class _Entry:
     missed: npt.NDArray[np.int64]  # by each row, of the steps in `recent`
     recent: npt.NDArray[np.float64]
     anchor: _penalties.Anchor | None = None
+    average: Any = None  # None: it begins anew, at the parameter
     # Elements of a block, and updates and products of momenta of each, where they differ.
     blocks: tuple[int, npt.NDArray[np.uint32], npt.NDArray[np.float64]] | None = None
 
@@ -123,7 +130,7 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
     counters = mapping(state_dict.get("fusestep", {}), "'fusestep'")
     # fusestep.torch names no rule, and keeps here what torch's groups have no place for.
     is_torchs = "rule" not in counters
-    settings = {"max_norm", "skip_nonfinite"} if is_torchs else set()
+    settings = set(OUR_SETTINGS) if is_torchs else set()
     known = {"version", "rule", "steps", "skipped_steps", "seed"}
     expect_keys(counters, "'fusestep'", set(), known | settings)
     rule = counters.get("rule")
@@ -175,6 +182,10 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
         if optimizer.rows == "exact":
             optimizer._native.set_missed_steps(i, entry.missed, entry.recent)
         optimizer._native.set_block_progress(i, *(entry.blocks or (0, [], [])))
+        if optimizer._averages:
+            fresh = entry.average is None
+            source = optimizer._parameters.arrays[i] if fresh else entry.average
+            _arrays.write(optimizer._averages[i], source)
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)
     optimizer.seed = plan.seed
 
@@ -223,8 +234,9 @@ def _check_group(optimizer: Optimizer, group: Mapping[Any, Any], *, ours: bool) 
                 f"{type(optimizer).__name__} has {name}={value!r}"
             )
     changes = {name: group[name] for name in optimizer._hyperparameters if name in group}
-    if changes.get("lr", 0) is None:
-        del changes["lr"]
+    for name in ("lr", "ema_decay"):
+        if changes.get(name, 0) is None:  # a callable, or none at all
+            del changes[name]
     return optimizer._checked_hyperparameters(changes)
 
 
@@ -256,6 +268,10 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
 
     entry = {name: value for name, value in entry.items() if value is not None}
     missed, recent = _check_missed_steps(optimizer, i, entry)
+    average = entry.pop(_averages.ENTRY, None)
+    if average is not None and optimizer._averages:
+        label_ = f"the average of {optimizer._parameters.labels[i]}"
+        average = as_state(average, label_, optimizer._averages[i])
     anchor = _penalties.taken(entry, _anchors.target_of(optimizer, i))
     elements = int(np.prod(_anchors.described(optimizer, i).shape, dtype=np.int64))
     blocks = taken_blocks(
@@ -284,7 +300,7 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     product = number("mu_product", entry.get("mu_product", 1.0))
     if not 0 <= product <= 1:
         raise ValueError(f"mu_product is {product!r}; expected a number in [0, 1]")
-    return _Entry(step, product, arrays, missed, recent, anchor, blocks)
+    return _Entry(step, product, arrays, missed, recent, anchor, average, blocks)
 
 
 def taken_blocks(

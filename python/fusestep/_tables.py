@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _anchors, _penalties
+from . import _anchors, _arrays, _averages, _penalties
 from ._arrays import backend_of, has_backend
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
     new_rows = (count - old.shape[0], *old.shape[1:])
     values = backend_of(old).from_numpy(check_init(init, new_rows, label), old)
 
+    if i in optimizer._copies:
+        raise ValueError(f"{label} has a copy, whose memory is not the optimizer's to resize")
     if i in optimizer._anchors:  # which is about to change: rows that are behind need the old one
         optimizer._native.flush()
     table = _grown(optimizer, (i, None), old, count)
@@ -47,6 +49,11 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
     for array in states.values():
         backend_of(array).assign(array[old.shape[0] :], initial)
 
+    average = None
+    if optimizer._averages:
+        average = _grown(optimizer, (i, _averages.ENTRY), optimizer._averages[i], count)
+        _arrays.write(average[old.shape[0] :], table[old.shape[0] :])
+
     anchor = optimizer._anchors.get(i)
     if anchor is not None:
         anchor = _anchors.stored(optimizer, i, _penalties.grown(anchor, new_rows), table)
@@ -54,6 +61,9 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
     optimizer._native.move(i, table, list(states.values()))
     optimizer._arrays[i] = states
     optimizer._parameters.replace(i, table)
+    if average is not None:
+        optimizer._native.set_average(i, average)
+        optimizer._averages[i] = average
     if anchor is not None:
         _anchors.attach(optimizer, i, anchor)
     return table

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 
-from . import _anchors, _arrays, _cpu, _state, _state_dict, _tables, checkpoint, selections
+from . import (
+    _anchors,
+    _arrays,
+    _averages,
+    _cpu,
+    _parameters,
+    _state,
+    _state_dict,
+    _tables,
+    checkpoint,
+    selections,
+)
 from ._hyperparameters import (
     Hyperparameter,
     as_native_options,
     check_seed,
+    clip_value,
     flag,
     max_norm,
     non_negative,
@@ -22,7 +35,7 @@ from .gradients import as_indices
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from ._penalties import Anchor
 
@@ -32,8 +45,13 @@ class CommonOptions(TypedDict, total=False):
 
     maximize: bool
     max_norm: float | None
+    clip_value: float | None
     skip_nonfinite: bool
+    ema_decay: float | Callable[[int], float] | None
+    copies: Any
+    decay_mask: Any
     state_dtype: Any
+    stochastic_rounding: bool
     capturable: bool
     rows: Literal["lazy", "exact"]
     seed: int
@@ -54,16 +72,41 @@ class Optimizer:
         Clip the L2 norm of all gradients of a step together, as
         ``torch.nn.utils.clip_grad_norm_`` does: gradients are multiplied by
         ``min(1, max_norm / (norm + 1e-6))``. The arrays that hold the gradients are not changed.
+    clip_value
+        Bring each element of the gradients to within [-clip_value, clip_value], as
+        ``torch.nn.utils.clip_grad_value_`` does: after `grad_scale` and `max_norm`. The arrays that
+        hold the gradients are not changed.
     skip_nonfinite
         Leave out a step in which any gradient holds a NaN or an infinity: no parameter, no state
         and no counter changes but :attr:`skipped_steps`.
+    ema_decay
+        Keep an exponential moving average of the parameters, :attr:`averages`, in the same pass:
+        ``average = ema_decay * average + (1 - ema_decay) * parameter`` after each step. A number in
+        [0, 1], or a callable from the number of steps taken to one: :class:`fusestep.EmaWarmup`.
+        Averages begin as the parameters' values. An element that does not move (no gradient, not
+        selected, a row that is not listed) leaves its average as it is.
+    copies
+        Arrays that are kept equal to the parameters, in the form that `params` has (None, or not in
+        the dict: no copy): the bfloat16 or float16 weights of a model whose float32 masters are
+        `params`. Each step writes them in the same pass, rounded to nearest. They are made equal
+        when the optimizer is created.
+    decay_mask
+        Which parameters ``weight_decay`` applies to: booleans in the form that `params` has, or a
+        callable from a parameter to one: ``lambda p: p.ndim > 1`` leaves out biases and norms.
+        None: all.
     state_dtype
         Dtype of the state: None (float64 for float64 parameters, float32 for all others),
-        "float32" or "float64". A parameter is computed in float64 if it or its state is float64,
-        in float32 otherwise.
+        "float32", "float64" or "bfloat16". A parameter is computed in float64 if it or its state is
+        float64, in float32 otherwise. State in bfloat16 is rounded at random, up or down, so that
+        its mean is what float32 would have: moments move in steps far below its precision. A rule
+        with state of rows keeps it in float32 then.
+    stochastic_rounding
+        Round parameters in bfloat16 and float16 at random, too, so that updates count which are
+        less than half of the last place.
     seed
         Of every random choice, from 0 to 2**64 - 1: which blocks :class:`fusestep.RandomBlocks`
-        draws. The same seed gives the same choices, step by step.
+        draws, and how numbers are rounded at random. The same seed gives the same choices, step by
+        step, on every device.
     capturable
         For steps that a CUDA graph captures and replays: step counts and the learning rate are kept
         on the GPU, where all parameters must be. Assigning :attr:`lr` changes, in the order of the
@@ -84,8 +127,9 @@ class Optimizer:
         Something is not an array, not of a supported dtype, or a hyper-parameter is not a number.
     ValueError
         A hyper-parameter is out of range; an array is read-only, overlaps itself or another one;
-        there are no parameters; with ``capturable``, a parameter is not on the GPU of the others,
-        ``lr`` is a callable, or ``rows`` is "exact".
+        there are no parameters; a copy does not have its parameter's shape and device; with
+        ``capturable``, a parameter is not on the GPU of the others, ``lr`` or ``ema_decay`` is a
+        callable, or ``rows`` is "exact"; with ``ema_decay``, ``rows`` is "exact".
     RuntimeError
         A parameter is on a GPU that cannot be used; the message says why.
 
@@ -109,7 +153,10 @@ class Optimizer:
         "__weakref__",
         "_anchors",
         "_arrays",
+        "_averages",
         "_capturable",
+        "_copies",
+        "_decay_mask",
         "_growing",
         "_hyperparameters",
         "_native",
@@ -118,6 +165,7 @@ class Optimizer:
         "_scalar_names",
         "_state_dtype",
         "_state_names",
+        "_swapped",
     )
 
     _rule: ClassVar[str]
@@ -128,7 +176,10 @@ class Optimizer:
 
     maximize = Hyperparameter(flag)
     max_norm = Hyperparameter(max_norm)
+    clip_value = Hyperparameter(clip_value)
     skip_nonfinite = Hyperparameter(flag)
+    stochastic_rounding = Hyperparameter(flag)
+    ema_decay = Hyperparameter(_averages.check_decay)
 
     def __init__(
         self,
@@ -137,15 +188,27 @@ class Optimizer:
         *,
         maximize: bool = False,
         max_norm: float | None = None,
+        clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        ema_decay: float | Callable[[int], float] | None = None,
+        copies: Any = None,
+        decay_mask: Any = None,
         state_dtype: Any = None,
+        stochastic_rounding: bool = False,
         capturable: bool = False,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
         if type(self) is Optimizer:
             raise TypeError("Optimizer has no rule; create one of its subclasses: Adam, SGD, ...")
-        common = {"maximize": maximize, "max_norm": max_norm, "skip_nonfinite": skip_nonfinite}
+        common = {
+            "maximize": maximize,
+            "max_norm": max_norm,
+            "clip_value": clip_value,
+            "skip_nonfinite": skip_nonfinite,
+            "stochastic_rounding": stochastic_rounding,
+            "ema_decay": ema_decay,
+        }
         fields = self._fields()
         self._hyperparameters: dict[str, Any] = {
             name: fields[name].checked(value) for name, value in {**own, **common}.items()
@@ -161,7 +224,15 @@ class Optimizer:
                 "they do not reach, what rows have missed: leave out one of them"
             )
 
+        if ema_decay is not None and self._rows == "exact":
+            raise ValueError(
+                "rows='exact' makes up for missed steps in one move, of which an average would "
+                "have to see each: leave out ema_decay, or use rows='lazy'"
+            )
+
         self._parameters = Parameters(params)
+        copied = [] if copies is None else self._parameters.spread(copies, "copies")
+        self._decay_mask = _parameters.mask(self._parameters, decay_mask, "decay_mask")
         options = self._native_options(self._hyperparameters)
         self._state_names, self._scalar_names, fill = _cpu.describe_rule(self._rule, options)
         self._arrays: list[dict[str, Any]] = [
@@ -170,6 +241,9 @@ class Optimizer:
         ]
         self._anchors: dict[int, Anchor] = {}
         self._growing: dict[tuple[int, str | None], tuple[Any, Any]] = {}
+        self._averages: list[Any] = []
+        self._copies: dict[int, Any] = {}
+        self._swapped: list[Any] | None = None  # what the averages have taken the place of
         self._native = _cpu.Optimizer(
             self._rule,
             options,
@@ -177,6 +251,9 @@ class Optimizer:
             self._parameters.arrays,
             [list(state.values()) for state in self._arrays],
         )
+        for i, decays in enumerate(self._decay_mask or ()):
+            if not decays:
+                self._native.exempt_from_decay(i)
         if self._rows == "exact":
             self._native.keep_history()
         if self._capturable:
@@ -184,6 +261,9 @@ class Optimizer:
             self._native.set_rate(self._hyperparameters["lr"])
         self._push_common()
         self.seed = seed
+        if ema_decay is not None:
+            _averages.start(self)
+        _averages.attach_copies(self, copied)  # last, since it writes
 
     # ---- stepping -------------------------------------------------------------------------------
 
@@ -243,13 +323,21 @@ class Optimizer:
         All arguments are checked before anything is written: a step that raises has changed
         nothing.
         """
+        if self._swapped is not None:
+            raise RuntimeError(
+                "the averages are in the parameters' place: step after `with opt.swap_averages()`"
+            )
         rate = self._hyperparameters["lr"] if lr is None and not self._capturable else lr
         if callable(rate):
             rate = non_negative("lr(step)", rate(self._native.steps))
+        decay = self._hyperparameters["ema_decay"]
+        if callable(decay):
+            decay = _averages.decay_of(decay, self._native.steps)
         chosen = None
         if where is not None:
             chosen = selections.for_each(where, self._parameters, self._native.steps)
-        self._native.step(self._parameters.in_order(grads), rate, grad_scale, zero_grad, chosen)
+        gradients = self._parameters.in_order(grads)
+        self._native.step(gradients, rate, grad_scale, zero_grad, chosen, decay)
 
     def catch_up(self, indices: Any) -> None:
         """Bring rows up to date that have missed steps, so that they may be read.
@@ -325,6 +413,7 @@ class Optimizer:
         catastrophic forgetting in neural networks", equation 3 (EWC); Huszár (2018), "Note on the
         quadratic penalties in elastic weight consolidation" (one anchor for all tasks).
         """
+        self._check_not_swapped()
         self._native.exclusively(lambda: _anchors.add(self, strength, reference, importance))
 
     def release_anchor(self) -> None:
@@ -379,7 +468,73 @@ class Optimizer:
         >>> users.shape
         (12, 4)
         """
+        self._check_not_swapped()
         return self._native.exclusively(lambda: _tables.resize(self, name, n_rows, init))
+
+    @property
+    def averages(self) -> Any:
+        """The averages of the parameters (``ema_decay``), in the form that `params` had.
+
+        Arrays of the parameters' shapes: float64 of float64 parameters, float32 of all others. They
+        are the ones that the next step updates, not copies.
+        """
+        self._check_has_averages()
+        return self._parameters.in_form(self._averages)
+
+    @contextmanager
+    def swap_averages(self) -> Iterator[None]:
+        """Put the averages in the parameters' place, to evaluate with them; and put them back.
+
+        Within the ``with`` block the parameters, and their copies, hold the values of the averages,
+        rounded where their dtype is narrower. Takes as much memory as the parameters meanwhile.
+
+        Raises
+        ------
+        AttributeError
+            There are no averages.
+        RuntimeError
+            They are in the parameters' place already; or, within the block, a step is taken, or
+            state is saved or loaded.
+        TypeError
+            A parameter is not an array of NumPy, CuPy or PyTorch.
+
+        Examples
+        --------
+        >>> import numpy as np, fusestep as fs
+        >>> w = np.zeros(2, np.float32)
+        >>> opt = fs.SGD(w, lr=1.0, ema_decay=0.5)
+        >>> opt.step(np.full(2, -4.0, np.float32))
+        >>> with opt.swap_averages():
+        ...     print(w)
+        [2. 2.]
+        >>> w
+        array([4., 4.], dtype=float32)
+        """
+        self._check_has_averages()
+        self._native.exclusively(self._swap_in)
+        try:
+            yield
+        finally:
+            self._native.exclusively(self._swap_out)
+
+    def _swap_in(self) -> None:
+        self._check_not_swapped()
+        self._swapped = _averages.swap_in(self)
+
+    def _swap_out(self) -> None:
+        kept, self._swapped = self._swapped, None
+        _averages.swap_out(self, kept or ())
+
+    @property
+    def copies(self) -> Any:
+        """The copies that are kept equal to the parameters, by name or position."""
+        keys = self._parameters.keys
+        return {keys[i]: copy for i, copy in self._copies.items()}
+
+    @property
+    def decay_mask(self) -> Any:
+        """Which parameters weight decay applies to, in the form that `params` had; None: all."""
+        return None if self._decay_mask is None else self._parameters.in_form(self._decay_mask)
 
     @property
     def rows(self) -> str:
@@ -445,6 +600,7 @@ class Optimizer:
         to the parameters as they are now, not up to date. After :meth:`flush` there is no such
         entry, and the state is what ``torch.optim`` would have.
         """
+        self._check_not_swapped()
         return self._native.exclusively(lambda: _state_dict.export(self, copy=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -468,6 +624,7 @@ class Optimizer:
             Keys are missing or unknown, shapes differ, or it belongs to another rule. Nothing has
             been changed then.
         """
+        self._check_not_swapped()
         self._native.exclusively(
             lambda: _state_dict.apply(self, _state_dict.check(self, state_dict))
         )
@@ -485,6 +642,7 @@ class Optimizer:
         OSError
             The file cannot be written.
         """
+        self._check_not_swapped()
         self._native.exclusively(
             lambda: checkpoint.write(path, _state_dict.export(self, copy=False))
         )
@@ -510,6 +668,9 @@ class Optimizer:
 
     def __repr__(self) -> str:
         values = {**self._hyperparameters, **self._fixed, "state_dtype": self._state_dtype}
+        for name in ("clip_value", "ema_decay", "stochastic_rounding"):
+            if values[name] is None or values[name] is False:
+                del values[name]
         if self._capturable:
             values["capturable"] = True
         if self._rows != "lazy":
@@ -528,6 +689,10 @@ class Optimizer:
         return {
             "params": self._parameters.given,
             "hyperparameters": dict(self._hyperparameters),
+            "copies": self._parameters.in_form(
+                [self._copies.get(i) for i in range(len(self._parameters.arrays))]
+            ),
+            "decay_mask": self.decay_mask,
             "state_dtype": self._state_dtype,
             "capturable": self._capturable,
             "rows": self._rows,
@@ -538,10 +703,10 @@ class Optimizer:
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         own = dict(pickled["hyperparameters"])
-        common = {name: own.pop(name) for name in ("maximize", "max_norm", "skip_nonfinite")}
+        common = {name: own.pop(name) for name in vars(Optimizer) if name in own}
         fixed = {
             name: pickled[name]
-            for name in ("state_dtype", "capturable", "rows", "seed")
+            for name in ("copies", "decay_mask", "state_dtype", "capturable", "rows", "seed")
             if name in pickled
         }
         Optimizer.__init__(self, pickled["params"], own, **common, **fixed)
@@ -594,21 +759,43 @@ class Optimizer:
         checked = present | {
             name: fields[name].checked(value, present[name]) for name, value in changes.items()
         }
+        if (checked["ema_decay"] is None) != (present["ema_decay"] is None):
+            raise ValueError(
+                f"ema_decay is {checked['ema_decay']!r} where this optimizer was created with "
+                f"{present['ema_decay']!r}; it decides whether there are averages: create a new "
+                "optimizer instead"
+            )
         self._check_together(checked)
         self._check_rate(checked)
         return checked
 
     def _check_rate(self, hyperparameters: dict[str, Any]) -> None:
-        if self._capturable and callable(hyperparameters["lr"]):
-            raise ValueError(
-                "lr is a callable, which a CUDA graph cannot call: with capturable=True give a "
-                "number, and assign to lr between replays"
-            )
+        for name in ("lr", "ema_decay") if self._capturable else ():
+            if callable(hyperparameters[name]):
+                raise ValueError(
+                    f"{name} is a callable, which a CUDA graph cannot call: with capturable=True "
+                    "give a number" + (", and assign to lr between replays" if name == "lr" else "")
+                )
 
     def _push_common(self) -> None:
         self._native.maximize = self._hyperparameters["maximize"]
         self._native.max_norm = self._hyperparameters["max_norm"]
+        self._native.clip_value = self._hyperparameters["clip_value"]
         self._native.skip_nonfinite = self._hyperparameters["skip_nonfinite"]
+        self._native.stochastic_rounding = self._hyperparameters["stochastic_rounding"]
+
+    def _check_has_averages(self) -> None:
+        if not self._averages:
+            raise AttributeError(
+                "there are no averages: create the optimizer with ema_decay=0.999, say"
+            )
+
+    def _check_not_swapped(self) -> None:
+        if self._swapped is not None:
+            raise RuntimeError(
+                "the averages are in the parameters' place: do this outside of "
+                "`with opt.swap_averages()`"
+            )
 
     def _new_state(self, array: Any, label: str, fill: float) -> dict[str, Any]:
         parameter = _arrays.ArrayDescription(*_cpu.describe_array(array, label))
@@ -616,7 +803,10 @@ class Optimizer:
             return {}
         if self._has_state_per_row:
             parameter = parameter.rows()
-        dtype = _state.state_dtype_for(self._state_dtype, parameter)
+        narrow = not self._has_state_per_row
+        dtype = (_state.state_dtype_for if narrow else _state.wide_dtype_for)(
+            self._state_dtype, parameter
+        )
         backend = _arrays.backend_for_state(array, parameter)
         return {name: backend.new(parameter, dtype, fill) for name in self._state_names}
 

@@ -1,0 +1,157 @@
+"""Averages of parameters, and copies of them in other dtypes: what a step writes besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import _anchors, _arrays, _state
+from ._arrays import backend_of
+from ._hyperparameters import non_negative, number, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .optimizer import Optimizer
+
+ENTRY = "average"
+"""The average's name in a parameter's state."""
+
+
+@dataclass(frozen=True)
+class EmaWarmup:
+    r"""A decay for ``ema_decay`` that begins small, and grows with the number of steps.
+
+    .. math:: d_t = 1 - (1 + t / gamma)^{-power}, \qquad t = steps - after
+
+    kept between `min_decay` and `decay`; before the first step that is averaged it is 0, so that
+    the average is the parameter itself. The same as timm's ``ModelEmaV3`` with ``use_warmup``,
+    whose ``update`` counts from 1.
+
+    Parameters
+    ----------
+    decay
+        The largest decay, in [0, 1].
+    min_decay
+        The smallest one, in [0, 1].
+    update_after_step
+        Steps before averaging begins.
+    warmup_gamma
+        How many steps the warm-up is stretched by.
+    warmup_power
+        2/3 for a long training (1 million steps), 3/4 for a shorter one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A value is not a number, or is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np, fusestep as fs
+    >>> opt = fs.Adam(np.zeros(3, np.float32), ema_decay=fs.EmaWarmup(0.9999))
+    """
+
+    decay: float = 0.9999
+    min_decay: float = 0.0
+    update_after_step: int = 0
+    warmup_gamma: float = 1.0
+    warmup_power: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        _share("decay", self.decay)
+        _share("min_decay", self.min_decay)
+        whole("update_after_step", self.update_after_step)
+        for name in ("warmup_gamma", "warmup_power"):
+            if non_negative(name, getattr(self, name)) == 0:
+                raise ValueError(f"{name} is 0; expected a number greater than 0")
+
+    def __call__(self, steps: int) -> float:
+        """Return the decay of the step after so many."""
+        averaged = steps - self.update_after_step
+        if averaged <= 0:
+            return 0.0
+        decay: float = 1 - (1 + averaged / self.warmup_gamma) ** -self.warmup_power
+        return max(min(decay, self.decay), self.min_decay)
+
+
+def _share(name: str, value: Any) -> float:
+    result = number(name, value)
+    if not 0 <= result <= 1:
+        raise ValueError(f"{name} is {value!r}; expected a number in [0, 1]")
+    return result
+
+
+def check_decay(name: str, value: Any) -> float | Callable[[int], float] | None:
+    """Return a number in [0, 1], a callable from the number of past steps to one, or None."""
+    if value is None or callable(value):
+        return value  # type: ignore[no-any-return]
+    return _share(name, value)
+
+
+def decay_of(ema_decay: Any, steps: int) -> float | None:
+    """Return the decay of the step after so many."""
+    return _share("ema_decay(step)", ema_decay(steps)) if callable(ema_decay) else ema_decay
+
+
+# ---- the averages of an optimizer ----------------------------------------------------------------
+
+
+def start(optimizer: Optimizer) -> None:
+    """Begin to average each parameter: from what it is now."""
+    averages = [fresh(optimizer, i) for i in range(len(optimizer._parameters.arrays))]
+    for i, average in enumerate(averages):
+        optimizer._native.set_average(i, average)
+    optimizer._averages = averages
+
+
+def fresh(optimizer: Optimizer, i: int) -> Any:
+    """Return an array like a parameter, with its present values, in the dtype of averages."""
+    array = optimizer._parameters.arrays[i]
+    parameter = _anchors.described(optimizer, i)
+    backend = _arrays.backend_for_state(array, parameter)
+    average = backend.new(parameter, _state.wide_dtype_for(optimizer._state_dtype, parameter), 0)
+    _arrays.write(average, array)
+    return average
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+def attach_copies(optimizer: Optimizer, copies: Sequence[Any]) -> None:
+    """Have each step keep these arrays, or None, up to date; from now on they are."""
+    for i, copy in enumerate(copies):
+        if copy is not None:
+            optimizer._native.set_copy(i, copy)
+    optimizer._copies = {i: copy for i, copy in enumerate(copies) if copy is not None}
+    refresh_copies(optimizer)
+
+
+def refresh_copies(optimizer: Optimizer) -> None:
+    """Make copies what the parameters are now."""
+    for i, copy in optimizer._copies.items():
+        _arrays.write(copy, optimizer._parameters.arrays[i])
+
+
+# ---- evaluating with the averages ----------------------------------------------------------------
+
+
+def swap_in(optimizer: Optimizer) -> list[Any]:
+    """Put the averages in the parameters' place; return what was there."""
+    arrays = optimizer._parameters.arrays
+    for array, label in zip(arrays, optimizer._parameters.labels, strict=True):
+        if not _arrays.has_backend(array):
+            raise TypeError(
+                f"{label} is a {type(array).__name__}; only arrays of NumPy, CuPy and PyTorch can "
+                "be swapped with their averages"
+            )
+    kept = [backend_of(array).copy(array) for array in arrays]
+    swap_out(optimizer, optimizer._averages)
+    return kept
+
+
+def swap_out(optimizer: Optimizer, values: Sequence[Any]) -> None:
+    """Put values in the parameters' place, and in their copies'."""
+    for array, value in zip(optimizer._parameters.arrays, values, strict=True):
+        _arrays.write(array, value)
+    refresh_copies(optimizer)
