@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _cpu, _narrow
 from ._arrays import backend_of
 
 if TYPE_CHECKING:
-    from ._arrays import ArrayDescription
+    from ._arrays import ArrayDescription, Backend
 
 
-_STATE_DTYPES = ("float32", "float64", "bfloat16")
+_STATE_DTYPES = ("float32", "float64", "bfloat16", _narrow.DTYPE)
 
 
 def state_dtype_for(state_dtype: str | None, parameter: ArrayDescription) -> str:
@@ -43,8 +45,120 @@ def check_state_dtype(value: Any) -> str | None:
     raise ValueError(f"state_dtype is {value!r}; expected None, {expected}")
 
 
-def as_state(value: Any, label: str, like: Any) -> Any:
+def new(
+    parameter: ArrayDescription, backend: Backend, dtype: str, fill: float, *, is_signed: bool
+) -> Any:
+    """Return a new piece of state: an array, or blocks of 8 bits."""
+    if dtype != _narrow.DTYPE:
+        return backend.new(parameter, dtype, fill)
+    if parameter.device != "cpu":
+        raise ValueError(
+            f"state_dtype='int8' is for parameters on the CPU; one is on {parameter.device}: use "
+            "state_dtype='bfloat16'"
+        )
+    if fill == 0:
+        size = int(np.prod(parameter.shape, dtype=np.int64))
+        powers = np.zeros(-(-size // _cpu.elements_of_block), np.uint8)
+        return _narrow.Blocks(np.zeros(parameter.shape, np.uint8), powers)
+    return _narrow.encode(np.full(parameter.shape, fill, np.float32), is_signed)
+
+
+def entries(name: str, value: Any) -> dict[str, Any]:
+    """Return a piece of state as a state dict has it."""
+    if isinstance(value, _narrow.Blocks):
+        return {name: value.codes, _narrow.powers_name(name): value.powers}
+    return {name: value}
+
+
+def taken(entry: dict[Any, Any], name: str) -> Any:
+    """Take a piece of state from an entry of a state dict; None where there is none."""
+    value, powers = (entry.pop(key, None) for key in (name, _narrow.powers_name(name)))
+    return value if powers is None else _narrow.Blocks(value, powers)
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a piece of state."""
+    if isinstance(value, _narrow.Blocks):
+        return _narrow.Blocks(*(array.copy() for array in value))
+    return backend_of(value).copy(value)
+
+
+def assign(target: Any, value: Any) -> None:
+    """Write a piece of state, or a number, to another."""
+    pairs = [(target, value)]
+    if isinstance(target, _narrow.Blocks):
+        source = value
+        if not isinstance(value, _narrow.Blocks):
+            source = _narrow.encode(np.full(target.codes.shape, value, np.float32), is_signed=False)
+        pairs = list(zip(target, source, strict=True))
+    for array, source in pairs:
+        backend_of(array).assign(array, source)
+
+
+class Conversions(set[tuple[str, str]]):
+    """From which dtypes state that is loaded has been converted, and to which."""
+
+    def warn(self) -> None:
+        """Say so, once."""
+        if self:
+            text = ", ".join(f"from {one} to {other}" for one, other in sorted(self))
+            warnings.warn(f"state has been converted {text}", UserWarning, stacklevel=4)
+
+
+def fitting(value: Any, label: str, like: Any, conversions: Conversions, *, is_signed: bool) -> Any:
+    """Return a copy of a loaded piece of state that fits into `like`: an array, or blocks.
+
+    State of 8 or 16 bits is converted to and from other dtypes, rounded to nearest.
+
+    Raises
+    ------
+    TypeError
+        If it is not an array of floats, or copying would round it to float32.
+    ValueError
+        If its shape is not that of `like`.
+    """
+    is_narrow = isinstance(like, _narrow.Blocks)
+    if isinstance(value, _narrow.Blocks):
+        blocks = _checked(value, label, like.codes if is_narrow else like)
+        if is_narrow:
+            return blocks
+        conversions.add((_narrow.DTYPE, _name(like.dtype)))
+        return as_state(_narrow.decode(blocks, is_signed), label, like)
+    if is_narrow:
+        shape = np.empty(like.codes.shape, np.float32)
+        floats = as_state(value, label, shape, narrows=True)
+        conversions.add((_name(value.dtype), _narrow.DTYPE))
+        return _narrow.encode(floats, is_signed)
+    wanted, found = _name(like.dtype), _name(getattr(value, "dtype", ""))
+    if wanted != found and "bfloat16" in (wanted, found):
+        conversions.add((found, wanted))
+    return as_state(value, label, like, narrows=wanted == "bfloat16")
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def _checked(blocks: _narrow.Blocks, label: str, like: Any) -> _narrow.Blocks:
+    codes, powers = (np.array(backend_of(array).to_numpy(array)) for array in blocks)
+    if codes.dtype != np.uint8 or powers.dtype != np.uint8:
+        raise TypeError(
+            f"{label} has dtypes {codes.dtype} and {powers.dtype}; expected uint8 for state in "
+            "8 bits"
+        )
+    count = -(-codes.size // _cpu.elements_of_block)
+    if codes.shape != tuple(like.shape) or powers.shape != (count,):
+        raise ValueError(
+            f"{label} has shapes {codes.shape} and {powers.shape}; expected {tuple(like.shape)} "
+            f"and ({count},)"
+        )
+    return _narrow.Blocks(codes, powers)
+
+
+def as_state(value: Any, label: str, like: Any, *, narrows: bool = False) -> Any:
     """Return a copy of a loaded value, where `like` is, that fits into it without loss.
+
+    With `narrows`, rounded where need be.
 
     Raises
     ------
@@ -63,8 +177,8 @@ def as_state(value: Any, label: str, like: Any) -> Any:
         raise TypeError(f"{label} has dtype {array.dtype}; expected floats")
     if array.shape != tuple(like.shape):
         raise ValueError(f"{label} has shape {array.shape}; expected {tuple(like.shape)}")
-    dtype = np.dtype(str(like.dtype).rpartition(".")[2])
-    if not np.can_cast(array.dtype, dtype, "safe"):
+    dtype = np.dtype(_name(like.dtype))
+    if not narrows and not np.can_cast(array.dtype, dtype, "safe"):
         advice = "; create the optimizer with state_dtype='float64'"
         raise TypeError(
             f"{label} has dtype {array.dtype}, which would be rounded to {dtype}"

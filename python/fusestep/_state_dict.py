@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _anchors, _arrays, _averages, _cpu, _penalties
+from . import _anchors, _arrays, _averages, _cpu, _penalties, _state
 from ._arrays import backend_of
 from ._hyperparameters import check_seed, number
 from ._state import as_state
@@ -36,8 +36,9 @@ _MOST = 2**53
 def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
     """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones."""
     state = optimizer.state
-    for entry in state.values() if copy else ():
-        entry.update({x: backend_of(entry[x]).copy(entry[x]) for x in optimizer._state_names})
+    for i, entry in enumerate(state.values()) if copy else ():
+        for name, value in optimizer._arrays[i].items():
+            entry.update(_state.entries(name, _state.copied(value)))
     for entry, average in zip(state.values(), optimizer._averages, strict=False):
         entry[_averages.ENTRY] = backend_of(average).copy(average) if copy else average
     for i, entry in enumerate(state.values()):
@@ -121,6 +122,7 @@ class Plan:
     steps: int
     skipped_steps: int
     seed: int
+    conversions: _state.Conversions
 
 
 def check(optimizer: Optimizer, state_dict: Any) -> Plan:
@@ -154,7 +156,10 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
     saved_keys = _match_keys(optimizer, group)
     state = mapping(state_dict["state"], "'state'")
     expect_keys(state, "'state'", set(), set(saved_keys))
-    entries = [_check_entry(optimizer, i, state.get(key)) for i, key in enumerate(saved_keys)]
+    conversions = _state.Conversions()
+    entries = [
+        _check_entry(optimizer, i, state.get(key), conversions) for i, key in enumerate(saved_keys)
+    ]
 
     most = max((entry.step for entry in entries), default=0)
     return Plan(
@@ -163,6 +168,7 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
         count("steps", counters.get("steps", most)),
         count("skipped_steps", counters.get("skipped_steps", 0)),
         check_seed(counters.get("seed", optimizer.seed)),
+        conversions,
     )
 
 
@@ -172,7 +178,7 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
     initial = optimizer._initial_state()
     for i, entry in enumerate(plan.entries):
         for target, source in zip(optimizer._arrays[i].values(), entry.arrays, strict=True):
-            backend_of(target).assign(target, initial if source is None else source)
+            _state.assign(target, initial if source is None else source)
         optimizer._native.set_progress(i, entry.step, entry.momentum_product)
         if optimizer.rows == "exact":  # what is still to be made up for is no longer to be
             optimizer._native.set_missed_steps(i, np.zeros_like(entry.missed), [])
@@ -188,6 +194,7 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
             _arrays.write(optimizer._averages[i], source)
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)
     optimizer.seed = plan.seed
+    plan.conversions.warn()
 
 
 def mapping(value: Any, what: str) -> Mapping[Any, Any]:
@@ -259,7 +266,9 @@ def _match_keys(optimizer: Optimizer, group: Mapping[Any, Any]) -> list[Any]:
     return saved
 
 
-def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
+def _check_entry(
+    optimizer: Optimizer, i: int, entry: Any, conversions: _state.Conversions
+) -> _Entry:
     names = optimizer._state_names
     label = f"the state of {optimizer._parameters.labels[i]}"
     entry = mapping({} if entry is None else entry, label)
@@ -281,6 +290,8 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
         "mu_product" in optimizer._scalar_names,
         optimizer.rows,
     )
+    arrays_of = {name: _state.taken(entry, name) for name in names}
+    entry.update({name: value for name, value in arrays_of.items() if value is not None})
     scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry
     # Where torch keeps no step (SGD), state says that there was one, and no more is needed.
@@ -289,7 +300,13 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
 
     like = optimizer._arrays[i]
     arrays = [
-        as_state(entry[name], f"the {name} of {optimizer._parameters.labels[i]}", like[name])
+        _state.fitting(
+            entry[name],
+            f"the {name} of {optimizer._parameters.labels[i]}",
+            like[name],
+            conversions,
+            is_signed=optimizer._state_signs[name],
+        )
         if name in entry
         else None
         for name in names
