@@ -39,7 +39,7 @@ def table(task: str, group: str, losses: Losses) -> Table:
     pace = "" if PACES[group] == 1 else f", {PACES[group]:g} of the usual learning rate"
     result = Table(title=f"{task}: {group}{pace}", title_justify="left", box=SIMPLE_HEAD)
     result.add_column(group)
-    for column in ("final loss", "difference", "standard deviations", "same"):
+    for column in ("final loss", "difference", "standard deviations", "reached"):
         result.add_column(column, justify="right")
     reference, *_ = losses.values()
     for name, found in losses.items():
@@ -56,7 +56,7 @@ def described(comparison: Comparison) -> list[str]:
     return [
         f"{comparison.difference:+.5f} ± {comparison.error:.5f}",
         f"{comparison.difference / comparison.deviation:+.2f}",
-        "yes" if comparison.is_same else "no",
+        "yes" if comparison.is_reached else "no",
     ]
 
 

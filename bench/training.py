@@ -4,9 +4,8 @@ Two tasks: a perceptron on scikit-learn's digits, over NumPy arrays, and a trans
 of the standard library's documentation, in PyTorch. A seed decides on the first parameters and on
 the order of the samples, which are the same in all configurations: losses are compared in pairs.
 
-Two losses count as the same where the mean of the paired differences is at most two of its standard
-errors, and a quarter of the standard deviation that the reference has over the seeds, from 0: on
-either side, since a loss that is lower also says that something else was computed.
+A loss counts as reached where the mean of the paired differences is at most two of its standard
+errors, and a quarter of the standard deviation that the reference has over the seeds, above 0.
 
 `quality.py` prints what comes out; `tests/test_quality.py` asserts it.
 """
@@ -107,9 +106,9 @@ class Comparison:
         return ERRORS * self.error + DEVIATIONS * self.deviation
 
     @property
-    def is_same(self) -> bool:
-        """Whether the seeds explain the difference."""
-        return abs(self.difference) <= self.margin
+    def is_reached(self) -> bool:
+        """Whether losses are no higher than the reference's, but for what the seeds explain."""
+        return self.difference <= self.margin
 
     @property
     def is_lower(self) -> bool:
