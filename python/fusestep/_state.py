@@ -105,10 +105,13 @@ class Conversions(set[tuple[str, str]]):
             warnings.warn(f"state has been converted {text}", UserWarning, stacklevel=4)
 
 
-def fitting(value: Any, label: str, like: Any, conversions: Conversions, *, is_signed: bool) -> Any:
+def fitting(
+    value: Any, label: str, like: Any, own: str, conversions: Conversions, *, is_signed: bool
+) -> Any:
     """Return a copy of a loaded piece of state that fits into `like`: an array, or blocks.
 
-    State of 8 or 16 bits is converted to and from other dtypes, rounded to nearest.
+    State of 8 or 16 bits is converted to and from other dtypes, rounded to nearest. That is noted,
+    unless it is to a wider dtype from the parameter's `own`, in which torch keeps its state.
 
     Raises
     ------
@@ -130,7 +133,7 @@ def fitting(value: Any, label: str, like: Any, conversions: Conversions, *, is_s
         conversions.add((_name(value.dtype), _narrow.DTYPE))
         return _narrow.encode(floats, is_signed)
     wanted, found = _name(like.dtype), _name(getattr(value, "dtype", ""))
-    if wanted != found and "bfloat16" in (wanted, found):
+    if wanted != found and (wanted == "bfloat16" or found == "bfloat16" != own):
         conversions.add((found, wanted))
     return as_state(value, label, like, narrows=wanted == "bfloat16")
 

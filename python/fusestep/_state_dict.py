@@ -298,12 +298,13 @@ def _check_entry(
     optional = set() if scalars else {"step", *names}
     expect_keys(entry, label, (scalars | set(names)) - optional, optional)
 
-    like = optimizer._arrays[i]
+    like, own = optimizer._arrays[i], _anchors.described(optimizer, i).dtype
     arrays = [
         _state.fitting(
             entry[name],
             f"the {name} of {optimizer._parameters.labels[i]}",
             like[name],
+            own,
             conversions,
             is_signed=optimizer._state_signs[name],
         )
