@@ -83,6 +83,16 @@ def copied(value: Any) -> Any:
     return backend_of(value).copy(value)
 
 
+def widened(value: Any, dtype: str, *, is_signed: bool) -> Any:
+    """Return a copy of a piece of state that has at least this dtype."""
+    if isinstance(value, _narrow.Blocks):
+        return _narrow.decode(value, is_signed).astype(dtype)
+    like = backend_of(value).empty((), value)
+    if np.dtype(_name(like.dtype)).itemsize >= np.dtype(dtype).itemsize:
+        return copied(value)
+    return np.asarray(backend_of(value).to_numpy(value)).astype(dtype)
+
+
 def assign(target: Any, value: Any) -> None:
     """Write a piece of state, or a number, to another."""
     pairs = [(target, value)]
@@ -126,7 +136,7 @@ def fitting(
         if is_narrow:
             return blocks
         conversions.add((_narrow.DTYPE, _name(like.dtype)))
-        return as_state(_narrow.decode(blocks, is_signed), label, like)
+        return as_state(_narrow.decode(blocks, is_signed), label, like, narrows=True)
     if is_narrow:
         shape = np.empty(like.codes.shape, np.float32)
         floats = as_state(value, label, shape, narrows=True)
