@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import pickle
+import subprocess
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -481,6 +483,26 @@ def test_other_dtypes_are_refused(wrong: Any) -> None:
 @pytest.mark.parametrize("given_", ["bfloat16", bfloat16, ml_dtypes.bfloat16])
 def test_bfloat16_has_many_names(given_: Any) -> None:
     assert fs.Adam(np.ones(3, f32), state_dtype=given_).state[0]["exp_avg"].dtype == bfloat16
+
+
+def test_ml_dtypes_is_imported_when_it_is_needed() -> None:
+    code = """
+import sys
+import numpy as np, fusestep as fs
+w = np.ones(3, np.float32)
+fs.Adam(w, state_dtype="int8").step(w.copy())
+assert "ml_dtypes" not in sys.modules
+if sys.argv[1:]:
+    sys.modules["ml_dtypes"] = None
+try:
+    fs.Adam(w, state_dtype="bfloat16").step(w.copy())
+except ImportError as error:
+    assert sys.argv[1:] and "pip install ml_dtypes" in str(error), error
+else:
+    assert not sys.argv[1:]
+"""
+    for arguments in ([], ["hidden"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
 
 
 def test_anchors_and_averages_stay_wide() -> None:
