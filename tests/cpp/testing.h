@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/dtypes.h"
+#include "core/work.h"
 #include "cpu/dispatch.h"
 #include "rules/any_rule.h"
 
@@ -81,6 +82,13 @@ inline const std::vector<RuleCase>& rule_cases() {
       {"adagrad", {{"weight_decay", 0.1}, {"initial_accumulator_value", 0.1}}},
   };
   return cases;
+}
+
+// Says what the operands of work are: the parameter, its gradient, so many arrays of state; and so
+// many of an anchor.
+inline void count_operands(Work& work, std::size_t states, int of_anchor = 0) {
+  work.rule_operands = kState + static_cast<int>(states);
+  work.operands_read = work.rule_operands + of_anchor;
 }
 
 // Calls f(tier name) with each instruction set of this machine active.
