@@ -371,5 +371,5 @@ def test_swapped_averages(lib: Library, options: dict[str, Any], rng: np.random.
 
 def test_a_copy_elsewhere_is_refused(lib: Library) -> None:
     w = lib.put(np.ones(3, f32))
-    with pytest.raises(ValueError, match="the copy of params\\[0\\] is on cpu; expected cuda:0"):
+    with pytest.raises(ValueError, match="the copy of parameter 0 is on cpu; expected cuda:0"):
         fs.SGD([w], copies=[np.zeros(3, f32)])

@@ -29,9 +29,12 @@ static_assert(kThreads * kPerThread == kTileSize, "a block moves one tile");
 inline constexpr int kDTypeBits = 2;
 
 // Anchors and averages are float32 or float64, and so is most state: to say so saves a quarter of
-// the machine code.
+// the machine code. No state is float16.
 FUSESTEP_HOST_DEVICE DType wide(DType dtype) {
   return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+FUSESTEP_HOST_DEVICE DType of_state(DType dtype) {
+  return dtype == DType::bfloat16 ? DType::bfloat16 : wide(dtype);
 }
 
 // One parameter with its gradient and state.
@@ -77,11 +80,12 @@ using AnchoredItem = AnchoredItemOf<>;
 template <class Item>
 inline constexpr bool kMayBeAnchored = requires(const Item& item) { item.is_anchored; };
 
-// The same with room for an epilogue: an average and a copy of the parameter, which are the
-// operands after those of an anchor; rounding at random; and state of 16 bits. What is rare has an
-// item of its own, because each kernel has the registers of all that it can do.
+// The same with room for all that a step can do: an average and a copy of the parameter, which are
+// the operands after those of an anchor; rounding at random; state of 16 bits; and a bound for
+// gradients, which is the launch's. These have kernels of their own, because each kernel takes the
+// registers of all that it can do.
 template <class Number = std::uint32_t>
-struct EpilogueItemOf : AnchoredItemOf<Number, kRuleOperands + 4> {
+struct FullItemOf : AnchoredItemOf<Number, kRuleOperands + 4> {
   double decay;                // of the average
   RandomStream rounding;       // the stream is in the table where there is one
   std::int64_t first_number;   // of elements, as in Work::Numbers
@@ -91,11 +95,11 @@ struct EpilogueItemOf : AnchoredItemOf<Number, kRuleOperands + 4> {
 
   FUSESTEP_HOST_DEVICE Operand operand(int i) const { return this->any_operand(i); }
 };
-using EpilogueItem = EpilogueItemOf<>;
+using FullItem = FullItemOf<>;
 inline constexpr int kNumbers = kMaxOperands - 1;
 
 template <class Item>
-inline constexpr bool kMayHaveEpilogue = requires(const Item& item) { item.has_average; };
+inline constexpr bool kIsFull = requires(const Item& item) { item.has_average; };
 
 // The rows that move, and which values are added up for them: as in gradients/rows.h, in device
 // memory, and null where that is empty.
@@ -124,7 +128,7 @@ struct TableOf : OneRow {
   std::int64_t row_state_stride;
 };
 using RowsItem = TableOf<AnchoredItemOf<std::int64_t>>;
-using EpilogueRowsItem = TableOf<EpilogueItemOf<std::int64_t>>;
+using FullRowsItem = TableOf<FullItemOf<std::int64_t>>;
 inline constexpr int kChunk = kWarpSize * kPerThread;
 
 template <class Item>
@@ -200,10 +204,10 @@ using LongList = List<440, 0>;
 using StridedList = List<256, 104>;
 using AnchoredList = List<128, 0, AnchoredItem>;
 using StridedAnchoredList = List<128, 104, AnchoredItem>;
-using EpilogueList = List<96, 0, EpilogueItem>;
-using StridedEpilogueList = List<96, 64, EpilogueItem>;
+using FullList = List<128, 0, FullItem>;
+using StridedFullList = List<96, 64, FullItem>;
 using RowsList = List<32, 64, RowsItem>;
-using EpilogueRowsList = List<32, 64, EpilogueRowsItem>;
+using FullRowsList = List<32, 64, FullRowsItem>;
 using SamplesList = List<64, 64, SamplesItem>;
 using OuterList = List<16, 0, OuterItem>;
 

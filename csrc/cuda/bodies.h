@@ -42,7 +42,7 @@ struct Moves {
   const AnyRuleEntry* table;  // on the device, or null: then the coefficients are here
   const Decision* decision;   // on the device, or null: then the step happens with
   double gradient_factor;
-  double gradient_bound;
+  T gradient_bound;  // of full items
   bool clear_gradients;
   bool keeps_value;  // only the state moves
   RuleEntry<Rule> rules[kRules<ItemList>];
@@ -56,12 +56,9 @@ struct Moves {
         table ? *reinterpret_cast<const RuleEntry<Rule>*>(table[item.rule].bytes)
               : rules[item.rule];
     const double common = decision ? decision->gradient_factor : gradient_factor;
-    return {entry.rule(),
-            static_cast<T>(entry.gradient_factor * common),
-            static_cast<T>(gradient_bound),
-            rate(item),
-            keeps_value,
-            rounding(item)};
+    return {entry.rule(),   static_cast<T>(entry.gradient_factor * common),
+            rate(item),     keeps_value,
+            gradient_bound, rounding(item)};
   }
 
  private:
@@ -70,7 +67,7 @@ struct Moves {
     return 0;
   }
   FUSESTEP_HOST_DEVICE RandomStream rounding([[maybe_unused]] const Item& item) const {
-    if constexpr (kMayHaveEpilogue<Item>)
+    if constexpr (kIsFull<Item>)
       return table ? table[item.rule].rounding : item.rounding;
     else
       return {};
@@ -141,8 +138,8 @@ struct UpdateWholeRows : Moves<Loop, T, ItemList> {
       return sum_of_tile(thread, row, static_cast<std::uint32_t>(tile), of_step);
     });
     const Rule rule = rule_of_row<T>(thread, table, row, of_step.rule, sum);
-    const Orders<Rule, T> orders{rule,       of_step.factor,      of_step.bound,
-                                 of_step.lr, of_step.keeps_value, of_step.rounding};
+    const Orders<Rule, T> orders{rule,          of_step.factor,  of_step.lr, of_step.keeps_value,
+                                 of_step.bound, of_step.rounding};
     for_each_share(thread, table, row, [&](const auto& elements) {
       move<T, Loop::kStates>(row.item, elements, row.sources, [&] { return orders; });
     });
@@ -156,8 +153,7 @@ struct UpdateWholeRows : Moves<Loop, T, ItemList> {
     return sum_in_warp<place.kUnroll>(thread, place.count(), [&](int i) {
       const T w = Bits::load(place.at(kParameter, i, size), size).template as<T>(dtype);
       const T gradient = gradient_at<T>(row.item, place, row.sources, i);
-      return orders.rule.square(w,
-                                gradients::Bounded<T>{{&gradient, orders.factor}, orders.bound}(0));
+      return orders.rule.square(w, scaled<Table>(&gradient, 0, orders));
     });
   }
 

@@ -49,7 +49,7 @@ FUSESTEP_HOST_DEVICE auto with_state(const F& f, [[maybe_unused]] T* state, Firs
 }
 
 template <class T, class Place>
-FUSESTEP_HOST_DEVICE T parameter_at(const Row<EpilogueRowsItem>& row, const Place& place, int i) {
+FUSESTEP_HOST_DEVICE T parameter_at(const Row<FullRowsItem>& row, const Place& place, int i) {
   const DType dtype = row.item.operand(kParameter).dtype;
   const std::int64_t size = item_size(dtype);
   return Bits::load(place.at(kParameter, i, size), size).template as<T>(dtype);
@@ -59,10 +59,11 @@ FUSESTEP_HOST_DEVICE T parameter_at(const Row<EpilogueRowsItem>& row, const Plac
 template <class T, int states, class Place>
 class Element {
  public:
-  FUSESTEP_HOST_DEVICE Element(const Row<EpilogueRowsItem>& row, const Place& place, int i)
+  FUSESTEP_HOST_DEVICE Element(const Row<FullRowsItem>& row, const Place& place, int i)
       : w(parameter_at<T>(row, place, i)), item_(row.item), place_(place), i_(i) {
     FUSESTEP_UNROLL
-    for (int s = 0; s < states; ++s) state[s] = load(kState + s, item_.operand(kState + s).dtype);
+    for (int s = 0; s < states; ++s)
+      state[s] = load(kState + s, of_state(item_.operand(kState + s).dtype));
     is_anchored_ = item_.is_anchored;
     if (is_anchored_) reference_ = load_wide(kReference);
     importance_ = item_.has_importance ? load_wide(kReference + 1) : T{1};
@@ -105,7 +106,7 @@ class Element {
     return bits;
   }
 
-  const EpilogueRowsItem::Row& item_;
+  const FullRowsItem::Row& item_;
   const Place& place_;
   int i_;
   bool is_anchored_;
@@ -115,15 +116,15 @@ class Element {
 // The values of each row that is listed, the gradient elsewhere, are its MissedSteps here.
 template <class Loop, class T>
 struct CatchUp {
-  using Item = EpilogueRowsItem;
+  using Item = FullRowsItem;
   using Rule = typename Loop::template Of<T>;
   static constexpr Team kTeam = Team::warp;
   static constexpr Unit kUnit = Unit::row;
 
-  EpilogueRowsList list;
+  FullRowsList list;
 
   FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
-    const std::int64_t number = tile_of<EpilogueRowsList>(block, thread);
+    const std::int64_t number = tile_of<FullRowsList>(block, thread);
     if (number >= list.tiles) return;
     const Item& table = list.item_of(number);
     const Row<Item> row(table, number - table.first_tile);

@@ -205,7 +205,7 @@ class StridedPlace {
       else if (k == tiling_.row_axis)
         rows_ = static_cast<unsigned>(extent);
     });
-    if constexpr (kMayHaveEpilogue<Item>) find_number(item, tile);
+    if constexpr (kIsFull<Item>) find_number(item, tile);
   }
 
   FUSESTEP_HOST_DEVICE int count() const { return static_cast<int>(rows_ * columns_); }

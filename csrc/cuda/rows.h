@@ -52,7 +52,7 @@ struct Row {
     item.data[kGradient] += sources.first() * table.stride[kGradient];
     FUSESTEP_UNROLL
     for (int i = kState; i < Table::kOperands; ++i) item.data[i] += of_state * table.stride[i];
-    if constexpr (kMayHaveEpilogue<Table>)
+    if constexpr (kIsFull<Table>)
       item.first_number +=
           table.rows.number ? table.rows.number[number] : in_table * table.tiles * kTileSize;
   }

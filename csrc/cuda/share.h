@@ -57,25 +57,21 @@ class Pull<T, Item, Elements, first> {
 template <class T, class Item, class Elements>
 class Rounding {
  public:
-  FUSESTEP_HOST_DEVICE Rounding(const Item& item, const Elements&, RandomStream) : item_(item) {}
+  FUSESTEP_HOST_DEVICE Rounding(const Item&, const Elements&, RandomStream) {}
 
-  FUSESTEP_HOST_DEVICE Bits operator()(int operand, int, T value) const {
-    return Bits::of(item_.operand(operand).dtype, value);
+  FUSESTEP_HOST_DEVICE Bits operator()(int, int, DType dtype, T value) const {
+    return Bits::of(dtype, value);
   }
-
- private:
-  const Item& item_;
 };
 
 template <class T, class Item, class Elements>
-  requires kMayHaveEpilogue<Item>
+  requires kIsFull<Item>
 class Rounding<T, Item, Elements> {
  public:
   FUSESTEP_HOST_DEVICE Rounding(const Item& item, const Elements& elements, RandomStream stream)
       : item_(item), elements_(elements), stream_(stream), tile_(tile_of(0)) {}
 
-  FUSESTEP_HOST_DEVICE Bits operator()(int operand, int k, T value) const {
-    const DType dtype = item_.operand(operand).dtype;
+  FUSESTEP_HOST_DEVICE Bits operator()(int operand, int k, DType dtype, T value) const {
     const bool is_random = operand == kParameter ? item_.rounds_parameter : item_.rounds_state;
     if (!is_random || item_size(dtype) != 2) return Bits::of(dtype, value);
     return Bits::at_random(dtype, value, random(stream_.of_operand(operand), k));
@@ -109,7 +105,7 @@ class Followers {
 };
 
 template <class T, class Item, class Elements, int first>
-  requires kMayHaveEpilogue<Item>
+  requires kIsFull<Item>
 class Followers<T, Item, Elements, first> {
  public:
   FUSESTEP_HOST_DEVICE Followers(const Item& item, const Elements& elements)
@@ -149,11 +145,22 @@ class Followers<T, Item, Elements, first> {
 template <class Rule, class T>
 struct Orders {
   const Rule& rule;
-  T factor, bound;        // of gradients
+  T factor;               // of gradients
   double lr;              // of an anchor
   bool keeps_value;       // only the state moves
-  RandomStream rounding;  // of an epilogue
+  T bound;                // of gradients, and
+  RandomStream rounding;  // both of full items
 };
+
+// The k-th of these gradients as the rule gets it.
+template <class Item, class Rule, class T>
+FUSESTEP_HOST_DEVICE T scaled(const T* values, int k, const Orders<Rule, T>& orders) {
+  const gradients::Dense<T> dense{values, orders.factor};
+  if constexpr (kIsFull<Item>)
+    return gradients::Bounded<T>{dense, orders.bound}(k);
+  else
+    return dense(k);
+}
 
 // Moves a thread's share. The orders are asked for once all operands are under way.
 template <class T, int states, class Item, class Elements, class Sources, class GetOrders>
@@ -168,7 +175,10 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
   Pull<T, Item, Elements, kState + states> pull(item, elements);
   Followers<T, Item, Elements, kState + states + 2> followers(item, elements);
 
-  const auto dtype = [&](int operand) { return item.operand(operand).dtype; };
+  const auto dtype = [&](int operand) {
+    const DType any = item.operand(operand).dtype;
+    return operand < kState ? any : of_state(any);
+  };
   const auto value = [&](const Values& values, int k, int operand) {
     return values.get(k, dtype(operand)).template as<T>(dtype(operand));
   };
@@ -188,7 +198,7 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
   FUSESTEP_UNROLL
   for (int k = 0; k < kPerThread; ++k) {
     T w = value(parameter, k, kParameter);
-    const T g = gradients::Bounded<T>{{sum, orders.factor}, orders.bound}(k);
+    const T g = scaled<Item>(sum, k, orders);
     T s[states > 0 ? states : 1];
     FUSESTEP_UNROLL
     for (int i = 0; i < states; ++i) s[i] = value(state[i], k, kState + i);
@@ -196,12 +206,12 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
     if constexpr (states == 1) orders.rule(w, g, s[0]);
     if constexpr (states == 2) orders.rule(w, g, s[0], s[1]);
     if constexpr (states == 3) orders.rule(w, g, s[0], s[1], s[2]);
-    const Bits moved = rounded(kParameter, k, pull(k, w));
+    const Bits moved = rounded(kParameter, k, dtype(kParameter), pull(k, w));
     parameter.set(k, dtype(kParameter), moved);
     followers.follow(k, moved);
     FUSESTEP_UNROLL
     for (int i = 0; i < states; ++i)
-      state[i].set(k, dtype(kState + i), rounded(kState + i, k, s[i]));
+      state[i].set(k, dtype(kState + i), rounded(kState + i, k, dtype(kState + i), s[i]));
   }
 
   if (!orders.keeps_value) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <tuple>
 
 #include "core/errors.h"
@@ -26,7 +27,7 @@ struct Piece {
   bool has_rows() const { return work->rows != nullptr; }
   bool is_strided() const { return iteration().layout != nullptr; }
   bool is_anchored() const { return work->anchor.reference != 0; }
-  bool has_epilogue() const {
+  bool needs_full_item() const {
     return work->followers.any() || work->rounding.is_random() || has_narrow_state();
   }
   int axes() const { return is_strided() ? iteration().layout->tiling().count : has_rows(); }
@@ -184,7 +185,7 @@ void add_anchor(Item& item, const Piece& piece) {
 }
 
 template <class Item>
-void add_epilogue(Item& item, const Work& work) {
+void add_others(Item& item, const Work& work) {
   item.decay = work.followers.decay;
   item.has_average = work.followers.average != 0;
   item.has_copy = work.followers.copy != 0;
@@ -245,7 +246,7 @@ void add(Body& body, const Piece& piece, std::uint32_t rule) {
                    [&](const TileAxis& axis) { return with_places(axis, *piece.work); });
   }
   if constexpr (kMayBeAnchored<Item>) add_anchor(item, piece);
-  if constexpr (kMayHaveEpilogue<Item>) add_epilogue(item, *piece.work);
+  if constexpr (kIsFull<Item>) add_others(item, *piece.work);
   if constexpr (kIsTable<Item>) add_rows(item, list.axis + item.first_axis, piece);
   list.item[list.count++] = item;
   list.tiles += static_cast<typename Item::Number>(piece.count_of(Body::kUnit));
@@ -281,12 +282,13 @@ struct Entry {
   Piece piece;
   std::uint32_t place;
   std::uint32_t loop;
+  bool is_full;  // its item
 
   // What decides which kernel it takes.
   auto kind() const {
-    const bool rows = piece.has_rows(), epilogue = piece.has_epilogue();
-    return std::tuple(loop, piece.work->compute, rows, !rows && piece.is_strided(), epilogue,
-                      !rows && !epilogue && piece.is_anchored(), piece.work->keeps_value);
+    const bool rows = piece.has_rows();
+    return std::tuple(loop, piece.work->compute, rows, !rows && piece.is_strided(), is_full,
+                      !rows && !is_full && piece.is_anchored(), piece.work->keeps_value);
   }
 };
 
@@ -313,7 +315,7 @@ void update(std::span<const Entry> entries, const Common& common) {
   body.table = common.table;
   body.decision = common.decision;
   body.gradient_factor = common.options.gradient_factor;
-  body.gradient_bound = common.options.gradient_bound;
+  body.gradient_bound = static_cast<decltype(body.gradient_bound)>(common.options.gradient_bound);
   body.clear_gradients = common.options.clear_gradients;
   body.keeps_value = entries.front().piece.work->keeps_value;
   int rules = 0;
@@ -342,24 +344,23 @@ void update(std::span<const Entry> entries, const Common& common) {
 
 template <class Loop, class T>
 void update_kind(std::span<const Entry> entries, const Common& common) {
-  const Piece& first = entries.front().piece;
+  const auto& [first, place, loop, is_full] = entries.front();
   const auto update_list = [&]<class ItemList>() {
     update<Update<Loop, T, ItemList>>(entries, common);
   };
-  const bool epilogue = first.has_epilogue();
   if constexpr (rules::kIsRowwise<typename Loop::template Of<T>>) {
     // A dense gradient is one of all rows.
-    if (epilogue)
-      update<UpdateWholeRows<Loop, T, EpilogueRowsList>>(entries, common);
+    if (is_full)
+      update<UpdateWholeRows<Loop, T, FullRowsList>>(entries, common);
     else
       update<UpdateWholeRows<Loop, T, RowsList>>(entries, common);
-  } else if (epilogue) {
+  } else if (is_full) {
     if (first.has_rows())
-      update_list.template operator()<EpilogueRowsList>();
+      update_list.template operator()<FullRowsList>();
     else if (first.is_strided())
-      update_list.template operator()<StridedEpilogueList>();
+      update_list.template operator()<StridedFullList>();
     else
-      update_list.template operator()<EpilogueList>();
+      update_list.template operator()<FullList>();
   } else if (first.has_rows()) {
     update_list.template operator()<RowsList>();
   } else if (first.is_anchored() && first.is_strided()) {
@@ -395,13 +396,15 @@ void for_each_kind(std::vector<Entry>& entries, Visit visit) {
 }
 
 void update_all(const Step& step, Pieces pieces, const Common& common) {
+  const bool is_bounded = step.options.gradient_bound < std::numeric_limits<double>::infinity();
   std::vector<Entry> entries;
   entries.reserve(pieces.size());
   for (std::size_t i = 0; i < pieces.size(); ++i) {
     if (pieces[i].is_empty()) continue;
     const std::size_t loop =
         common.table ? step.groups[step.progress[i].group].loop : pieces[i].work->rule->loop;
-    entries.push_back({pieces[i], static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(loop)});
+    entries.push_back({pieces[i], static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(loop),
+                       is_bounded || pieces[i].needs_full_item()});
   }
   for_each_kind(entries, [&](std::span<const Entry> of_kind) { update_kind(of_kind, common); });
 }
@@ -689,7 +692,7 @@ void catch_up(Workspace& workspace, Stream stream, std::span<const RowsBehind> t
   std::vector<Entry> entries;
   for (const Piece& piece : placed(list, workspace, stream))
     if (!piece.is_empty())
-      entries.push_back({piece, 0, static_cast<std::uint32_t>(piece.work->rule->loop)});
+      entries.push_back({piece, 0, static_cast<std::uint32_t>(piece.work->rule->loop), true});
   for_each_kind(entries, [&](std::span<const Entry> of_kind) { catch_up_kind(of_kind, stream); });
 }
 
