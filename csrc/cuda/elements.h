@@ -59,7 +59,7 @@ struct Bits {
       case DType::float32: return cast<T>(bit_cast<float>(low));
       case DType::float16: return cast<T>(Float16{static_cast<std::uint16_t>(low)});
       case DType::bfloat16: return cast<T>(BFloat16{static_cast<std::uint16_t>(low)});
-      case DType::float64: break;
+      default: break;
     }
     return cast<T>(bit_cast<double>(std::uint64_t{high} << 32 | low));
   }
@@ -70,7 +70,7 @@ struct Bits {
       case DType::float32: return {bit_cast<std::uint32_t>(cast<float>(value)), 0};
       case DType::float16: return {cast<Float16>(value).bits, 0};
       case DType::bfloat16: return {cast<BFloat16>(value).bits, 0};
-      case DType::float64: break;
+      default: break;
     }
     const auto bits = bit_cast<std::uint64_t>(cast<double>(value));
     return {static_cast<std::uint32_t>(bits), static_cast<std::uint32_t>(bits >> 32)};

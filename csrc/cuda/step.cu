@@ -44,7 +44,7 @@ struct Piece {
     const std::span operands(iteration().operand);
     return std::ranges::any_of(
         operands.subspan(kState, static_cast<std::size_t>(work->rule_operands - kState)),
-        [](const Operand& operand) { return item_size(operand.dtype) == 2; });
+        [](const Operand& operand) { return item_size(operand.dtype) < 4; });
   }
 };
 using Pieces = std::span<const Piece>;
@@ -190,8 +190,8 @@ void add_others(Item& item, const Work& work) {
   item.has_average = work.followers.average != 0;
   item.has_copy = work.followers.copy != 0;
   item.rounding = work.rounding.stream;
-  item.rounds_parameter = work.rounding.of_parameter;
-  item.rounds_state = work.rounding.of_state;
+  item.rounds_parameter = work.rounding.is_random_in_parameter;
+  item.rounds_state = work.rounding.is_random_in_state;
   item.first_number = work.numbers.first;
   item.is_numbered_by_stride = work.iteration.layout && work.numbers.operand != 0;
 }

@@ -517,8 +517,9 @@ struct Parameter {
     const int average = spec.has_average ? work.operands_read : 0;
     const int copy = spec.copy ? work.operands_read + spec.has_average : 0;
     work.followers = {average, 0.875, copy};
-    work.rounding.of_parameter = spec.rounds_parameter && item_size(spec.dtypes.parameter) == 2;
-    work.rounding.of_state = states() > 0 && state_dtype() == DType::bfloat16;
+    work.rounding.is_random_in_parameter =
+        spec.rounds_parameter && item_size(spec.dtypes.parameter) == 2;
+    work.rounding.is_random_in_state = states() > 0 && state_dtype() == DType::bfloat16;
     work.rows = has_rows() ? &rows : nullptr;
     work.is_rowwise = rule->is_rowwise();
     if (spec.is_anchored) {

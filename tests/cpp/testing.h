@@ -123,8 +123,8 @@ inline double read(const std::byte* at, DType dtype) {
       std::memcpy(&x, at, sizeof x);
       return to_float(x);
     }
+    default: return 0;  // no number
   }
-  return 0;
 }
 
 inline void write(std::byte* at, DType dtype, double value) {
@@ -148,6 +148,7 @@ inline void write(std::byte* at, DType dtype, double value) {
       std::memcpy(at, &x, sizeof x);
       return;
     }
+    default: return;
   }
 }
 
