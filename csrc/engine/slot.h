@@ -113,6 +113,8 @@ class Slot {
   // Throws and changes nothing where they do not fit.
   void set_average(arrays::Array average);
   void set_copy(arrays::Array copy);
+  const arrays::Array& average() const { return *average_; }
+  const arrays::Array& copy() const { return *copy_; }
 
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;

@@ -44,12 +44,14 @@ def check_state_dtype(value: Any) -> str | None:
 
 
 def as_state(value: Any, label: str, like: Any) -> Any:
-    """Return a copy of a loaded value, where `like` is, that fits into it without loss.
+    """Return a copy of a loaded value, where `like` is, that fits into it.
+
+    It is rounded, to nearest, where `like` is of bfloat16; see :func:`conversion`.
 
     Raises
     ------
     TypeError
-        If it is not an array of floats, or copying would round it.
+        If it is not an array of floats, or copying would round it to another dtype.
     ValueError
         If its shape is not that of `like`.
     """
@@ -63,7 +65,9 @@ def as_state(value: Any, label: str, like: Any) -> Any:
         raise TypeError(f"{label} has dtype {array.dtype}; expected floats")
     if array.shape != tuple(like.shape):
         raise ValueError(f"{label} has shape {array.shape}; expected {tuple(like.shape)}")
-    dtype = np.dtype(str(like.dtype).rpartition(".")[2])
+    if _name_of(like) == "bfloat16":
+        return backend_of(like).from_numpy(array.astype(np.float32), like)
+    dtype = np.dtype(_name_of(like))
     if not np.can_cast(array.dtype, dtype, "safe"):
         advice = "; create the optimizer with state_dtype='float64'"
         raise TypeError(
@@ -71,3 +75,23 @@ def as_state(value: Any, label: str, like: Any) -> Any:
             + (advice if array.dtype == np.float64 else "")
         )
     return backend_of(like).from_numpy(array, like)
+
+
+def conversion_of(value: Any, label: str, like: Any, parameter: ArrayDescription) -> str | None:
+    """Say that a loaded value is not in the dtype of `like`; None where it need not be said.
+
+    It need not where it is in the parameter's own, as torch keeps state.
+    """
+    if _name_of(value) in ("", _name_of(like), parameter.dtype):
+        return None
+    return conversion(label, _name_of(value), _name_of(like))
+
+
+def conversion(label: str, old: Any, new: Any) -> str:
+    """Say that state which is being loaded was in another dtype."""
+    return f"{label} is loaded as {new}; it was saved as {old} (and so may other state)"
+
+
+def _name_of(array: Any) -> str:
+    """Return an array's dtype, of whatever library."""
+    return str(getattr(array, "dtype", "")).rpartition(".")[2]

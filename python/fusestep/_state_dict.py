@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 from . import _anchors, _arrays, _averages, _cpu, _penalties
 from ._arrays import backend_of
 from ._hyperparameters import check_seed, number
-from ._state import as_state
+from ._state import as_state, conversion_of
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class _Entry:
     average: Any = None  # None: it begins anew, at the parameter
     # Elements of a block, and updates and products of momenta of each, where they differ.
     blocks: tuple[int, npt.NDArray[np.uint32], npt.NDArray[np.float64]] | None = None
+    conversion: str | None = None  # what is to be said of the dtypes that it came in
 
 
 @dataclass
@@ -155,6 +157,9 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
     state = mapping(state_dict["state"], "'state'")
     expect_keys(state, "'state'", set(), set(saved_keys))
     entries = [_check_entry(optimizer, i, state.get(key)) for i, key in enumerate(saved_keys)]
+    for conversion in filter(None, (entry.conversion for entry in entries)):
+        warnings.warn(conversion, UserWarning, stacklevel=4)
+        break  # one says it
 
     most = max((entry.step for entry in entries), default=0)
     return Plan(
@@ -261,26 +266,23 @@ def _match_keys(optimizer: Optimizer, group: Mapping[Any, Any]) -> list[Any]:
 
 def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     names = optimizer._state_names
-    label = f"the state of {optimizer._parameters.labels[i]}"
+    parameter = optimizer._parameters.labels[i]
+    label = f"the state of {parameter}"
     entry = mapping({} if entry is None else entry, label)
     if not entry:  # torch has no entry for a parameter that never moved
         return _Entry(0, 1.0, [None] * len(names), *_check_missed_steps(optimizer, i, {}))
 
     entry = {name: value for name, value in entry.items() if value is not None}
     missed, recent = _check_missed_steps(optimizer, i, entry)
+    entry.pop("master", None)  # of fusestep.torch; here it is the parameter itself
     average = entry.pop(_averages.ENTRY, None)
     if average is not None and optimizer._averages:
-        label_ = f"the average of {optimizer._parameters.labels[i]}"
-        average = as_state(average, label_, optimizer._averages[i])
+        average = as_state(average, f"the average of {parameter}", optimizer._averages[i])
     anchor = _penalties.taken(entry, _anchors.target_of(optimizer, i))
-    elements = int(np.prod(_anchors.described(optimizer, i).shape, dtype=np.int64))
-    blocks = taken_blocks(
-        entry,
-        optimizer._parameters.labels[i],
-        elements,
-        "mu_product" in optimizer._scalar_names,
-        optimizer.rows,
-    )
+    described = _anchors.described(optimizer, i)
+    elements = int(np.prod(described.shape, dtype=np.int64))
+    has_products = "mu_product" in optimizer._scalar_names
+    blocks = taken_blocks(entry, parameter, elements, has_products, optimizer.rows)
     scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry
     # Where torch keeps no step (SGD), state says that there was one, and no more is needed.
@@ -288,19 +290,17 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     expect_keys(entry, label, (scalars | set(names)) - optional, optional)
 
     like = optimizer._arrays[i]
-    arrays = [
-        as_state(entry[name], f"the {name} of {optimizer._parameters.labels[i]}", like[name])
-        if name in entry
-        else None
-        for name in names
-    ]
+    there = {name: (entry[name], f"the {name} of {parameter}") for name in names if name in entry}
+    arrays = [as_state(*there[name], like[name]) if name in there else None for name in names]
+    conversions = (conversion_of(*value, like[x], described) for x, value in there.items())
     step = count("step", entry.get("step", int(has_state)))
     if names and not has_state:
         step = 0  # whatever it says: without a momentum buffer the next step is the first
     product = number("mu_product", entry.get("mu_product", 1.0))
     if not 0 <= product <= 1:
         raise ValueError(f"mu_product is {product!r}; expected a number in [0, 1]")
-    return _Entry(step, product, arrays, missed, recent, anchor, average, blocks)
+    converted = next(filter(None, conversions), None)
+    return _Entry(step, product, arrays, missed, recent, anchor, average, blocks, converted)
 
 
 def taken_blocks(

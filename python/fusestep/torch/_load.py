@@ -8,20 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._hyperparameters import check_seed, flag, max_norm, number
+from .._averages import ENTRY as AVERAGE
+from .._averages import check_decay
+from .._hyperparameters import check_seed, clip_value, flag, max_norm, number
+from .._state import conversion
 from .._state_dict import BLOCK_ENTRIES, count, expect_keys, mapping, taken_missed_steps
-from . import _anchors, _selections, _state
+from . import _anchors, _masters, _selections, _state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from .optimizer import MissedSteps, Rule
+    from .optimizer import MissedSteps, Optimizer, Rule
 
 _EXTRAS: dict[str, Callable[[str, Any], Any]] = {
     "max_norm": max_norm,
+    "clip_value": clip_value,
     "skip_nonfinite": flag,
+    "stochastic_rounding": flag,
+    "ema_decay": lambda name, value: check_decay(name, number(name, value)),
     "skipped_steps": count,
     "steps": count,
     "seed": lambda _, value: check_seed(value),
@@ -56,23 +62,38 @@ def matched_groups(
 def fitted_state(
     saved: Mapping[Any, Any],
     places: Sequence[tuple[Any, Tensor, str, Rule]],
-    state_dtype: str | None,
-) -> defaultdict[Any, Any]:
-    """Return a copy of a saved state that fits an optimizer's parameters.
+    optimizer: Optimizer,
+) -> tuple[defaultdict[Any, Any], str | None]:
+    """Return a copy of a saved state that fits an optimizer's parameters, and a warning or None.
 
     `places` has, for each parameter, its key in `saved`, itself, what error messages call it, and
-    its rule. What belongs to no parameter is taken over as it is.
+    its rule. What belongs to no parameter is taken over as it is. The warning is of state in a
+    dtype that is neither the optimizer's nor the parameter's, as in torch.
     """
     state: defaultdict[Any, Any] = defaultdict(dict)
+    warning = None
     for key, parameter, label, rule in places:
         if key in saved:
             entry = mapping(saved[key], f"the state of {label}")
-            fitted = _fitted_entry(entry, parameter, label, rule, state_dtype)
+            fitted = _fitted_entry(entry, parameter, label, rule, optimizer)
             if fitted or not entry:  # there may have been nothing but missed steps
                 state[parameter] = fitted
+            for name in rule.states:
+                warning = warning or _conversion(name, entry, fitted, parameter, label)
     keys = {key for key, *_ in places}
     state.update({key: value for key, value in saved.items() if key not in keys})
-    return state
+    return state, warning
+
+
+def _conversion(
+    name: str, entry: Mapping[str, Any], fitted: Mapping[str, Any], parameter: Tensor, label: str
+) -> str | None:
+    """Say what has become of state that was in another dtype; None where it need not be said."""
+    if name not in fitted or fitted[name].dtype == entry[name].dtype:
+        return None
+    if entry[name].dtype == parameter.dtype:  # as torch keeps it
+        return None
+    return conversion(f"the {name} of {label}", entry[name].dtype, fitted[name].dtype)
 
 
 def missed_steps(
@@ -107,17 +128,24 @@ def block_counts(
 
 
 def _fitted_entry(
-    entry: Mapping[str, Any], parameter: Tensor, label: str, rule: Rule, state_dtype: str | None
+    entry: Mapping[str, Any], parameter: Tensor, label: str, rule: Rule, optimizer: Optimizer
 ) -> dict[str, Any]:
+    state_dtype = optimizer._state_dtype
     present = {
         name: value
         for name, value in entry.items()
         if value is not None and name not in ("missed_steps", "recent_steps", *BLOCK_ENTRIES)
     }
     anchor = _anchors.taken(present, parameter, label, state_dtype)
+    wide = _state.wide_dtype_for(state_dtype, parameter)
+    besides = {}
+    for name, dtype in ((AVERAGE, wide), (_masters.ENTRY, _masters.DTYPE)):
+        value = present.pop(name, None)
+        if value is not None and name in optimizer._kept_besides(parameter):
+            besides[name] = _state.loaded(value, f"the {name} of {label}", parameter, dtype)
     needed = {*rule.scalars, *rule.states}
     if rule.scalars and (
-        present or anchor
+        present or anchor or besides
     ):  # a rule without scalars knows a first step by its lack of state
         expect_keys(present, f"the state of {label}", needed, {*present})
     elif present and needed and not needed & present.keys():
@@ -127,14 +155,14 @@ def _fitted_entry(
     for name, value in present.items():
         what = f"the {name} of {label}"
         if name in rule.states:
-            fitted[name] = _state.copied(_state.fitted(value, what, parameter, dtype))
+            fitted[name] = _state.loaded(value, what, parameter, dtype)
         elif name in rule.scalars:
             fitted[name] = torch.tensor(number(what, value), dtype=_state.scalar_dtype([value]))
         elif isinstance(value, torch.Tensor):
             fitted[name] = _state.copied(value.to(parameter.device))
         else:
             fitted[name] = deepcopy(value)
-    return {**fitted, **anchor}
+    return {**fitted, **anchor, **besides}
 
 
 def checked_extras(state_dict: Mapping[str, Any]) -> dict[str, Any]:
