@@ -128,16 +128,33 @@ Array::Interval Array::interval() const {
   return {first, last};
 }
 
-Array from_object(PyObject* object, const Label& label) {
-  if (is_numpy(object)) return from_numpy(object, label);
+const char* dtypes_text(Expected expected) {
+  return expected == Expected::bits ? "uint8, int16 or uint16"
+                                    : "float64, float32, float16 or bfloat16";
+}
+
+namespace {
+
+Array view(PyObject* object, const Label& label, Expected expected) {
+  if (is_numpy(object)) return from_numpy(object, label, expected);
   if (is_numpy_scalar(object)) return from_numpy_scalar(object, label);
   if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object)))
-    return from_exchange(object, *api, label);
-  if (has_cuda_interface(object)) return from_cuda_interface(object, label);
-  if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack(object, label);
+    return from_exchange(object, *api, label, expected);
+  if (has_cuda_interface(object)) return from_cuda_interface(object, label, expected);
+  if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack(object, label, expected);
   throw TypeError(label.text() + " is a " + Py_TYPE(object)->tp_name +
                   "; expected a NumPy or CuPy array, a torch tensor, or another array that " +
                   "supports DLPack");
+}
+
+}  // namespace
+
+Array from_object(PyObject* object, const Label& label) {
+  return view(object, label, Expected::floats);
+}
+
+Array bits_from_object(PyObject* object, const Label& label) {
+  return view(object, label, Expected::bits);
 }
 
 bool is_array(PyObject* object) {

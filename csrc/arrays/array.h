@@ -30,8 +30,9 @@ struct Label {
   std::string text() const { return role + name; }
 };
 
-// What becomes of complex numbers: refused, or seen as real with a last axis of two.
-enum class Complex { refused, viewed_as_real };
+// Which elements an array is to have: floats; or complex numbers, too, seen as floats with a last
+// axis of two; or integers that stand for something else, of 8 or 16 bits.
+enum class Expected { floats, complex_as_real, bits };
 
 // A borrowed view of an array's memory that keeps the memory's owner alive.
 class Array {
@@ -97,18 +98,18 @@ class Array {
   Interval interval() const;
 
  private:
-  friend Array from_object(PyObject* object, const Label& label);
-  friend Array from_numpy(PyObject* object, const Label& label);
-  friend Array from_dlpack(PyObject* object, const Label& label);
-  friend Array from_cuda_interface(PyObject* object, const Label& label);
-  friend Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label);
-  friend Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
+  friend Array from_numpy(PyObject* object, const Label& label, Expected expected);
+  friend Array from_dlpack(PyObject* object, const Label& label, Expected expected);
+  friend Array from_cuda_interface(PyObject* object, const Label& label, Expected expected);
+  friend Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label,
+                             Expected expected);
+  friend Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Expected expected,
                            const Label& label);
   friend bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner,
                         Array& view);
 
   // Takes over what a DLPack tensor says of its memory; throws TypeError for what we cannot update.
-  void describe(const dlpack::Tensor& tensor, Complex complex, const Label& label);
+  void describe(const dlpack::Tensor& tensor, Expected expected, const Label& label);
   // A GPU reads an element only where its size divides its address.
   void check_alignment(const Label& label) const;
   void swap(Array& other) noexcept;
@@ -126,8 +127,13 @@ class Array {
   bool is_cuda_interface_ = false;  // or its __cuda_array_interface__
 };
 
-// Throws TypeError for something that is not an array of a supported dtype on a device of ours.
+// Throws TypeError for something that is not an array of a supported dtype on a device of ours; the
+// second one for all but Expected::bits.
 Array from_object(PyObject* object, const Label& label);
+Array bits_from_object(PyObject* object, const Label& label);
+
+// How messages name the dtypes that are expected.
+const char* dtypes_text(Expected expected);
 
 // True where two arrays share at least one byte. Exact: interleaved slices of one array do not.
 bool share_memory(const Array& a, const Array& b);

@@ -28,6 +28,8 @@ std::optional<DType> dtype_of(const py::object& object, std::string_view text) {
   if (text == "f4") return DType::float32;
   if (text == "f8") return DType::float64;
   if (text == "f2") return DType::float16;
+  if (text == "u1") return DType::bits8;
+  if (text == "i2" || text == "u2") return DType::bits16;
   const bool may_be_bfloat16 = text == "V2" && py::hasattr(object, "dtype");
   if (may_be_bfloat16 && py::str(object.attr("dtype")).cast<std::string>() == "bfloat16")
     return DType::bfloat16;
@@ -65,16 +67,16 @@ bool has_cuda_interface(PyObject* object) {
   return !is_torch(object) && PyObject_HasAttrString(object, kAttribute);
 }
 
-Array from_cuda_interface(PyObject* object, const Label& label) {
+Array from_cuda_interface(PyObject* object, const Label& label, Expected expected) {
   const auto given = py::reinterpret_borrow<py::object>(object);
   Array array;
   try {
     const py::dict interface = given.attr(kAttribute);
     const auto type = interface["typestr"].cast<std::string>();
     const std::optional<DType> dtype = dtype_of(given, type);
-    if (!dtype)
-      throw TypeError(label.text() + " has dtype '" + type +
-                      "'; expected float64, float32, float16 or bfloat16");
+    if (!dtype || is_float(*dtype) != (expected != Expected::bits))
+      throw TypeError(label.text() + " has dtype '" + type + "'; expected " +
+                      dtypes_text(expected));
     if (!interface.attr("get")("mask").is_none())
       throw TypeError(label.text() + " has a mask; expected a plain array");
     const py::tuple data = interface["data"], shape = interface["shape"];

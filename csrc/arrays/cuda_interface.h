@@ -13,7 +13,7 @@ namespace fusestep::arrays {
 // False for torch's tensors, which have it but say less than through DLPack.
 bool has_cuda_interface(PyObject* object);
 
-Array from_cuda_interface(PyObject* object, const Label& label);
+Array from_cuda_interface(PyObject* object, const Label& label, Expected expected);
 
 // The stream on which the array's library works on the array's device at this moment.
 std::uintptr_t cuda_interface_stream(PyObject* object, const Device& device);

@@ -83,7 +83,7 @@ bool is_torch(PyObject* object) { return is_of_module(object, "torch"); }
 
 bool is_cupy(PyObject* object) { return is_of_module(object, "cupy"); }
 
-Array from_dlpack(PyObject* object, const Label& label) {
+Array from_dlpack(PyObject* object, const Label& label, Expected expected) {
   const py::object capsule = export_capsule(object, label);
   Array array;
   const dlpack::Tensor* tensor = nullptr;
@@ -111,7 +111,7 @@ Array from_dlpack(PyObject* object, const Label& label) {
     throw TypeError(label.text() + ": __dlpack__ did not return a DLPack capsule");
   }
 
-  array.describe(*tensor, Complex::refused, label);
+  array.describe(*tensor, expected, label);
   array.owner_ = Py_NewRef(object);
   array.stream = array.current_stream();
   return array;

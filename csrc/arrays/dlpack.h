@@ -11,7 +11,7 @@ namespace fusestep::arrays {
 bool is_torch(PyObject* object);
 bool is_cupy(PyObject* object);
 
-Array from_dlpack(PyObject* object, const Label& label);
+Array from_dlpack(PyObject* object, const Label& label, Expected expected);
 
 // The stream on which the library of `exporter` works on a GPU at this moment, where it is torch's;
 // else the default stream.

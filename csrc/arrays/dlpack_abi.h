@@ -6,7 +6,7 @@
 namespace fusestep::arrays::dlpack {
 
 enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3, kCudaManaged = 13 };
-enum TypeCode : std::uint8_t { kFloat = 2, kBfloat = 4, kComplex = 5 };
+enum TypeCode : std::uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kComplex = 5 };
 
 inline constexpr std::uint64_t kReadOnly = 1, kCopied = 2;
 

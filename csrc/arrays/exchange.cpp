@@ -45,6 +45,9 @@ std::optional<Element> element_of(const dlpack::DataType& type) {
   if (type.lanes != 1) return {};
   const int components = type.code == dlpack::kComplex ? 2 : 1;
   if (type.code == dlpack::kBfloat && type.bits == 16) return Element{DType::bfloat16, 1};
+  if (type.code == dlpack::kUnsigned && type.bits == 8) return Element{DType::bits8, 1};
+  if ((type.code == dlpack::kInt || type.code == dlpack::kUnsigned) && type.bits == 16)
+    return Element{DType::bits16, 1};
   if (type.code != dlpack::kFloat && type.code != dlpack::kComplex) return {};
   switch (type.bits / components) {
     case 64: return Element{DType::float64, components};
@@ -54,12 +57,13 @@ std::optional<Element> element_of(const dlpack::DataType& type) {
   }
 }
 
-Element expected_element(const dlpack::DataType& type, Complex complex, const Label& label) {
+Element expected_element(const dlpack::DataType& type, Expected expected, const Label& label) {
   const std::optional<Element> element = element_of(type);
-  if (element && (element->components == 1 || complex == Complex::viewed_as_real)) return *element;
+  const bool is_kind = element && is_float(element->dtype) == (expected != Expected::bits);
+  if (is_kind && (element->components == 1 || expected == Expected::complex_as_real))
+    return *element;
   throw TypeError(label.text() + " has a dtype of DLPack code " + std::to_string(type.code) + ", " +
-                  std::to_string(type.bits) +
-                  " bits; expected float64, float32, float16 or bfloat16");
+                  std::to_string(type.bits) + " bits; expected " + dtypes_text(expected));
 }
 
 // Memory of a GPU that is not NVIDIA's, for instance, is nothing that we know.
@@ -107,7 +111,8 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
-Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label) {
+Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label,
+                    Expected expected) {
   dlpack::Tensor tensor;
   if (api.read(object, &tensor) != 0) {  // sparse, on a device without memory, ...
     const py::error_already_set error;
@@ -115,7 +120,7 @@ Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Labe
     throw TypeError(label.text() +
                     " cannot be exported through DLPack: " + reason.substr(0, reason.find('\n')));
   }
-  Array array = from_tensor(tensor, Py_NewRef(object), Complex::refused, label);
+  Array array = from_tensor(tensor, Py_NewRef(object), expected, label);
   array.api_ = &api;
   array.stream = array.current_stream();
   if (is_lazily_negated(object, array))
@@ -123,11 +128,11 @@ Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Labe
   return array;
 }
 
-Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
+Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Expected expected,
                   const Label& label) {
   Array array;
   array.owner_ = owner;
-  array.describe(tensor, complex, label);
+  array.describe(tensor, expected, label);
   array.writable = true;
   return array;
 }
@@ -149,12 +154,12 @@ bool view_like(const Array& like, const dlpack::Tensor& tensor, PyObject* owner,
   return true;
 }
 
-void Array::describe(const dlpack::Tensor& tensor, Complex complex, const Label& label) {
+void Array::describe(const dlpack::Tensor& tensor, Expected expected, const Label& label) {
   const auto ndim = static_cast<std::size_t>(tensor.ndim);
   if (tensor.ndim < 0 || (tensor.ndim > 0 && !tensor.shape)) refuse_shape(label);
   check_plausible({tensor.shape, ndim}, tensor.data, label);
   device = device_of(tensor.device, label);
-  const Element element = expected_element(tensor.dtype, complex, label);
+  const Element element = expected_element(tensor.dtype, expected, label);
   dtype = element.dtype;
   data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
   owned_.assign(tensor.shape, tensor.shape + tensor.ndim);

@@ -18,11 +18,12 @@ namespace fusestep::arrays {
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type);
 
 // A view that can tell whether it is current.
-Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label);
+Array from_exchange(PyObject* object, const dlpack::ExchangeApi& api, const Label& label,
+                    Expected expected);
 
 // A view of what was read. `owner`, a reference that it takes over, keeps the memory alive and may
 // be null.
-Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Complex complex,
+Array from_tensor(const dlpack::Tensor& tensor, PyObject* owner, Expected expected,
                   const Label& label);
 
 // The same into `view`, an empty array, where the tensor has the dtype, shape and strides of `like`

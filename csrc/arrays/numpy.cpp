@@ -14,6 +14,7 @@ namespace {
 static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t), "64-bit platforms only");
 
 constexpr int kHalf = 23, kFloat = 11, kDouble = 12;  // NPY_HALF, ...: fixed by NumPy's ABI
+constexpr int kUnsignedByte = 2, kShort = 3, kUnsignedShort = 4;
 constexpr int kFirstUserType = 256;
 
 const py::detail::npy_api& api() {
@@ -41,6 +42,9 @@ std::optional<DType> dtype_of(PyObject* descriptor) {
     case kFloat: return DType::float32;
     case kDouble: return DType::float64;
     case kHalf: return DType::float16;
+    case kUnsignedByte: return DType::bits8;
+    case kShort:
+    case kUnsignedShort: return DType::bits16;
     default:
       if (fields->type_num >= kFirstUserType && is_bfloat16(fields->typeobj))
         return DType::bfloat16;
@@ -78,13 +82,13 @@ NumpyFields numpy_fields(PyObject* array) {
           fields->descr};
 }
 
-Array from_numpy(PyObject* object, const Label& label) {
+Array from_numpy(PyObject* object, const Label& label, Expected expected) {
   const NumpyFields now = numpy_fields(object);
   const std::optional<DType> dtype = dtype_of(now.descriptor);
-  if (!dtype || !is_native(now.descriptor))
+  if (!dtype || is_float(*dtype) != (expected != Expected::bits) || !is_native(now.descriptor))
     throw TypeError(label.text() + " has dtype " +
-                    py::str(py::handle(now.descriptor)).cast<std::string>() +
-                    "; expected float64, float32, float16 or bfloat16 (in native byte order)");
+                    py::str(py::handle(now.descriptor)).cast<std::string>() + "; expected " +
+                    dtypes_text(expected) + " (in native byte order)");
   if (Py_TYPE(object) != api().PyArray_Type_ && is_masked(object))
     throw TypeError(label.text() +
                     " is a masked array, whose mask a step would ignore; pass its .data");
@@ -111,7 +115,7 @@ bool is_numpy_scalar(PyObject* object) {
 
 Array from_numpy_scalar(PyObject* object, const Label& label) {
   const py::object array = py::module_::import("numpy").attr("asarray")(py::handle(object));
-  Array result = from_numpy(array.ptr(), label);
+  Array result = from_numpy(array.ptr(), label, Expected::floats);
   result.writable = false;  // a copy: what is written to it is lost
   return result;
 }

@@ -24,7 +24,7 @@ bool is_numpy(PyObject* object);
 
 // A numpy.ma.MaskedArray, whose mask would be ignored.
 bool is_masked(PyObject* object);
-Array from_numpy(PyObject* object, const Label& label);
+Array from_numpy(PyObject* object, const Label& label, Expected expected);
 
 // A NumPy scalar, such as a reduction returns: read-only, of no dimensions.
 bool is_numpy_scalar(PyObject* object);

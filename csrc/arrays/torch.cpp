@@ -77,7 +77,7 @@ Array TorchTensors::view(PyObject* tensor, const Label& label) const {
   dlpack::Tensor fields;
   if (!read(object.ptr(), fields)) refuse(tensor, label);
   try {
-    Array array = from_tensor(fields, nullptr, Complex::viewed_as_real, label);
+    Array array = from_tensor(fields, nullptr, Expected::complex_as_real, label);
     if (is_lazily_conjugated(object.ptr(), fields, array))
       throw ValueError(label.text() +
                        " is a view that torch has not yet conjugated or negated; pass its "
@@ -168,7 +168,7 @@ TorchTensors::Gradient TorchTensors::dense_gradient(const py::object& tensor,
   if (!read(tensor.ptr(), fields)) refuse(tensor.ptr(), label);
   Gradient result{{}, {}, false};
   try {
-    result.view = from_tensor(fields, Py_NewRef(tensor.ptr()), Complex::viewed_as_real, label);
+    result.view = from_tensor(fields, Py_NewRef(tensor.ptr()), Expected::complex_as_real, label);
   } catch (const TypeError&) {
     refuse(tensor.ptr(), label);
   }
@@ -220,7 +220,7 @@ std::optional<TorchTensors::NumberOnGpu> TorchTensors::number_on_gpu(PyObject* o
     return {};
   }
   if (fields.device.type == dlpack::kCpu || fields.dtype.code != dlpack::kFloat) return {};
-  const Array array = from_tensor(fields, nullptr, Complex::refused, {"", kName});
+  const Array array = from_tensor(fields, nullptr, Expected::floats, {"", kName});
   const bool is_usable = array.device.kind == Device::cuda && array.size == 1 &&
                          (array.dtype == DType::float32 || array.dtype == DType::float64);
   if (!is_usable) return {};

@@ -101,7 +101,8 @@ void set_missed_steps(Optimizer& optimizer, std::size_t i, const RowNumbers& mis
                       const std::vector<std::vector<double>>& steps) {
   engine::Slot& slot = optimizer.slot(i);
   if (!slot.history) return;  // no rows
-  restore(*slot.history, *optimizer.group.rule, slot.work.compute, slot.states(), missed, steps);
+  restore(*slot.history, *optimizer.group_of(i).rule, slot.work.compute, slot.states(), missed,
+          steps);
 }
 
 py::object block_progress_of(Optimizer& optimizer, std::size_t i) {
@@ -175,6 +176,12 @@ void register_optimizer(py::module_& module) {
             self.set_copy(i, copy.ptr());
           },
           "index"_a, "copy"_a)
+      .def(
+          "set_lower_half",
+          [](Optimizer& self, std::size_t i, const py::object& lower_half) {
+            self.set_lower_half(i, lower_half.ptr());
+          },
+          "index"_a, "lower_half"_a)
       .def("keep_history", &Optimizer::keep_history)
       .def("catch_up", &catch_up, "indices"_a)
       .def("flush", &Optimizer::flush)

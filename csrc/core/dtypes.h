@@ -8,8 +8,21 @@
 
 namespace fusestep {
 
-enum class DType : std::uint8_t { float32, float64, float16, bfloat16 };
-inline constexpr int kDTypes = 4;
+// Floats, which are converted one by one; and integers that stand for parts of them: the lower
+// half of a float32 (core/split.h), and state in 8 bits (core/blocks.h), signed or not.
+enum class DType : std::uint8_t {
+  float32,
+  float64,
+  float16,
+  bfloat16,
+  bits16,
+  bits8,
+  signed_bits8,
+};
+inline constexpr int kDTypes = 4;  // of floats
+
+FUSESTEP_HOST_DEVICE constexpr bool is_float(DType dtype) { return dtype <= DType::bfloat16; }
+FUSESTEP_HOST_DEVICE constexpr bool is_in_blocks(DType dtype) { return dtype >= DType::bits8; }
 
 template <DType>
 struct ElementOf;
@@ -34,11 +47,12 @@ template <DType dtype>
 using Element = typename ElementOf<dtype>::type;
 
 FUSESTEP_HOST_DEVICE constexpr std::int64_t item_size(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : is_in_blocks(dtype) ? 1 : 2;
 }
 
 constexpr const char* name_of(DType dtype) {
-  constexpr const char* names[kDTypes] = {"float32", "float64", "float16", "bfloat16"};
+  constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16",
+                                   "uint16",  "uint8",   "uint8"};
   return names[static_cast<int>(dtype)];
 }
 

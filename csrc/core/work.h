@@ -52,14 +52,21 @@ struct Work {
   };
   Followers followers;
 
+  // The operand that has the lower half of a parameter which is kept in two (core/split.h).
+  int lower_half = 0;
+
   // Operands are the parameter, its gradient and its state, which the rule sees; its anchor; and
   // then those that are only looked at afterwards.
   int rule_operands = kState, operands_read = kState;
 
-  // How a parameter and a state of 16 bits are rounded.
+  // How a parameter and a state of less than 32 bits are rounded: at random, or to nearest.
   struct Rounding {
-    bool is_random = false;
+    bool is_random_in_parameter = false, is_random_in_state = false;
     RandomStream stream{};  // of this step of the parameter
+
+    bool is_random(int operand) const {
+      return operand == kParameter ? is_random_in_parameter : is_random_in_state;
+    }
 
     // For an operand and one of its tiles.
     TileRandom of(int operand, std::int64_t tile) const {

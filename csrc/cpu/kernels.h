@@ -69,6 +69,10 @@ struct Kernels {
                                  std::uint32_t first);
   std::array<StoreAtRandom, kDTypes> store_at_random;
 
+  // Of numbers that are kept in two halves (core/split.h); neither need be aligned.
+  void (*join)(const void* upper, const void* lower, T* to, std::int64_t size);
+  void (*split)(const T* from, void* upper, void* lower, std::int64_t size);
+
   // Brings the average of parameters up to date.
   void (*average)(rules::MovingAverage<T> average, const T* parameter, T* averaged,
                   std::int64_t size);

@@ -43,15 +43,34 @@ class Mover {
 
   bool is_moved(int operand) const { return operand != kGradient && operand < work_.rule_operands; }
 
+  // ---- reading what is to move ----
+
+  // Where it is, or copied to `buffer`; block_of(i) is the piece of the i-th operand.
+  template <class BlockOf>
+  T* read(int operand, BlockOf block_of, T* buffer) const {
+    if (operand != kParameter || !work_.lower_half) return access_.read(block_of(operand), buffer);
+    access_.join(block_of(kParameter), block_of(work_.lower_half), buffer);
+    return buffer;
+  }
+
   // ---- writing what has moved, and what follows it ----
 
   // Elements of a tile from `first` on.
-  void store(int operand, const T* elements, const Block& block, std::int64_t tile,
+  template <class BlockOf>
+  void store(int operand, const T* elements, BlockOf block_of, std::int64_t tile,
              std::int64_t first) const {
-    if (work_.rounding.is_random)
-      access_.store(elements, block, work_.rounding.of(operand, tile), first);
+    const bool is_split = operand == kParameter && work_.lower_half;
+    if (is_split || !work_.rounding.is_random(operand))
+      return store_nearest(operand, elements, block_of);
+    access_.store(elements, block_of(operand), work_.rounding.of(operand, tile), first);
+  }
+
+  template <class BlockOf>
+  void store_nearest(int operand, const T* elements, BlockOf block_of) const {
+    if (operand == kParameter && work_.lower_half)
+      access_.split(elements, block_of(kParameter), block_of(work_.lower_half));
     else
-      access_.store(elements, block);
+      access_.store(elements, block_of(operand));
   }
 
   // Brings up to date what follows the parameter, of which these are the elements.

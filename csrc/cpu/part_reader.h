@@ -63,7 +63,8 @@ class PartReader {
     if (operand == kGradient && part_.rows) return add_up_rows(begin, count, buffer);
     if (operand == kGradient && outer_) return outer_->read(begin, count, buffer);
     if (operand == kGradient && part_.samples) return add_up_samples(begin, count, buffer);
-    return access_.read(part_.operand[static_cast<std::size_t>(operand)], begin, count, buffer);
+    if (operand == kParameter && part_.lower_half) return join(begin, count, buffer);
+    return access_.read(array(operand), begin, count, buffer);
   }
 
   // The gradient of what moves in the i-th tile, and 0 for the rest of it. Returns how many they
@@ -80,6 +81,21 @@ class PartReader {
   }
 
  private:
+  const FlatArray& array(int operand) const {
+    return part_.operand[static_cast<std::size_t>(operand)];
+  }
+
+  // Of a parameter that is kept in two halves.
+  T* join(std::int64_t begin, std::int64_t count, T* buffer) const {
+    const FlatArray &upper = array(kParameter), &lower = array(part_.lower_half);
+    for (std::int64_t done = 0, some; done < count; done += some) {
+      const std::int64_t at = begin + done;
+      some = std::min({count - done, upper.stretch(at), lower.stretch(at)});
+      access_.join(upper.block(at, some), lower.block(at, some), buffer + done);
+    }
+    return buffer;
+  }
+
   T* add_up_rows(std::int64_t begin, std::int64_t count, T* buffer) const {
     for (std::int64_t done = 0; done < count;) {
       const std::int64_t row = (begin + done) / part_.row_size;

@@ -327,6 +327,9 @@ class PartUpdater : Mover<T> {
       T buffer[kTileSize];
       const T* const of_tile = reader_.read(kGradient, first_, size_, buffer);
       for (std::int64_t k = 0; k < places.count(); ++k) values[k] = of_tile[places[k]];
+    } else if (is_split(operand)) {
+      for (std::int64_t k = 0; k < places.count(); ++k)
+        reader_.read(kParameter, first_ + places[k], 1, values + k);
     } else if (dtype == kComputeType<T>) {
       for_each_address(operand, places, [&](std::int64_t k, const std::byte* at) {
         std::memcpy(values + k, at, sizeof(T));
@@ -343,11 +346,15 @@ class PartUpdater : Mover<T> {
     const TileBits& bits = written_to(operand);
     for_each_address(operand, places, [&](std::int64_t k, std::byte* at) {
       if (!bits[places[k]]) return;
-      if (dtype == kComputeType<T>)
+      if (dtype == kComputeType<T>) {
         std::memcpy(at, values + k, sizeof(T));
-      else
-        Mover<T>::store(operand, values + k, {at, dtype, 1, 1, 0, item_size(dtype)}, tile(),
-                        places[k]);
+        return;
+      }
+      const auto block_of = [&](int i) -> Block {
+        if (i != operand) return this->operand(i).block(first_ + places[k], 1);
+        return {at, dtype, 1, 1, 0, item_size(dtype)};
+      };
+      Mover<T>::store(operand, values + k, block_of, tile(), places[k]);
     });
   }
 
@@ -373,15 +380,18 @@ class PartUpdater : Mover<T> {
   // `values` are by place.
   void store(int operand, const TileBits& bits, const T* values) const {
     bits.for_each_run([&](std::int64_t begin, std::int64_t end) {
-      this->operand(operand).for_each_stretch(
-          first_ + begin, end - begin, [&](const Block& block, std::int64_t offset) {
-            const std::int64_t place = begin + offset;
-            Mover<T>::store(operand, values + place, block, tile(), place);
-          });
+      for (std::int64_t some; begin < end; begin += some) {
+        const std::int64_t at = first_ + begin;
+        some = std::min(end - begin, this->operand(operand).stretch(at));
+        if (is_split(operand)) some = std::min(some, this->operand(part_.lower_half).stretch(at));
+        const auto block_of = [&](int i) { return this->operand(i).block(at, some); };
+        Mover<T>::store(operand, values + begin, block_of, tile(), begin);
+      }
     });
   }
 
   std::int64_t tile() const { return first_ / kTileSize; }
+  bool is_split(int operand) const { return operand == kParameter && part_.lower_half; }
 
   const selections::Part& part_;
   PartReader<T> reader_;

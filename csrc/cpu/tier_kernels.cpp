@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "core/reduction.h"
+#include "core/split.h"
 #include "cpu/kernels.h"
 #include "cpu/outer_block.h"
 #include "gradients/sum_of_samples.h"
@@ -144,6 +145,29 @@ void store_at_random(const T* __restrict from, void* to, std::int64_t size, Tile
     const Stored x =
         cast_at_random<Stored>(from[i], random.bits(first + static_cast<std::uint32_t>(i)));
     memcpy(bytes + i * static_cast<std::int64_t>(sizeof x), &x, sizeof x);
+  }
+}
+
+template <class T>
+void join(const void* upper, const void* lower, T* __restrict to, std::int64_t size) {
+  const auto *high = static_cast<const unsigned char*>(upper),
+             *low = static_cast<const unsigned char*>(lower);
+  for (std::int64_t i = 0; i < size; ++i) {
+    Halves halves;
+    memcpy(&halves.upper, high + 2 * i, 2);
+    memcpy(&halves.lower, low + 2 * i, 2);
+    to[i] = static_cast<T>(halves.value());
+  }
+}
+
+template <class T>
+void split(const T* __restrict from, void* upper, void* lower, std::int64_t size) {
+  auto *high = static_cast<unsigned char*>(upper), *low = static_cast<unsigned char*>(lower);
+  FUSESTEP_DISJOINT_ARRAYS
+  for (std::int64_t i = 0; i < size; ++i) {
+    const Halves halves = Halves::of(static_cast<float>(from[i]));
+    memcpy(high + 2 * i, &halves.upper, 2);
+    memcpy(low + 2 * i, &halves.lower, 2);
   }
 }
 
@@ -354,6 +378,8 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},
           {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
           {nullptr, nullptr, store_at_random<T, Float16>, store_at_random<T, BFloat16>},
+          join<T>,
+          split<T>,
           average<T>,
           {condition_of<T, Loop>()...},
           {finish_of<T, Loop>()...},

@@ -14,6 +14,7 @@ void with_element(DType dtype, Function f) {
     case DType::float64: return f(Element<DType::float64>{});
     case DType::float16: return f(Element<DType::float16>{});
     case DType::bfloat16: return f(Element<DType::bfloat16>{});
+    default: return;  // no floats
   }
 }
 
@@ -31,6 +32,15 @@ void for_each_element(const Block& block, Function f) {
   for (std::int64_t i = 0; i < outer; ++i)
     for (std::int64_t j = 0; j < inner; ++j)
       f(block.data + i * outer_stride + j * inner_stride, i * outer_step + j * inner_step);
+}
+
+// The same for elements of two blocks of one shape.
+template <class Function>
+void for_each_pair(const Block& a, const Block& b, Function f) {
+  for (std::int64_t r = 0; r < a.rows; ++r)
+    for (std::int64_t c = 0; c < a.columns; ++c)
+      f(a.data + r * a.row_stride + c * a.column_stride,
+        b.data + r * b.row_stride + c * b.column_stride, r * a.columns + c);
 }
 
 bool has_contiguous_rows(const Block& block) {
@@ -85,6 +95,32 @@ void TileAccess<T>::store(const T* buffer, const Block& block, TileRandom random
   }
   for_each_element(block, [&](std::byte* at, std::int64_t i) {
     store_run(buffer + i, at, 1, random, place(i));
+  });
+}
+
+template <class T>
+void TileAccess<T>::join(const Block& upper, const Block& lower, T* buffer) const {
+  if (has_contiguous_rows(upper) && has_contiguous_rows(lower)) {
+    for (std::int64_t r = 0; r < upper.rows; ++r)
+      kernels_.join(upper.data + r * upper.row_stride, lower.data + r * lower.row_stride,
+                    buffer + r * upper.columns, upper.columns);
+    return;
+  }
+  for_each_pair(upper, lower, [&](const std::byte* high, const std::byte* low, std::int64_t i) {
+    kernels_.join(high, low, buffer + i, 1);
+  });
+}
+
+template <class T>
+void TileAccess<T>::split(const T* buffer, const Block& upper, const Block& lower) const {
+  if (has_contiguous_rows(upper) && has_contiguous_rows(lower)) {
+    for (std::int64_t r = 0; r < upper.rows; ++r)
+      kernels_.split(buffer + r * upper.columns, upper.data + r * upper.row_stride,
+                     lower.data + r * lower.row_stride, upper.columns);
+    return;
+  }
+  for_each_pair(upper, lower, [&](std::byte* high, std::byte* low, std::int64_t i) {
+    kernels_.split(buffer + i, high, low, 1);
   });
 }
 

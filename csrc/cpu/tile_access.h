@@ -45,6 +45,10 @@ class TileAccess {
   void store(const T* buffer, const Block& block, TileRandom random, std::int64_t first) const;
   void clear(const Block& block) const;  // zeros -> block
 
+  // Of numbers that are kept in two halves (core/split.h).
+  void join(const Block& upper, const Block& lower, T* buffer) const;
+  void split(const T* buffer, const Block& upper, const Block& lower) const;
+
  private:
   const Kernels<T>& kernels_;
 };

@@ -38,7 +38,8 @@ class Updater : Mover<T> {
   using Mover<T>::kernels_, Mover<T>::access_, Mover<T>::work_, Mover<T>::loop_number_,
       Mover<T>::loop_, Mover<T>::rule_, Mover<T>::anchor_, Mover<T>::factor_;
   using Mover<T>::is_anchored, Mover<T>::anchor_at, Mover<T>::is_moved, Mover<T>::run_over,
-      Mover<T>::call_loop, Mover<T>::call_loop_from_line, Mover<T>::store, Mover<T>::follow;
+      Mover<T>::call_loop, Mover<T>::call_loop_from_line, Mover<T>::read, Mover<T>::store,
+      Mover<T>::store_nearest, Mover<T>::follow;
 
   // True where the rule's loop can go straight through the arrays' own memory.
   bool is_one_run(std::int64_t first, std::int64_t last) const {
@@ -80,20 +81,20 @@ class Updater : Mover<T> {
     std::array<Block, kMaxOperands> block;
     std::array<T*, kMaxOperands> at{};
     for (int i = 0; i < iteration_.operands; ++i) block[i] = iteration_.block(i, tile);
-    for (int i = 0; i < work_.operands_read; ++i) at[i] = access_.read(block[i], buffer[i]);
+    const auto block_of = [&](int i) { return block[i]; };
+    for (int i = 0; i < work_.operands_read; ++i) at[i] = read(i, block_of, buffer[i]);
     call_loop(at, block[kParameter].size());
     for (int i = 0; i < work_.rule_operands; ++i)
-      if (is_moved(i) && at[i] == buffer[i]) store(i, buffer[i], block[i], tile, 0);
-    if (work_.followers.any()) {
-      as_stored(at[kParameter], buffer[kParameter], block[kParameter]);
-      follow(at[kParameter], [&](int i) { return block[i]; });
-    }
+      if (is_moved(i) && at[i] == buffer[i]) store(i, buffer[i], block_of, tile, 0);
+    follow_stored(at[kParameter], buffer[kParameter], block_of);
     if (clear_) access_.clear(block[kGradient]);
   }
 
   // What follows a parameter follows what is kept of it.
-  void as_stored(T* elements, T* buffer, const Block& block) const {
-    if (elements == buffer) access_.load(block, buffer);
+  template <class BlockOf>
+  void follow_stored(T* parameter, T* buffer, BlockOf block_of) const {
+    if (!work_.followers.any()) return;
+    follow(parameter == buffer ? read(kParameter, block_of, buffer) : parameter, block_of);
   }
 
   void update_rows(std::int64_t first, std::int64_t last) const {
@@ -133,8 +134,9 @@ class Updater : Mover<T> {
   bool suits(const RowTile& tile) const {
     alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     std::array<T*, kMaxOperands> at{};
+    const auto block_of = [&](int i) { return tile.block(i); };
     for (int i = 0; i < work_.operands_read; ++i)
-      if (i != kGradient) at[i] = access_.read(tile.block(i), buffer[i]);
+      if (i != kGradient) at[i] = read(i, block_of, buffer[i]);
     return suits(work_.history->missed_steps(tile.row()), run_over(at, tile.size(), {}, anchor_));
   }
 
@@ -145,31 +147,28 @@ class Updater : Mover<T> {
   void update_row_tile(const RowTile& tile, bool may_be_in_closed_form) const {
     alignas(kCacheLine) T buffer[kMaxOperands][kTileSize];
     std::array<T*, kMaxOperands> at{};
+    const auto block_of = [&](int i) { return tile.block(i); };
     for (int i = 0; i < work_.operands_read; ++i)
-      if (i != kGradient) at[i] = access_.read(tile.block(i), buffer[i]);
+      if (i != kGradient) at[i] = read(i, block_of, buffer[i]);
     const auto for_each_stored = [&](auto visit) {
       for (int i = 0; i < work_.rule_operands; ++i)
-        if (is_moved(i) && at[i] == buffer[i]) visit(i, buffer[i], tile.block(i));
+        if (is_moved(i) && at[i] == buffer[i]) visit(i, buffer[i]);
     };
     if (work_.history && work_.history->is_behind(tile.row())) {
       catch_up(tile, at, buffer[kGradient], may_be_in_closed_form);
       // Rounded as if somebody had asked for the row first: whether anybody has must not matter.
-      for_each_stored([&](int, T* elements, const Block& block) {
-        access_.store(elements, block);
-        access_.load(block, elements);
+      for_each_stored([&](int i, T* elements) {
+        store_nearest(i, elements, block_of);
+        read(i, block_of, elements);
       });
     }
     if (!work_.only_catches_up) {
       at[kGradient] = tile.gradient(access_, buffer[kGradient]);
       call_loop(at, tile.size());
-      for_each_stored([&](int i, T* elements, const Block& block) {
-        store(i, elements, block, tile.number_in_table(), 0);
-      });
+      for_each_stored(
+          [&](int i, T* elements) { store(i, elements, block_of, tile.number_in_table(), 0); });
     }
-    if (work_.followers.any()) {
-      as_stored(at[kParameter], buffer[kParameter], tile.block(kParameter));
-      follow(at[kParameter], [&](int i) { return tile.block(i); });
-    }
+    follow_stored(at[kParameter], buffer[kParameter], block_of);
     if (clear_) tile.clear(access_);
   }
 
@@ -199,8 +198,9 @@ class Updater : Mover<T> {
       for (std::int64_t tile = 0; tile < iteration_.tiles(); ++tile) {
         const RowTile at(work_, row, tile);
         std::array<T*, kMaxOperands> elements{};
+        const auto block_of = [&](int i) { return at.block(i); };
         for (int i = 0; i < work_.operands_read; ++i)
-          if (i != kGradient) elements[i] = access_.read(at.block(i), buffer[i]);
+          if (i != kGradient) elements[i] = read(i, block_of, buffer[i]);
         elements[kGradient] =
             has_gradient ? at.gradient(access_, buffer[kGradient]) : buffer[kGradient];
         if (!has_gradient) std::fill_n(buffer[kGradient], at.size(), T{0});
@@ -233,14 +233,12 @@ class Updater : Mover<T> {
   void move_tile_of_row(const RowTile& at, const rules::Coefficients& rule, const Run<T>& run,
                         T* buffer, bool has_gradient) const {
     loop_(rule.bytes, run);
-    const Block block = at.block(kParameter);
+    const auto block_of = [&](int i) { return at.block(i); };
     if (run.parameter == buffer && has_gradient)
-      store(kParameter, buffer, block, at.number_in_table(), 0);
+      store(kParameter, buffer, block_of, at.number_in_table(), 0);
     else if (run.parameter == buffer)
-      access_.store(buffer, block);
-    if (!work_.followers.any()) return;
-    as_stored(run.parameter, buffer, block);
-    follow(run.parameter, [&](int i) { return at.block(i); });
+      store_nearest(kParameter, buffer, block_of);
+    follow_stored(run.parameter, buffer, block_of);
   }
 
   // Of a row that is not selected only the state moves.

@@ -15,10 +15,13 @@ namespace {
 
 const std::string kWeightDecay = "weight_decay";
 
-arrays::Array pinned(PyObject* object, const arrays::Label& label) {
-  arrays::Array array = arrays::from_object(object, label);
+arrays::Array pinned(arrays::Array array) {
   array.pin();
   return array;
+}
+
+arrays::Array pinned(PyObject* object, const arrays::Label& label) {
+  return pinned(arrays::from_object(object, label));
 }
 
 // A learning rate that is given with a step holds for that step alone.
@@ -287,6 +290,12 @@ void Optimizer::set_average(std::size_t i, PyObject* average) {
 
 void Optimizer::set_copy(std::size_t i, PyObject* copy) {
   slots_.at(i).set_copy(pinned(copy, {"the copy of ", slots_.at(i).name()}));
+  memory_.reset();
+}
+
+void Optimizer::set_lower_half(std::size_t i, PyObject* lower_half) {
+  slots_.at(i).set_lower_half(
+      pinned(arrays::bits_from_object(lower_half, {"the lower half of ", slots_.at(i).name()})));
   memory_.reset();
 }
 

@@ -48,10 +48,14 @@ class Optimizer {
 
   // Parameter i is not to be subject to weight decay.
   void exempt_from_decay(std::size_t i);
+  const Group& group_of(std::size_t i) const {
+    return without_decay_ && is_exempt_.at(i) ? *without_decay_ : group;
+  }
 
   // Keeps an average of parameter i in this array, and a copy in that one.
   void set_average(std::size_t i, PyObject* average);
   void set_copy(std::size_t i, PyObject* copy);
+  void set_lower_half(std::size_t i, PyObject* lower_half);
 
   // Whether a step may turn out to be left out.
   void set_skip_nonfinite(bool value);
@@ -94,10 +98,6 @@ class Optimizer {
   void pull();
   void place_progress();
   void count_blocks_here(const Choices& choices);
-
-  const Group& group_of(std::size_t i) const {
-    return without_decay_ && is_exempt_.at(i) ? *without_decay_ : group;
-  }
 
   std::deque<Slot> slots_;
   std::optional<Group> without_decay_;  // of parameters that are exempt from it

@@ -75,6 +75,7 @@ Slot::Slot(std::string name, const rules::AnyRule& rule)
     : name_(std::move(name)),
       average_label_("the average of " + name_),
       copy_label_("the copy of " + name_),
+      lower_half_label_("the lower half of " + name_),
       is_rowwise_(rule.is_rowwise()) {
   for (const std::string_view state : rule.state_names())
     state_labels_.push_back("the " + std::string(state) + " of " + name_);
@@ -101,6 +102,8 @@ void Slot::bind(Array parameter, std::vector<Array> states) {
   }
   parameter_ = std::move(parameter);
   states_ = std::move(states);
+  has_narrow_state_ =
+      std::ranges::any_of(states_, [](const Array& state) { return item_size(state.dtype) < 4; });
   work.compute = in_double ? DType::float64 : DType::float32;
   known_ = {};
   find_order();
@@ -117,6 +120,7 @@ void Slot::occupy(OccupiedMemory& memory) const {
   for (std::size_t i = 0; i < states_.size(); ++i) memory.add(states_[i], state_labels_[i]);
   if (average_) memory.add(*average_, average_label_);
   if (copy_) memory.add(*copy_, copy_label_);
+  if (lower_half_) memory.add(*lower_half_, lower_half_label_);
 }
 
 void Slot::prepare(const Array& gradient, const OccupiedMemory& memory, bool clears_gradient) {
@@ -135,6 +139,7 @@ void Slot::check_is_current() const {
   for (std::size_t i = 0; i < states_.size(); ++i) check(states_[i], state_labels_[i]);
   if (average_) check(*average_, average_label_);
   if (copy_) check(*copy_, copy_label_);
+  if (lower_half_) check(*lower_half_, lower_half_label_);
 }
 
 void Slot::check_gradient(const Array& gradient, const OccupiedMemory& memory,
@@ -372,6 +377,7 @@ void Slot::plan_part(const Array& gradient) {
   if (is_on_gpu() && !part_.rows) plan(gradient);  // should all of it move
   forget_plan(work);
   plan_others(work);
+  part_.lower_half = work.lower_half;
   part_.size = parameter_.size;
   part_.operands = static_cast<int>(count);
   part_.everything.select_all(part_.size);
@@ -486,6 +492,18 @@ void Slot::set_copy(Array copy) {
   find_order();
 }
 
+void Slot::set_lower_half(Array lower_half) {
+  if (parameter_.dtype != DType::bfloat16)
+    throw TypeError(name_ + " has dtype " + name_of(parameter_.dtype) +
+                    "; only bfloat16 has a lower half");
+  if (lower_half.dtype != DType::bits16)
+    throw TypeError(lower_half_label_ + " has dtype " + name_of(lower_half.dtype) +
+                    "; expected int16 or uint16");
+  check_follower(lower_half, lower_half_label_);
+  lower_half_ = std::move(lower_half);
+  find_order();
+}
+
 // What has been planned is to be planned anew.
 void Slot::find_order() {
   const auto [arrays, count] = operands(parameter_);
@@ -532,6 +550,7 @@ Slot::Operands Slot::operands(const Array& gradient) const {
   if (anchor_ && anchor_->importance) operands.add(*anchor_->importance);
   if (average_) operands.add(*average_);
   if (copy_) operands.add(*copy_);
+  if (lower_half_) operands.add(*lower_half_);
   return operands;
 }
 
@@ -547,6 +566,7 @@ void Slot::plan_others(Work& work) const {
   work.operands_read = next;
   work.followers.average = take(average_.has_value());
   work.followers.copy = take(copy_.has_value());
+  work.lower_half = take(lower_half_.has_value());
 }
 
 void Slot::plan(const Array& gradient) {

@@ -116,8 +116,15 @@ class Slot {
   const arrays::Array& average() const { return *average_; }
   const arrays::Array& copy() const { return *copy_; }
 
+  // The parameter, of bfloat16, is the upper half of float32 numbers; this array of 16-bit integers
+  // has the lower ones (core/split.h).
+  void set_lower_half(arrays::Array lower_half);
+
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
+
+  // Whether its state has less than 32 bits, and is rounded at random.
+  bool has_narrow_state() const { return has_narrow_state_; }
 
   std::size_t states() const { return states_.size(); }
   bool has_split_progress() const { return block_progress && block_progress->is_split(); }
@@ -179,19 +186,20 @@ class Slot {
   void check_follower(const arrays::Array& array, const std::string& label) const;
   void find_order();
 
-  std::string name_, average_label_, copy_label_;
+  std::string name_, average_label_, copy_label_, lower_half_label_;
   arrays::Array parameter_;
   std::vector<arrays::Array> states_;
   std::vector<std::string> state_labels_;
   const bool is_rowwise_;       // its state has one element for each row
   bool all_in_c_order_ = true;  // the parameter and its state
+  bool has_narrow_state_ = false;
   struct Anchor {
     double lambda;
     arrays::Array reference;
     std::optional<arrays::Array> importance;
   };
   std::optional<Anchor> anchor_;
-  std::optional<arrays::Array> average_, copy_;
+  std::optional<arrays::Array> average_, copy_, lower_half_;
   selections::Part part_;   // of the last step that moved one
   gradients::Outer outer_;  // of the last gradient that was made from factors
   FlatArray whole_gradient_;

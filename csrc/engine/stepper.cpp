@@ -152,8 +152,9 @@ void Stepper::add_coefficients(Updates updates, double ema_decay) {
     slot->work.anchor.lr = group->lr;
     slot->work.followers.decay = ema_decay;
     slot->work.rounding = {};
-    if (settings.stochastic_rounding)
-      slot->work.rounding = {true, updates[i].draw.rounding(next_[i].step)};
+    if (settings.stochastic_rounding || slot->has_narrow_state())
+      slot->work.rounding = {settings.stochastic_rounding, slot->has_narrow_state(),
+                             updates[i].draw.rounding(next_[i].step)};
   }
 }
 

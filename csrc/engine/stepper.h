@@ -43,7 +43,7 @@ struct Settings {
   std::optional<double> max_norm;
   std::optional<double> clip_value;
   double ema_decay = 0;              // of averages
-  bool stochastic_rounding = false;  // of 16-bit parameters and state
+  bool stochastic_rounding = false;  // of 16-bit parameters
 
   bool need_norm() const { return skip_nonfinite || max_norm; }
 };
