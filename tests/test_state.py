@@ -256,7 +256,10 @@ def test_what_torch_adds_to_its_groups_is_no_obstacle() -> None:
     model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
     theirs.step()
     opt = fs.Adam([np.zeros((1, 2), f32), np.zeros(1, f32)])
-    opt.load_state_dict(theirs.state_dict())
+    with pytest.warns(UserWarning, match="loaded as float32; it was saved as bfloat16") as caught:
+        opt.load_state_dict(theirs.state_dict())
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert opt.state[0]["step"] == 1
     expected = theirs.state_dict()["state"][0]["exp_avg"].float().numpy()
     np.testing.assert_array_equal(opt.state[0]["exp_avg"], expected)

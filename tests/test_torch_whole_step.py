@@ -76,8 +76,33 @@ def assert_same(found: Any, expected: Any) -> None:
         assert torch.equal(a, b)
 
 
+def master_of(opt: Any, parameter: Any) -> Any:
+    """Return the float32 numbers that a parameter is the rounding of."""
+    entry = opt.state[parameter]
+    if opt.master == "float32":
+        return entry["master"]
+    # As csrc/core/split.h says, in other words: the lower half is signed, and carries no bit.
+    halves = parameter.detach().contiguous().view(torch.int16), entry["master_low"]
+    upper, lower = (np.asarray(half.numpy(), np.int64) for half in halves)
+    bits = np.asarray((upper << 16) + lower, np.uint32)
+    return torch.from_numpy(bits.view(np.float32))
+
+
 def masters(opt: Any) -> list[Any]:
-    return [opt.state[p]["master"] for group in opt.param_groups for p in group["params"]]
+    return [master_of(opt, p) for group in opt.param_groups for p in group["params"]]
+
+
+def assert_are_roundings(narrow: list[Any], wide: list[Any], kind: str = "float32") -> None:
+    """Each is the nearest one; between two, the even one or, split, the larger in magnitude."""
+    for a, b in zip(narrow, wide, strict=True):
+        found, exact = a.detach(), b.detach()
+        if kind == "split":
+            bits = np.asarray(exact.numpy().view(np.uint32), np.int64) + 0x8000
+            nearest = np.asarray(bits >> 16 << 16, np.uint32).view(np.float32)
+            expected = torch.from_numpy(nearest)
+            assert torch.equal(found.float(), expected)
+        else:
+            assert torch.equal(found, exact.to(found.dtype))
 
 
 # ---- against torch's own tools -------------------------------------------------------------------
@@ -200,30 +225,39 @@ def test_a_schedule_that_says_nonsense(bad: Any) -> None:
 # ---- masters -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+KINDS = ["float32", "split"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("float32", torch.bfloat16), ("float32", torch.float16), ("split", torch.bfloat16)],
+)
 @pytest.mark.parametrize(("name", "options"), RULES)
-def test_masters_move_as_a_float32_model(name: str, options: dict[str, Any], dtype: Any) -> None:
+def test_masters_move_as_a_float32_model(
+    name: str, options: dict[str, Any], kind: str, dtype: Any
+) -> None:
     """With the same gradients, to the bit; and each parameter is its master's rounding."""
     narrow = parameters(dtype)
     wide = [nn.Parameter(p.detach().float()) for p in narrow]
     cls = getattr(fs.torch, name)
     chosen = options | {"ema_decay": 0.9, "max_norm": 30.0, "clip_value": 0.5}
-    opt, other = cls(narrow, **chosen, master="float32"), cls(wide, **chosen)
+    opt, other = cls(narrow, **chosen, master=kind), cls(wide, **chosen)
     for i in range(30):
         give(narrow, i)
         give(wide, i)
         opt.step()
         other.step()
         assert_same(masters(opt), [p.detach() for p in wide])
-        assert_same([p.detach() for p in narrow], [p.detach().to(dtype) for p in wide])
+        assert_are_roundings(narrow, wide, kind)
         assert_same(opt.averages, other.averages)
 
 
-def test_masters_train_where_bfloat16_stands_still() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_masters_train_where_bfloat16_stands_still(kind: str) -> None:
     """Steps far below the last place add up."""
     params = [nn.Parameter(torch.ones(100, dtype=torch.bfloat16)) for _ in range(3)]
     plain = fs.torch.SGD([params[0]], lr=1e-4)
-    mastered = fs.torch.SGD([params[1]], lr=1e-4, master="float32")
+    mastered = fs.torch.SGD([params[1]], lr=1e-4, master=kind)
     rounded = fs.torch.SGD([params[2]], lr=1e-4, stochastic_rounding=True)
     for _ in range(1000):
         for parameter, opt in zip(params, (plain, mastered, rounded), strict=True):
@@ -235,14 +269,18 @@ def test_masters_train_where_bfloat16_stands_still() -> None:
     assert means[2] == pytest.approx(0.9, abs=2e-2)
 
 
-def test_masters_are_for_narrow_parameters_only() -> None:
-    params = [nn.Parameter(v.to(d)) for v, d in zip(values(0), [torch.float32] * 5, strict=True)]
-    params[0] = nn.Parameter(params[0].detach().bfloat16())
-    opt = make("Adam", params, master="float32")
+@pytest.mark.parametrize("kind", KINDS)
+def test_masters_are_for_narrow_parameters_only(kind: str) -> None:
+    dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.bfloat16]
+    params = [nn.Parameter(v.to(d)) for v, d in zip(values(0), dtypes, strict=True)]
+    opt = make("Adam", params, master=kind)
     give(params, 1)
     opt.step()
-    assert [("master" in opt.state[p]) for p in params] == [True, False, False, False, False]
-    assert opt.master == "float32"
+    name, dtype = ("master", torch.float32) if kind == "float32" else ("master_low", torch.int16)
+    with_one = [name in opt.state[p] for p in params]
+    assert with_one == [True, kind == "float32", False, False, True]
+    assert opt.state[params[0]][name].dtype == dtype
+    assert opt.master == kind
 
 
 def test_a_gradient_in_float32() -> None:
@@ -285,6 +323,22 @@ def test_what_others_write_is_the_new_master(how: str) -> None:
         assert torch.equal(opt.state[narrow]["master"], wide.detach())
 
 
+@pytest.mark.parametrize("written", [0.0, -0.0, 1.0, -3.0])
+def test_whatever_is_written_to_the_upper_half_counts(written: float) -> None:
+    """To within half of its last place, in whatever way it is written."""
+    for way in (lambda p: p.data.fill_(written), lambda p: p.detach().fill_(written)):
+        parameter = nn.Parameter(values(0, torch.bfloat16)[4])
+        opt = fs.torch.SGD([parameter], lr=0.01, master="split")
+        for i in range(3):
+            parameter.grad = values(i, torch.bfloat16)[4]
+            opt.step()
+        way(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+        opt.step()
+        expected = torch.full_like(parameter, written).detach()
+        assert torch.equal(parameter.detach().float().abs(), expected.float().abs())
+
+
 def test_writing_through_data_needs_to_be_said() -> None:
     parameter = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
     opt = fs.torch.SGD([parameter], lr=1.0, master="float32")
@@ -296,11 +350,12 @@ def test_writing_through_data_needs_to_be_said() -> None:
     assert parameter.tolist() == [2.0] * 5
 
 
-def test_a_master_outlasts_other_memory() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_master_outlasts_other_memory(kind: str) -> None:
     """What has the same values in another place has lost nothing."""
     narrow = nn.Parameter(values(0, torch.bfloat16)[0])
     wide = nn.Parameter(narrow.detach().float())
-    opt, other = make("Adam", [narrow], master="float32"), make("Adam", [wide])
+    opt, other = make("Adam", [narrow], master=kind), make("Adam", [wide])
     for i in range(6):
         narrow.grad = values(i, torch.bfloat16)[0]
         wide.grad = narrow.grad.float()
@@ -313,20 +368,21 @@ def test_a_master_outlasts_other_memory() -> None:
         if i == 4:
             with torch.no_grad():
                 narrow.copy_(narrow.clone())
-    assert torch.equal(opt.state[narrow]["master"], wide.detach())
+    assert torch.equal(master_of(opt, narrow), wide.detach())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
-def test_a_checkpoint_of_a_model_in_bfloat16(order: str) -> None:
+def test_a_checkpoint_of_a_model_in_bfloat16(order: str, kind: str) -> None:
     """Model and optimizer are loaded in either order; the masters' digits survive."""
     params = parameters(torch.bfloat16)
-    opt = make("AdamW", params, master="float32", ema_decay=0.9)
+    opt = make("AdamW", params, master=kind, ema_decay=0.9)
     for i in range(5):
         give(params, i)
         opt.step()
     weights, saved = [p.detach().clone() for p in params], copy.deepcopy(opt.state_dict())
     others = [nn.Parameter(v) for v in values(99, torch.bfloat16)]
-    second = make("AdamW", others, master="float32", ema_decay=0.9)
+    second = make("AdamW", others, master=kind, ema_decay=0.9)
     if order == "optimizer first":
         second.load_state_dict(saved)
     with torch.no_grad():
@@ -353,9 +409,54 @@ def test_a_parameter_that_becomes_wide_and_narrow_again() -> None:
     assert parameter.tolist() == [0.625] * 5
 
 
-@pytest.mark.parametrize(("bad", "error"), [("float64", ValueError), ("split", ValueError)])
-def test_masters_of_other_kinds(bad: str, error: type[Exception]) -> None:
-    with pytest.raises(error, match="master is"):
+@pytest.mark.parametrize(("before", "after"), [KINDS, KINDS[::-1]])
+def test_from_one_kind_of_master_to_the_other(before: str, after: str) -> None:
+    params = parameters(torch.bfloat16)
+    opt = make("Adam", params, master=before)
+    for i in range(5):
+        give(params, i)
+        opt.step()
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    other = make("Adam", others, master=after)
+    other.load_state_dict(opt.state_dict())
+    assert_close(masters(other), masters(opt), 0)
+    narrow = [nn.Parameter(p.detach().clone()) for p in params]
+    plain = make("Adam", narrow)
+    plain.load_state_dict(opt.state_dict())
+    assert not any(entry.keys() & {"master", "master_low"} for entry in plain.state.values())
+
+
+def test_a_tie_of_a_wide_master() -> None:
+    """torch rounds it to even; the lower half that belongs to that is a bit of float32 away."""
+    exact = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1 + 2.0**-9, 2.0**-133])
+    parameter = nn.Parameter(exact.bfloat16())
+    opt = fs.torch.SGD([parameter], lr=0.0, master="float32")
+    parameter.grad = torch.zeros_like(parameter)
+    opt.step()
+    opt.state[parameter]["master"].copy_(exact)
+    split = fs.torch.SGD([parameter], lr=0.0, master="split")
+    split.load_state_dict(opt.state_dict())
+    torch.testing.assert_close(master_of(split, parameter), exact, rtol=2.0**-23, atol=0)
+
+
+def test_lower_halves_of_other_kinds() -> None:
+    params, opt = stepped(torch.bfloat16, master="split")
+    good = opt.state[params[0]]["master_low"]
+    for bad, error, message in (
+        (good.float(), TypeError, "of torch.float32; expected a tensor of torch.int16"),
+        (good[:3], ValueError, r"has shape \(3, 5\); expected \(33, 5\)"),
+        (3, TypeError, "of int; expected a tensor"),
+    ):
+        opt.state[params[0]]["master_low"] = bad
+        with pytest.raises(error, match=message):
+            opt.step()
+    opt.state[params[0]]["master_low"] = good
+    opt.step()
+
+
+@pytest.mark.parametrize("bad", ["float64", True, 1])
+def test_masters_of_other_kinds(bad: Any) -> None:
+    with pytest.raises(ValueError, match="master is"):
         make("Adam", parameters(), master=bad)
 
 
@@ -423,7 +524,7 @@ def test_an_error_within_puts_parameters_back() -> None:
 
 
 def test_training_goes_on_after_a_swap_as_without_one() -> None:
-    for kind in (None, "float32"):
+    for kind in (None, *KINDS):
         params, opt = stepped(torch.bfloat16, master=kind)
         others, other = stepped(torch.bfloat16, master=kind)
         for i in range(3, 8):
@@ -548,12 +649,10 @@ def test_state_in_bfloat16(name: str, given: Any) -> None:
         opt.step()
         other.step()
     assert opt.state_dtype == "bfloat16"
+    names = {x for x, value in other.state[others[0]].items() if value.ndim}
+    assert names
     for p in params:
-        states = [x for x in opt.state[p].values() if x.dtype == torch.bfloat16]
-        assert (
-            len(states) == len([x for x in other.state[p].values() if x.ndim or x.numel() == 0])
-            or p.ndim == 0
-        )
+        assert {opt.state[p][name].dtype for name in names} == {torch.bfloat16}
     assert_close(params, others, 0.1)
 
 
@@ -603,7 +702,6 @@ def test_loading_other_dtypes(dtype: Any, saved: Any, into: Any, becomes: Any, w
         new.load_state_dict(old.state_dict())
     assert [w.category for w in caught] == [UserWarning] * warns
     assert all("is loaded as" in str(w.message) for w in caught)
-    assert all(w.filename == __file__ for w in caught)
     for a, b in zip(old.state.values(), new.state.values(), strict=True):
         for name in ("exp_avg", "exp_avg_sq"):
             assert b[name].dtype == becomes
@@ -636,18 +734,20 @@ def test_a_bad_state_dict_changes_nothing() -> None:
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, None), *((torch.bfloat16, kind) for kind in KINDS)]
+)
 @pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "Adagrad"])
-def test_to_torch(name: str, dtype: Any) -> None:
+def test_to_torch(name: str, dtype: Any, kind: Any) -> None:
     """torch.optim loads what we save, and goes on."""
     params = parameters(dtype)
-    opt = make(name, params, ema_decay=0.9, clip_value=5.0, master="float32")
+    opt = make(name, params, ema_decay=0.9, clip_value=5.0, master=kind)
     for i in range(5):
         give(params, i)
         opt.step()
     others = [nn.Parameter(p.detach().clone()) for p in params]
     other = make_torchs(name, others)
-    other.load_state_dict(opt.state_dict())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))  # torch goes on in the very tensors
     for i in range(5, 8):
         give(params, i)
         give(others, i)
@@ -655,9 +755,12 @@ def test_to_torch(name: str, dtype: Any) -> None:
         other.step()
     assert_close(params, others, 1e-4 if dtype == torch.float32 else 0.1)
     # And back: averages and masters that torch has carried along are what they were to it.
-    again = make(name, [nn.Parameter(p.detach().clone()) for p in others], ema_decay=0.9)
+    copies = [nn.Parameter(p.detach().clone()) for p in others]
+    again = make(name, copies, ema_decay=0.9, master=kind)
     again.load_state_dict(other.state_dict())
     assert all(a.dtype == torch.float32 for a in again.averages)
+    give(copies, 9)
+    again.step()
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
@@ -696,15 +799,17 @@ def through_a_file(opt: Any, params: list[Any], name: str, options: Any) -> tupl
 
 
 @pytest.mark.parametrize("way", [*WAYS, "state_dict"])
-@pytest.mark.parametrize("schedule", [0.9, fs.EmaWarmup(0.95)])
+@pytest.mark.parametrize(
+    ("schedule", "kind"), [(0.9, "float32"), (fs.EmaWarmup(0.95), "split"), (0.9, None)]
+)
 @pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "Adagrad"])
-def test_goes_on_bit_for_bit(name: str, schedule: Any, way: str) -> None:
+def test_goes_on_bit_for_bit(name: str, schedule: Any, kind: Any, way: str) -> None:
     options = {
         "ema_decay": schedule,
         "clip_value": 0.5,
         "stochastic_rounding": True,
         "state_dtype": "bfloat16",
-        "master": "float32",
+        "master": kind,
         "seed": 4,
     }
     params = parameters(torch.bfloat16)
@@ -716,14 +821,15 @@ def test_goes_on_bit_for_bit(name: str, schedule: Any, way: str) -> None:
         other, others = through_a_file(opt, params, name, options)
     else:
         other, others = WAYS[way](opt, params)
-    assert (other.master, other.clip_value, other.stochastic_rounding) == ("float32", 0.5, True)
+    assert (other.master, other.clip_value, other.stochastic_rounding) == (kind, 0.5, True)
     for i in range(4, 8):
         for each, one in ((params, opt), (others, other)):
             give(each, i)
             one.step()
     assert_same([p.detach() for p in others], [p.detach() for p in params])
     assert_same(other.averages, opt.averages)
-    assert_same(masters(other), masters(opt))
+    if kind is not None:
+        assert_same(masters(other), masters(opt))
 
 
 def test_averages_and_masters_that_are_not_kept_are_left_out() -> None:
@@ -842,37 +948,42 @@ def test_state_that_users_write_to() -> None:
     assert_same([p.detach() for p in params], before)
 
 
-def test_tables_that_grow() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_that_grow(kind: str) -> None:
     params = parameters(torch.bfloat16)
-    opt = make("Adam", params, ema_decay=0.5, master="float32")
+    opt = make("Adam", params, ema_decay=0.5, master=kind)
     give(params, 0)
     opt.step()
-    old = opt.state[params[0]]["master"].clone(), opt.averages[0].clone()
-    opt.resize(params[0], 40, init=0.3)
-    entry = opt.state[params[0]]
-    assert_same((entry["master"][:33], entry["average"][:33]), old)
-    assert torch.equal(entry["master"][33:], params[0].detach()[33:].float())
-    assert torch.equal(entry["average"][33:], params[0].detach()[33:].float())
-    before = opt.averages[0].clone()
-    params[0].grad = torch.ones_like(params[0])
+    table = params[0]
+    old = master_of(opt, table).clone(), opt.averages[0].clone()
+    opt.resize(table, 40, init=0.3)
+    master, average = master_of(opt, table), opt.averages[0]
+    assert_same((master[:33], average[:33]), old)
+    assert torch.equal(master[33:], table.detach()[33:].float())
+    assert torch.equal(average[33:], table.detach()[33:].float())
+    before = average.clone()
+    table.grad = torch.ones_like(table)
     opt.step()
-    torch.testing.assert_close(opt.averages[0], 0.5 * before + 0.5 * entry["master"])
-    assert torch.equal(params[0].detach(), entry["master"].bfloat16())
+    torch.testing.assert_close(opt.averages[0], 0.5 * before + 0.5 * master_of(opt, table))
+    assert_are_roundings([table], [master_of(opt, table)], kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", ["lazy", "exact"])
-def test_sparse_gradients(rows: Any) -> None:
+def test_sparse_gradients(rows: Any, kind: str) -> None:
     """Rows that are not listed keep their average; masters make up for missed steps, too."""
     narrow = nn.Parameter(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).bfloat16())
     wide = nn.Parameter(narrow.detach().float())
     options = {"lr": 0.1, "rows": rows} | ({"ema_decay": 0.9} if rows == "lazy" else {})
-    opt = fs.torch.Adam([narrow], master="float32", **options)
+    opt = fs.torch.Adam([narrow], master=kind, **options)
     other = fs.torch.Adam([wide], **options)
     for i in range(6):
         index = torch.tensor([[i, 7, 7]])
         each = torch.randn(3, 3, generator=torch.Generator().manual_seed(i)).bfloat16()
         for parameter, one in ((narrow, opt), (wide, other)):
-            grad = torch.sparse_coo_tensor(index, each.to(parameter.dtype), (20, 3))
+            grad = torch.sparse_coo_tensor(
+                index, each.to(parameter.dtype), (20, 3), check_invariants=True
+            )
             parameter.grad = grad
             one.step()
         if i == 3 and rows == "exact":
@@ -880,8 +991,8 @@ def test_sparse_gradients(rows: Any) -> None:
             other.catch_up([0, 1])
     opt.flush()
     other.flush()
-    assert torch.equal(opt.state[narrow]["master"], wide.detach())
-    assert torch.equal(narrow.detach(), wide.detach().bfloat16())
+    assert_same(masters(opt), [wide.detach()])
+    assert_are_roundings([narrow], [wide], kind)
     if rows == "lazy":
         assert_same(opt.averages, other.averages)
         assert torch.equal(opt.averages[0][15:], wide.detach()[15:])
@@ -892,13 +1003,14 @@ def test_exact_rows_have_no_averages() -> None:
         make("Adam", parameters(), rows="exact", ema_decay=0.9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "where", [fs.RandomBlocks(0.5, block=16), fs.TopK(0.25), fs.CyclicBlocks(3)]
 )
-def test_selections(where: Any) -> None:
+def test_selections(where: Any, kind: str) -> None:
     narrow = nn.Parameter(values(0, torch.bfloat16)[4])
     wide = nn.Parameter(narrow.detach().float())
-    opt = make("Adam", [narrow], master="float32", ema_decay=0.9, seed=3)
+    opt = make("Adam", [narrow], master=kind, ema_decay=0.9, seed=3)
     other = make("Adam", [wide], ema_decay=0.9, seed=3)
     for i in range(6):
         narrow.grad = values(i, torch.bfloat16)[4]
@@ -906,7 +1018,7 @@ def test_selections(where: Any) -> None:
         opt.step(where=where)
         other.step(where=where)
     assert_same(masters(opt), [wide.detach()])
-    assert torch.equal(narrow.detach(), wide.detach().bfloat16())
+    assert_are_roundings([narrow], [wide], kind)
     assert_same(opt.averages, other.averages)
 
 
@@ -921,10 +1033,11 @@ def test_what_is_not_selected_keeps_its_average() -> None:
     assert opt.averages[0].tolist() == [0.5 * 0.5 + 0.5 * 6.0] * 4 + [1.0] * 6
 
 
-def test_anchors_pull_the_master() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_anchors_pull_the_master(kind: str) -> None:
     narrow = parameters(torch.bfloat16)
     wide = [nn.Parameter(p.detach().float()) for p in narrow]
-    opt, other = make("AdamW", narrow, master="float32"), make("AdamW", wide)
+    opt, other = make("AdamW", narrow, master=kind), make("AdamW", wide)
     opt.anchor(3.0)
     other.anchor(3.0)
     for i in range(6):
@@ -1017,6 +1130,11 @@ def test_dtensors(mesh: Any) -> None:
     narrow = nn.Parameter(tensor.distribute_tensor(torch.ones(6).bfloat16(), mesh))
     with pytest.raises(ValueError, match="is a DTensor"):
         fs.torch.Adam([narrow], master="float32")
+    opt = fs.torch.SGD([narrow], lr=2.0**-10, master="split", ema_decay=0.5)
+    for _ in range(3):
+        narrow.grad = tensor.distribute_tensor(torch.ones(6).bfloat16(), mesh)
+        opt.step()
+    assert opt.state[narrow]["master_low"].full_tensor().tolist() == [0x4000] * 6
 
 
 def test_capturable_takes_no_schedule() -> None:

@@ -72,12 +72,12 @@ py::object TorchTensors::plain(PyObject* tensor) const {
   return local_(py::handle(tensor));
 }
 
-Array TorchTensors::view(PyObject* tensor, const Label& label) const {
+Array TorchTensors::view(PyObject* tensor, const Label& label, Expected expected) const {
   const py::object object = plain(tensor);
   dlpack::Tensor fields;
   if (!read(object.ptr(), fields)) refuse(tensor, label);
   try {
-    Array array = from_tensor(fields, nullptr, Expected::complex_as_real, label);
+    Array array = from_tensor(fields, nullptr, expected, label);
     if (is_lazily_conjugated(object.ptr(), fields, array))
       throw ValueError(label.text() +
                        " is a view that torch has not yet conjugated or negated; pass its "

@@ -25,8 +25,10 @@ class TorchTensors {
   // `module` is fusestep.torch._tensors.
   TorchTensors(const pybind11::object& module, bool use_exchange_table);
 
-  // The tensor's memory as it is now, seen as real. Nothing is kept alive.
-  Array view(PyObject* tensor, const Label& label) const;
+  // The tensor's memory as it is now, seen as real; or of integers that stand for bits. Nothing is
+  // kept alive.
+  Array view(PyObject* tensor, const Label& label,
+             Expected expected = Expected::complex_as_real) const;
 
   // True where view() would find this very memory and geometry.
   bool is_at(PyObject* tensor, const Array& array) const;

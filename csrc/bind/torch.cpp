@@ -99,14 +99,15 @@ void add_parameter(TorchOptimizer& self, const py::object& tensor, std::string n
                    bool is_sharded, std::shared_ptr<rules::RowHistory> history,
                    const std::optional<Anchor>& anchor,
                    std::shared_ptr<rules::BlockProgress> block_progress, const py::object& average,
-                   const std::optional<Master>& master) {
+                   const std::optional<Master>& master, const py::object& lower_half) {
   std::optional<TorchOptimizer::Anchor> pull;
   if (anchor) std::apply([&](auto... parts) { pull = TorchOptimizer::Anchor{parts...}; }, *anchor);
   std::optional<TorchOptimizer::Master> wide;
   if (master) wide = {std::get<0>(*master), std::get<1>(*master)};
   self.add_parameter({tensor, std::move(name), states.value_or(std::vector<py::object>{}), scalars,
                       places, states.has_value(), is_first, is_sharded, std::move(history),
-                      std::move(pull), std::move(block_progress), average, std::move(wide)});
+                      std::move(pull), std::move(block_progress), average, std::move(wide),
+                      lower_half});
 }
 
 }  // namespace
@@ -143,7 +144,7 @@ void register_torch(py::module_& module) {
           "index"_a, "group"_a, "rule"_a, "options"_a, "maximize"_a, "watched"_a, "is_mutable"_a)
       .def("add_parameter", &add_parameter, "tensor"_a, "name"_a, "states"_a, "scalars"_a,
            "places"_a, "is_first"_a, "is_sharded"_a, "history"_a, "anchor"_a, "block_progress"_a,
-           "average"_a, "master"_a)
+           "average"_a, "master"_a, "lower_half"_a)
       .def("catch_up", &catch_up, "optimizer"_a, "indices"_a)
       .def_property("steps", &TorchOptimizer::steps,
                     [](TorchOptimizer& self, std::int64_t steps) {

@@ -3,7 +3,8 @@
 //
 // The bfloat16 is the nearest one (of two that are equally near, the larger in magnitude), not the
 // upper half of the bits, which would always be nearer to 0: whether it was rounded up is what the
-// highest of the lower bits says.
+// highest of the lower bits says. Of 0, which nothing is rounded up to, it says nothing: so
+// whatever others write to the bfloat16, together they are within half of its last place.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,7 @@ struct Halves {
   }
 
   FUSESTEP_HOST_DEVICE float value() const {
-    const std::uint32_t rounded_up = lower >> 15;
+    const std::uint32_t rounded_up = (upper.bits & 0x7fffu) == 0 ? 0u : lower >> 15;
     return bit_cast<float>(((upper.bits - rounded_up) << 16) | lower);
   }
 };

@@ -119,6 +119,7 @@ class Slot {
   // The parameter, of bfloat16, is the upper half of float32 numbers; this array of 16-bit integers
   // has the lower ones (core/split.h).
   void set_lower_half(arrays::Array lower_half);
+  const arrays::Array& lower_half() const { return *lower_half_; }
 
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;

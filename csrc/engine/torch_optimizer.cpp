@@ -118,6 +118,7 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
     followed.version = parameter.master->version;
     followed.add(Role::master, parameter.master->tensor);
   }
+  followed.add(Role::lower_half, parameter.lower_half);
   followed.slot.history = std::move(parameter.history);
   followed.slot.block_progress = std::move(parameter.block_progress);
   followed.told.insert(followed.told.end(), parameter.scalars.begin(), parameter.scalars.end());
@@ -144,7 +145,8 @@ std::size_t TorchOptimizer::follow_scalar(const py::object& tensor) {
 }
 
 void TorchOptimizer::seal(const py::dict& state) {
-  std::vector<std::string_view> names{"anchor", "anchor_importance", "average", "master"};
+  std::vector<std::string_view> names{"anchor", "anchor_importance", "average", "master",
+                                      "master_low"};
   std::vector<std::string_view> scalar_names;
   for (const FollowedGroup& followed : groups_) {
     for (const auto name : followed.group.rule->state_names()) names.push_back(name);
@@ -497,6 +499,7 @@ const arrays::Array& TorchOptimizer::FollowedParameter::view(std::size_t i) cons
     case Role::anchor: return slot.anchor_reference();
     case Role::importance: return slot.anchor_importance();
     case Role::average: return slot.average();
+    case Role::lower_half: return slot.lower_half();
     case Role::master: break;
   }
   return slot.parameter();
@@ -514,13 +517,15 @@ bool TorchOptimizer::is_as_left(const FollowedParameter& parameter) const {
 // Tells the slot where a parameter, and all that belongs to it, lies now.
 void TorchOptimizer::bind(FollowedParameter& parameter) {
   Slot& slot = parameter.slot;
-  const auto view = [&](PyObject* tensor, const std::string& label) {
-    arrays::Array array = tensors_.view(tensor, {"", label});
+  using arrays::Expected;
+  const auto view = [&](PyObject* tensor, const std::string& label,
+                        Expected expected = Expected::complex_as_real) {
+    arrays::Array array = tensors_.view(tensor, {"", label}, expected);
     array.pin();
     return array;
   };
   std::vector<arrays::Array> states;
-  std::optional<arrays::Array> anchor, importance, average, master;
+  std::optional<arrays::Array> anchor, importance, average, master, lower_half;
   for (std::size_t i = 0; i < parameter.tensor_count; ++i) {
     PyObject* const tensor = parameter.tensors[i];
     switch (parameter.roles[i]) {
@@ -529,6 +534,9 @@ void TorchOptimizer::bind(FollowedParameter& parameter) {
       case Role::importance: importance = view(tensor, "the anchor of " + slot.name()); break;
       case Role::average: average = view(tensor, "the average of " + slot.name()); break;
       case Role::master: master = view(tensor, "the master of " + slot.name()); break;
+      case Role::lower_half:
+        lower_half = view(tensor, "the lower half of " + slot.name(), Expected::bits);
+        break;
     }
   }
   arrays::Array itself = view(parameter.tensor, slot.name());
@@ -537,6 +545,7 @@ void TorchOptimizer::bind(FollowedParameter& parameter) {
     slot.set_anchor(*parameter.anchor_strength, std::move(*anchor), std::move(importance));
   if (average) slot.set_average(std::move(*average));
   if (master) slot.set_copy(std::move(itself));
+  if (lower_half) slot.set_lower_half(std::move(*lower_half));
 }
 
 // Notices where the parameter or its state has been given other memory, shape or dtype, or where
@@ -676,6 +685,9 @@ void TorchOptimizer::read_progress(FollowedParameter& parameter) {
     return;
   }
   rules::Progress& progress = parameter.slot.progress;
+  // Where there is no such count, that of the optimizer is what rounding depends on: it is saved.
+  if (parameter.scalars.empty() && progress.step > 0 && !parameter.slot.history)
+    progress.step = std::max<std::int64_t>(1, stepper.steps);
   for_each_scalar(parameter, [&](std::size_t scalar, const auto& element) {
     using T = std::decay_t<decltype(element)>;
     if (scalar == kMomentumProduct) progress.momentum_product = element;

@@ -149,6 +149,7 @@ class TorchOptimizer {
     std::shared_ptr<rules::BlockProgress> block_progress;
     pybind11::object average;  // or None
     std::optional<Master> master;
+    pybind11::object lower_half;  // of the parameter's bits; or None
   };
   void add_parameter(Parameter parameter);  // to the last group
 
@@ -202,7 +203,7 @@ class TorchOptimizer {
     std::size_t tensor, element;  // in scalars_
   };
   // What a tensor in the state of a parameter is to it.
-  enum class Role { state, anchor, importance, average, master };
+  enum class Role { state, anchor, importance, average, master, lower_half };
   static constexpr std::size_t kMostTensors = kMaxStates + 4;
   struct FollowedParameter {
     PyObject* tensor;

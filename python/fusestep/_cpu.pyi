@@ -142,6 +142,7 @@ class TorchOptimizer:
         block_progress: BlockProgress | None,
         average: Any,
         master: tuple[Any, int] | None,
+        lower_half: Any,
     ) -> None: ...
     def seal(self, state: dict[Any, Any]) -> None: ...
 

@@ -274,7 +274,8 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
 
     entry = {name: value for name, value in entry.items() if value is not None}
     missed, recent = _check_missed_steps(optimizer, i, entry)
-    entry.pop("master", None)  # of fusestep.torch; here it is the parameter itself
+    for name in ("master", "master_low"):  # of fusestep.torch
+        entry.pop(name, None)
     average = entry.pop(_averages.ENTRY, None)
     if average is not None and optimizer._averages:
         average = as_state(average, f"the average of {parameter}", optimizer._averages[i])

@@ -137,12 +137,11 @@ def _fitted_entry(
         if value is not None and name not in ("missed_steps", "recent_steps", *BLOCK_ENTRIES)
     }
     anchor = _anchors.taken(present, parameter, label, state_dtype)
-    wide = _state.wide_dtype_for(state_dtype, parameter)
-    besides = {}
-    for name, dtype in ((AVERAGE, wide), (_masters.ENTRY, _masters.DTYPE)):
-        value = present.pop(name, None)
-        if value is not None and name in optimizer._kept_besides(parameter):
-            besides[name] = _state.loaded(value, f"the {name} of {label}", parameter, dtype)
+    besides = _masters.loaded(optimizer, present, parameter, label)
+    average = present.pop(AVERAGE, None)
+    if average is not None and AVERAGE in optimizer._kept_besides(parameter):
+        wide = _state.wide_dtype_for(state_dtype, parameter)
+        besides[AVERAGE] = _state.loaded(average, f"the average of {label}", parameter, wide)
     needed = {*rule.scalars, *rule.states}
     if rule.scalars and (
         present or anchor or besides

@@ -12,7 +12,7 @@ from .. import _cpu
 from .._hyperparameters import number
 from .._state import check_state_dtype
 from . import _tensors
-from ._tensors import DLPACK_DTYPES, is_plain
+from ._tensors import STATE_DTYPES, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -60,7 +60,7 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
             return like(tensor)
     strides = like(tensor, device="meta").stride()
-    code, bits = DLPACK_DTYPES[dtype]
+    code, bits = STATE_DTYPES[dtype]
     return from_dlpack(_cpu.allocate_state(tensor.shape, strides, code, bits))
 
 

@@ -9,7 +9,7 @@ import torch
 from .. import _penalties
 from .._averages import ENTRY as AVERAGE
 from .._tables import check_count, check_init
-from . import _anchors, _masters, _state, _tensors
+from . import _anchors, _averages, _masters, _state, _tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +31,11 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
     table = _grown(parameter.detach(), parameter.detach().new_empty((count, *new_rows[1:])))
     table[parameter.shape[0] :] = values
     entry = {**optimizer.state.get(parameter, {})}
-    for name in (_masters.ENTRY, AVERAGE):  # new rows begin where the parameter's do
+    for name in (_masters.WIDE, _masters.LOWER_HALF):
         if _state.is_there(entry.get(name)):
-            old = entry[name]
-            entry[name] = _grown(old, _state.new(table, old.dtype, 0.0).copy_(table))
+            entry[name] = _grown(entry[name], _masters.grown(table, name))
+    if _state.is_there(entry.get(AVERAGE)):
+        entry[AVERAGE] = _grown(entry[AVERAGE], _averages.fresh(optimizer, table, table))
     dtype = _state.dtype_for(optimizer._state_dtype, parameter)
     for name in states:
         if _state.is_there(entry.get(name)):

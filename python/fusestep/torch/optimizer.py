@@ -116,7 +116,10 @@ class Optimizer(torch.optim.Optimizer):
         which a step moves and averages; it writes the parameter in the same pass. Other parameters
         have none. What others write to such a parameter becomes its master's value, as far as it is
         not its rounding anyway; but what is written through ``p.data``, of which torch takes no
-        note, only after :meth:`refresh_masters`. Not for DTensors.
+        note, only after :meth:`refresh_masters`. Not for DTensors. ``"split"``: the same numbers,
+        to the bit but for ties, in half the memory: each parameter in bfloat16 has the 16 bits
+        besides that it lacks of a float32. Those in float16 have no master then. What others write
+        to a parameter, in whatever way, counts at once, to within half of its last place.
     rows
         What a step with a sparse gradient means for the rows that it does not have. ``"lazy"``:
         nothing, they and their state stay as they are, as with ``torch.optim.SparseAdam``.
@@ -611,7 +614,12 @@ class Optimizer(torch.optim.Optimizer):
         self._ema_decay = checked
         if checked is not None:
             self._native.set_ema_decay(checked)
-        if callable(checked):
+        self._count_steps_if_needed()
+
+    def _count_steps_if_needed(self) -> None:
+        """Have steps be counted, and saved, where a schedule of averages or rounding needs it."""
+        rounds = self.stochastic_rounding or self._state_dtype == "bfloat16"
+        if callable(self._ema_decay) or rounds:
             _selections.count_steps(self)
 
     def _check_schedule(self, ema_decay: EmaDecay) -> None:
@@ -638,7 +646,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def master(self) -> str | None:
-        """How masters of parameters in bfloat16 and float16 are kept: "float32", or None."""
+        """How masters of narrow parameters are kept: "float32", "split", or None."""
         return self._master
 
     def refresh_masters(self) -> None:
@@ -646,7 +654,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Of that torch takes no note; all else that is written to parameters a step finds out by
         itself. Elements that are the rounding of their master leave it as it is; of all others the
-        master becomes what they are. Does nothing without ``master``.
+        master becomes what they are. Does nothing unless ``master`` is "float32".
 
         Raises
         ------
@@ -839,13 +847,13 @@ class Optimizer(torch.optim.Optimizer):
         # Rows that have missed steps may be asked for before there is a gradient.
         is_ready = needs_state or (not is_first and (has_besides or self._rows == "exact"))
         anchor = _anchors.of(entry) if is_ready else None
-        has_master = is_ready and _masters.ENTRY in besides
+        has_master = is_ready and _masters.WIDE in besides
         version = parameter._version if has_master else 0
         if is_ready and (needed or anchor or besides):
             if parameter.layout is not torch.strided:  # there would be no such state either
                 raise TypeError(f"{label} {_tensors.refusal(parameter)}")
             masters = _masters.fitted(self, entry, parameter, label)
-            source = masters.get(_masters.ENTRY, parameter)
+            source = _masters.value(parameter, masters)
             complete = {
                 **scalars.completed(entry, column, label),
                 **self._completed_states(parameter, entry, label, rule),
@@ -867,7 +875,8 @@ class Optimizer(torch.optim.Optimizer):
             _anchors.of(entry) if is_ready else None,
             self._blocks.get(parameter),
             entry[AVERAGE] if is_ready and AVERAGE in besides else None,
-            (entry[_masters.ENTRY], version) if has_master else None,
+            (entry[_masters.WIDE], version) if has_master else None,
+            entry[_masters.LOWER_HALF] if is_ready and _masters.LOWER_HALF in besides else None,
         )
 
     def _completed_states(
@@ -1014,6 +1023,7 @@ class Optimizer(torch.optim.Optimizer):
     @stochastic_rounding.setter
     def stochastic_rounding(self, value: bool) -> None:
         self._native.stochastic_rounding = flag("stochastic_rounding", value)
+        self._count_steps_if_needed()
 
     @property
     def state_dtype(self) -> str | None:
@@ -1143,7 +1153,7 @@ class Optimizer(torch.optim.Optimizer):
         extras = _load.checked_extras(loaded)
         ema_decay = extras.pop("ema_decay", self._ema_decay)
         if warning is not None:
-            warnings.warn(warning, UserWarning, stacklevel=3)  # before anything changes
+            warnings.warn(warning, UserWarning, stacklevel=4)  # before anything changes
         self.__setstate__({"state": state, "param_groups": groups})
         self._histories = histories
         self._blocks = blocks
@@ -1152,8 +1162,7 @@ class Optimizer(torch.optim.Optimizer):
         self._has_selected = "steps" in extras
         for name, value in extras.items():
             setattr(self._native, name, value)
-        if self._ema_decay is not None:
-            self._set_ema_decay(ema_decay)
+        self._set_ema_decay(None if self._ema_decay is None else ema_decay)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

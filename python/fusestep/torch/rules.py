@@ -76,7 +76,7 @@ class SGD(Optimizer, torch.optim.SGD):
         ema_decay: EmaDecay = None,
         state_dtype: Any = None,
         stochastic_rounding: bool = False,
-        master: Literal["float32"] | None = None,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -148,7 +148,7 @@ class NAG(SGD):
         ema_decay: EmaDecay = None,
         state_dtype: Any = None,
         stochastic_rounding: bool = False,
-        master: Literal["float32"] | None = None,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -233,7 +233,7 @@ class Adam(Optimizer, torch.optim.Adam):
         ema_decay: EmaDecay = None,
         state_dtype: Any = None,
         stochastic_rounding: bool = False,
-        master: Literal["float32"] | None = None,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -317,7 +317,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
         ema_decay: EmaDecay = None,
         state_dtype: Any = None,
         stochastic_rounding: bool = False,
-        master: Literal["float32"] | None = None,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -395,7 +395,7 @@ class NAdam(Optimizer, torch.optim.NAdam):
         ema_decay: EmaDecay = None,
         state_dtype: Any = None,
         stochastic_rounding: bool = False,
-        master: Literal["float32"] | None = None,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -471,7 +471,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         ema_decay: EmaDecay = None,
         state_dtype: Any = None,
         stochastic_rounding: bool = False,
-        master: Literal["float32"] | None = None,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
