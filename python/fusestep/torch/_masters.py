@@ -164,8 +164,8 @@ def _joined(upper: Tensor, lower: Tensor) -> Tensor:
     """Return the float32 numbers of which these are the two halves."""
     bits = upper.contiguous().view(torch.int16).to(torch.int32)
     low = lower.to(torch.int32) & 0xFFFF
-    was_rounded_up = (low >> 15) * ((bits & 0x7FFF) != 0)
-    return ((((bits - was_rounded_up) & 0xFFFF) << 16) | low).view(torch.float32)
+    low = torch.where(((bits & 0x7FFF) == 0) & (low >= 0x8000), 0, low)
+    return ((((bits - (low >> 15)) & 0xFFFF) << 16) | low).view(torch.float32)
 
 
 def _lower_half(values: Tensor) -> Tensor:
