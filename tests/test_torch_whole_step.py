@@ -7,6 +7,8 @@ array classes bit for bit, and through all that users do to optimizers.
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import io
 import pickle
 import warnings
@@ -1159,6 +1161,13 @@ def test_taking_over_from_torch() -> None:
 
 
 # ---- groups --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["fusestep.torch.groups", "fusestep.torch.optimizer"])
+def test_examples(module: str) -> None:
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def test_decay_groups() -> None:
