@@ -10,7 +10,9 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import threads
 from memory import copies, flat_copy, zeros
@@ -25,6 +27,16 @@ _FACTOR = 1e-6  # so small that the arrays keep ordinary values however often th
 
 STATES = {"adam": 2, "nag": 1, "adagrad": 1}
 """State arrays of each rule."""
+
+# The function of a loop, and the types of what it has beside parameter and gradient.
+_LOOPS: dict[str, tuple[str, list[Any]]] = {
+    "adam": ("limit_adam", [np.float32] * 2),
+    "adam, bfloat16": ("limit_adam_16", [np.uint16] * 2),
+    "adam, int8": ("limit_adam_8", [np.uint8] * 2),
+    "whole step": ("limit_whole_step", [np.float32] * 3),
+    "nag": ("limit_one_state", [np.float32]),
+    "adagrad": ("limit_one_state", [np.float32]),
+}
 
 
 def compiler() -> list[str]:
@@ -84,7 +96,8 @@ class Loop:
     Parameters
     ----------
     rule
-        Its name.
+        Its name; "adam, bfloat16" and "adam, int8" for state of that type, and "whole step" for
+        Adam with an average of the parameter, which clears the gradient.
     gradients
         One a parameter.
     """
@@ -92,12 +105,14 @@ class Loop:
     def __init__(self, rule: str, gradients: Sequence[FloatArray]) -> None:
         one = len(gradients) == 1
         gradient = gradients[0].reshape(-1) if one else flat_copy(gradients)
-        moved = [*copies([gradient]), *zeros([gradient] * STATES[rule])]
-        self._arrays = [moved[0], gradient, *moved[1:]]  # keeps them alive
+        name, dtypes = _LOOPS[rule]
+        new = zeros([gradient] * len(dtypes))
+        others = [array.view(t) for array, t in zip(new, dtypes, strict=True)]
+        self._arrays = [*copies([gradient]), gradient, *others]  # keeps them alive
         self._addresses = [array.ctypes.data for array in self._arrays]
         self._size = gradient.size
+        self.gradient: FloatArray = gradient
 
-        name = "limit_adam" if rule == "adam" else "limit_one_state"
         self._function = getattr(_library(), name)
         self._function.restype = None
         self._function.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_float]

@@ -30,10 +30,15 @@ def limit_to(count: int) -> None:
     included, are therefore bound to `count` processors, so that one thread means one core for every
     peer; elsewhere optax keeps all cores.
     """
-    global _current
-    _current = count
     fusestep.set_num_threads(count)
     _limit_torch(count)
+    bind_to(count)
+
+
+def bind_to(count: int) -> None:
+    """Give the process `count` processors, and leave to the libraries how many threads they use."""
+    global _current
+    _current = count
     _bind(_PROCESSORS[-count:])  # the last ones: interrupts tend to go to the first
 
 

@@ -108,25 +108,26 @@ class TorchLaboratory:
         before = TASKS[bench.task].before()
         if before is None:
             return measure(functions, self._budget, self._patience)
-        return _measure_after(before, functions, self._budget, self._patience)
+        return measure_after(before, functions, self._budget, self._patience)
 
 
 def _limit_to(count: int) -> None:
     """Give torch `count` threads and the process as many processors, and fusestep no orders."""
     torch.set_num_threads(count)
-    threads._bind(threads._PROCESSORS[-count:])
+    threads.bind_to(count)
 
 
-def _measure_after(
+def measure_after(
     before: Callable[[], object],
     functions: Mapping[str, Callable[[], object]],
     budget: Budget,
     patience: Patience,
+    calls: int = _CALLS,
 ) -> dict[str, Samples]:
     """Time all functions in interleaved rounds, each call directly after one of `before`.
 
     As :func:`interleave.measure` does, which times many calls at once and so cannot leave out
-    what is between them.
+    what is between them. A turn is as many `calls`, and an untimed one before them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     shuffled = random.Random(0)
@@ -134,7 +135,7 @@ def _measure_after(
 
     def turn(function: Callable[[], object]) -> float:
         time.sleep(_SETTLE)
-        return statistics.mean([_time_after(before, function) for _ in range(_CALLS + 1)][1:])
+        return statistics.mean([_time_after(before, function) for _ in range(calls + 1)][1:])
 
     def one_round() -> tuple[dict[str, float], float]:
         begin = time.perf_counter()
@@ -155,7 +156,7 @@ def _measure_after(
                 seconds[name].append(sample)
     finally:
         gc.enable()
-    return {name: Samples(values, _CALLS, discarded) for name, values in seconds.items()}
+    return {name: Samples(values, calls, discarded) for name, values in seconds.items()}
 
 
 def _time_after(before: Callable[[], object], function: Callable[[], object]) -> float:

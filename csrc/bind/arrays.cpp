@@ -5,6 +5,9 @@
 #include "arrays/rows.h"
 #include "arrays/samples.h"
 #include "bind/register.h"
+#include "core/blocks.h"
+#include "core/errors.h"
+#include "cpu/state_blocks.h"
 
 namespace py = pybind11;
 
@@ -26,6 +29,29 @@ py::tuple describe(const py::object& object, const std::string& name) {
                         to_tuple(shape), to_tuple(strides), name_of(array.device));
 }
 
+// State in 8 bits, for state dicts.
+using Floats = py::array_t<float, py::array::c_style>;
+using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
+
+py::tuple encode_state(const Floats& values, bool is_signed) {
+  const std::int64_t size = values.size();
+  Bytes codes(size), powers(blocks_of(size));
+  cpu::encode_state({values.data(), static_cast<std::size_t>(size)}, is_signed,
+                    codes.mutable_data(), powers.mutable_data());
+  return py::make_tuple(codes, powers);
+}
+
+Floats decode_state(const Bytes& codes, const Bytes& powers, bool is_signed) {
+  if (powers.size() != blocks_of(codes.size()))
+    throw ValueError("there are " + std::to_string(powers.size()) + " powers for " +
+                     std::to_string(codes.size()) + " codes; expected " +
+                     std::to_string(blocks_of(codes.size())));
+  Floats values(codes.size());
+  cpu::decode_state({codes.data(), static_cast<std::size_t>(codes.size())}, powers.data(),
+                    is_signed, values.mutable_data());
+  return values;
+}
+
 }  // namespace
 
 void register_arrays(py::module_& module) {
@@ -38,6 +64,10 @@ void register_arrays(py::module_& module) {
         arrays::set_samples_types(samples.ptr(), outer.ptr());
       },
       py::arg("samples"), py::arg("outer"));
+  module.def("encode_state", &encode_state, py::arg("values"), py::arg("is_signed"));
+  module.def("decode_state", &decode_state, py::arg("codes"), py::arg("powers"),
+             py::arg("is_signed"));
+  module.attr("elements_of_block") = kBlockElements;
   module.def("describe_array", &describe, py::arg("array"), py::arg("name"));
   module.def(
       "is_array", [](const py::object& object) { return arrays::is_array(object.ptr()); },

@@ -127,6 +127,14 @@ py::tuple describe_rule(const std::string& name, const Options& options) {
                         rule->initial_state());
 }
 
+// Whether each of its state arrays may be negative.
+std::vector<bool> state_signs(const std::string& name, const Options& options) {
+  const auto rule = make_rule(name, options);
+  std::vector<bool> signs;
+  for (std::size_t i = 0; i < rule->state_names().size(); ++i) signs.push_back(rule->is_signed(i));
+  return signs;
+}
+
 // One step of arrays whose state the caller keeps; returns the momentum product after it.
 double apply(const std::string& rule, const Options& options, const py::object& parameter,
              const py::object& gradient, const py::list& states, std::int64_t step,
@@ -258,6 +266,7 @@ void register_optimizer(py::module_& module) {
         return std::vector<std::string>(names.begin(), names.end());
       },
       "rule"_a);
+  module.def("state_signs", &state_signs, "rule"_a, "options"_a);
   module.def("describe_rule", &describe_rule, "rule"_a, "options"_a);
   module.def("apply", &apply, "rule"_a, "options"_a, "parameter"_a, "gradient"_a, "states"_a,
              "step"_a, "momentum_product"_a, "lr"_a, "grad_scale"_a, "maximize"_a);

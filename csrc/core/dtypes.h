@@ -23,6 +23,7 @@ inline constexpr int kDTypes = 4;  // of floats
 
 FUSESTEP_HOST_DEVICE constexpr bool is_float(DType dtype) { return dtype <= DType::bfloat16; }
 FUSESTEP_HOST_DEVICE constexpr bool is_in_blocks(DType dtype) { return dtype >= DType::bits8; }
+FUSESTEP_HOST_DEVICE constexpr bool is_signed(DType dtype) { return dtype == DType::signed_bits8; }
 
 template <DType>
 struct ElementOf;

@@ -30,7 +30,8 @@ class FlatArray {
 
   // `count` elements, no more than the stretch has.
   Block block(std::int64_t element, std::int64_t count) const {
-    return {at(element), operand_.dtype, 1, count, 0, axes_.back().stride};
+    return {
+        at(element), operand_.dtype, 1, count, 0, axes_.back().stride, operand_.powers_at(element)};
   }
 
   std::byte* at(std::int64_t element) const {

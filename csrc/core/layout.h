@@ -74,7 +74,7 @@ struct Iteration {
   Block dense(int index, std::int64_t begin, std::int64_t count) const {
     const Operand& o = operand[index];
     const std::int64_t item = item_size(o.dtype);
-    return {o.data + begin * item, o.dtype, 1, count, 0, item};
+    return {o.data + begin * item, o.dtype, 1, count, 0, item, o.powers_at(begin)};
   }
 };
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/annotations.h"
+#include "core/blocks.h"
 #include "core/dtypes.h"
 
 namespace fusestep {
@@ -16,6 +17,7 @@ struct Block {
   DType dtype;
   std::int64_t rows, columns;
   std::int64_t row_stride, column_stride;
+  std::byte* powers = nullptr;  // of state in 8 bits, from that of the first element on
 
   FUSESTEP_HOST_DEVICE std::int64_t size() const { return rows * columns; }
 
@@ -28,6 +30,12 @@ struct Block {
 struct Operand {
   std::byte* data = nullptr;  // of the element at index 0 along every axis
   DType dtype = DType::float32;
+  std::byte* powers = nullptr;  // of state in 8 bits: one for each block of elements
+
+  // From that of an element on, which begins a block.
+  FUSESTEP_HOST_DEVICE std::byte* powers_at(std::int64_t element) const {
+    return powers ? powers + element / kBlockElements : nullptr;
+  }
 };
 
 }  // namespace fusestep

@@ -118,6 +118,14 @@ struct KernelTable {
   Kernels<float> float32;
   Kernels<double> float64;
 
+  // State in 8 bits (core/blocks.h), unsigned and signed: elements from the first of a block on, of
+  // which the i-th is rounded by the bits for the place `first` + i.
+  using LoadBlocks = void (*)(const void* codes, const void* powers, float* to, std::int64_t size);
+  using StoreBlocks = void (*)(const float* from, void* codes, void* powers, std::int64_t size,
+                               TileRandom random, std::uint32_t first);
+  std::array<LoadBlocks, 2> load_blocks;
+  std::array<StoreBlocks, 2> store_blocks;
+
   template <class T>
   const Kernels<T>& of() const {
     if constexpr (sizeof(T) == 8)

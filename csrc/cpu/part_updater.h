@@ -93,6 +93,9 @@ class PartUpdater : Mover<T> {
   // A shorter run than this is not worth a call of the rule's loop.
   static constexpr std::int64_t kLongRun = 16;
 
+  // But state in blocks is only written as such.
+  std::int64_t least_run() const { return part_.has_blocks ? 1 : kLongRun; }
+
   // Where one of so many elements of a tile moves, moving a copy of all is quicker than gathering.
   static constexpr std::int64_t kOneOf = 16;
 
@@ -135,7 +138,7 @@ class PartUpdater : Mover<T> {
     moved_ = moved;
     written_ = written;
     const auto [begin, end] = moved.first_run();  // often the only one, and of equal progress
-    if (end - begin >= kLongRun && !sizes_ && moved.none_from(end) &&
+    if (end - begin >= least_run() && !sizes_ && moved.none_from(end) &&
         end_of_equal(begin, end) == end)
       return move_run(begin, end);
     const std::int64_t count = moved.count();
@@ -145,7 +148,7 @@ class PartUpdater : Mover<T> {
     moved.for_each_run([&](std::int64_t begin, std::int64_t end) {
       while (begin < end) {
         const std::int64_t equal = end_of_equal(begin, end);
-        if (equal - begin >= kLongRun && !sizes_)
+        if (equal - begin >= least_run() && !sizes_)
           move_run(begin, equal);
         else
           places.add(begin, equal);

@@ -76,7 +76,9 @@ class RowTile {
  private:
   Block block(int operand, std::int64_t row) const {
     Block block = work_.iteration.block(operand, tile_);
-    block.data += row * work_.rows->stride[static_cast<std::size_t>(operand)];
+    const std::int64_t offset = row * work_.rows->stride[static_cast<std::size_t>(operand)];
+    block.data += offset;
+    if (block.powers) block.powers += offset / kBlockElements;  // of a byte for each element
     return block;
   }
 

@@ -9,8 +9,10 @@
 #include <cstring>
 #include <utility>
 
+#include "core/blocks.h"
 #include "core/reduction.h"
 #include "core/split.h"
+#include "cpu/any_block.h"
 #include "cpu/kernels.h"
 #include "cpu/outer_block.h"
 #include "gradients/sum_of_samples.h"
@@ -145,6 +147,66 @@ void store_at_random(const T* __restrict from, void* to, std::int64_t size, Tile
     const Stored x =
         cast_at_random<Stored>(from[i], random.bits(first + static_cast<std::uint32_t>(i)));
     memcpy(bytes + i * static_cast<std::int64_t>(sizeof x), &x, sizeof x);
+  }
+}
+
+// Whether a block has codes of infinities or NaN.
+template <bool is_signed>
+[[gnu::always_inline]] inline bool has_special(const std::uint8_t* code) {
+  using Code = SmallFloat<is_signed>;
+  std::uint8_t top = 0;
+  for (std::int64_t i = 0; i < kBlockElements; ++i) {
+    const std::uint8_t magnitude = code[i] & static_cast<std::uint8_t>(Code::kNan);
+    top = top < magnitude ? magnitude : top;
+  }
+  return top >= Code::kInfinity;
+}
+
+template <bool is_signed>
+void load_blocks(const void* codes, const void* powers, float* __restrict to, std::int64_t size) {
+  const auto *code = static_cast<const std::uint8_t*>(codes),
+             *power = static_cast<const std::uint8_t*>(powers);
+  for (; size > 0; size -= kBlockElements) {
+    if (size < kBlockElements || has_special<is_signed>(code)) {
+      load_any_block<is_signed>(code, {*power}, to, size < kBlockElements ? size : kBlockElements);
+    } else {
+      const float shared = SharedPower{*power}.value();
+      for (std::int64_t i = 0; i < kBlockElements; ++i)
+        to[i] = SmallFloat<is_signed>::decode(code[i], shared);
+    }
+    code += kBlockElements;
+    to += kBlockElements;
+    ++power;
+  }
+}
+
+template <bool is_signed>
+void store_blocks(const float* __restrict from, void* codes, void* powers, std::int64_t size,
+                  TileRandom random, std::uint32_t first) {
+  auto* __restrict code = static_cast<std::uint8_t*>(codes);
+  auto* __restrict power = static_cast<std::uint8_t*>(powers);
+  for (; size > 0; size -= kBlockElements) {
+    std::uint32_t largest = SharedPower::kHuge;
+    if (size >= kBlockElements) {
+      largest = 0;
+      for (std::int64_t i = 0; i < kBlockElements; ++i)
+        largest = larger(largest, magnitude_bits(from[i]));
+    }
+    if (largest >= SharedPower::kHuge) {
+      store_any_block<is_signed>(from, code, power, size < kBlockElements ? size : kBlockElements,
+                                 &random, first);
+    } else {
+      const SharedPower shared = SharedPower::of<is_signed>(largest);
+      *power = shared.field;
+      const float inverse = shared.inverse();
+      for (std::int64_t i = 0; i < kBlockElements; ++i)
+        code[i] = SmallFloat<is_signed>::encode(from[i], inverse,
+                                                random.bits(first + static_cast<std::uint32_t>(i)));
+    }
+    from += kBlockElements;
+    code += kBlockElements;
+    first += static_cast<std::uint32_t>(kBlockElements);
+    ++power;
   }
 }
 
@@ -397,6 +459,8 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
 
 extern const KernelTable FUSESTEP_TIER_TABLE;
 const KernelTable FUSESTEP_TIER_TABLE = {table<float>(rules::Loops{}),
-                                         table<double>(rules::Loops{})};
+                                         table<double>(rules::Loops{}),
+                                         {load_blocks<false>, load_blocks<true>},
+                                         {store_blocks<false>, store_blocks<true>}};
 
 }  // namespace fusestep::cpu

@@ -1,7 +1,11 @@
 #include "cpu/tile_access.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+
+#include "cpu/dispatch.h"
 
 namespace fusestep::cpu {
 namespace {
@@ -51,6 +55,7 @@ bool has_contiguous_rows(const Block& block) {
 
 template <class T>
 void TileAccess<T>::load(const Block& block, T* buffer) const {
+  if (is_in_blocks(block.dtype)) return load_blocks(block, buffer);
   if (has_contiguous_rows(block)) {
     const auto load_run = kernels_.load[static_cast<int>(block.dtype)];
     for (std::int64_t r = 0; r < block.rows; ++r)
@@ -84,6 +89,8 @@ void TileAccess<T>::store(const T* buffer, const Block& block) const {
 template <class T>
 void TileAccess<T>::store(const T* buffer, const Block& block, TileRandom random,
                           std::int64_t first) const {
+  if (is_in_blocks(block.dtype)) return store_blocks(buffer, block, random, first);
+  if (!is_float(block.dtype)) return;
   const auto store_run = kernels_.store_at_random[static_cast<int>(block.dtype)];
   if (!store_run) return store(buffer, block);
   const auto place = [first](std::int64_t i) { return static_cast<std::uint32_t>(first + i); };
@@ -96,6 +103,34 @@ void TileAccess<T>::store(const T* buffer, const Block& block, TileRandom random
   for_each_element(block, [&](std::byte* at, std::int64_t i) {
     store_run(buffer + i, at, 1, random, place(i));
   });
+}
+
+// A block of elements of one tile.
+template <class T>
+void TileAccess<T>::load_blocks(const Block& block, T* buffer) const {
+  const auto load = active_tier().kernels->load_blocks[is_signed(block.dtype)];
+  if constexpr (std::is_same_v<T, float>) {
+    load(block.data, block.powers, buffer, block.columns);
+  } else {
+    alignas(kCacheLine) float floats[kTileSize];
+    load(block.data, block.powers, floats, block.columns);
+    std::copy_n(floats, block.columns, buffer);
+  }
+}
+
+template <class T>
+void TileAccess<T>::store_blocks(const T* buffer, const Block& block, TileRandom random,
+                                 std::int64_t first) const {
+  const auto store = active_tier().kernels->store_blocks[is_signed(block.dtype)];
+  const auto place = static_cast<std::uint32_t>(first);
+  if constexpr (std::is_same_v<T, float>) {
+    store(buffer, block.data, block.powers, block.columns, random, place);
+  } else {
+    alignas(kCacheLine) float floats[kTileSize];
+    std::transform(buffer, buffer + block.columns, floats,
+                   [](T x) { return static_cast<float>(x); });
+    store(floats, block.data, block.powers, block.columns, random, place);
+  }
 }
 
 template <class T>

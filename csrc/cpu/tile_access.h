@@ -50,6 +50,10 @@ class TileAccess {
   void split(const T* buffer, const Block& upper, const Block& lower) const;
 
  private:
+  void load_blocks(const Block& block, T* buffer) const;
+  void store_blocks(const T* buffer, const Block& block, TileRandom random,
+                    std::int64_t first) const;
+
   const Kernels<T>& kernels_;
 };
 

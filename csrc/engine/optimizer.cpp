@@ -69,10 +69,18 @@ void Optimizer::add(std::string name, PyObject* parameter, const std::vector<PyO
 }
 
 void Optimizer::bind(Slot& slot, PyObject* parameter, const std::vector<PyObject*>& states) {
-  std::vector<arrays::Array> state_arrays;
-  for (std::size_t i = 0; i < states.size(); ++i)
-    state_arrays.push_back(pinned(states[i], {"", slot.state_label(i)}));
-  slot.bind(pinned(parameter, {"", slot.name()}), std::move(state_arrays));
+  std::vector<arrays::Array> state_arrays, powers;
+  for (std::size_t i = 0; i < states.size(); ++i) {
+    const arrays::Label label{"", slot.state_label(i)};
+    if (PyTuple_Check(states[i]) && PyTuple_GET_SIZE(states[i]) == 2) {  // in 8 bits
+      state_arrays.push_back(
+          pinned(arrays::bits_from_object(PyTuple_GET_ITEM(states[i], 0), label)));
+      powers.push_back(pinned(arrays::bits_from_object(PyTuple_GET_ITEM(states[i], 1), label)));
+    } else {
+      state_arrays.push_back(pinned(states[i], label));
+    }
+  }
+  slot.bind(pinned(parameter, {"", slot.name()}), std::move(state_arrays), std::move(powers));
   memory_.reset();
 }
 

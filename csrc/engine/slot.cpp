@@ -77,36 +77,57 @@ Slot::Slot(std::string name, const rules::AnyRule& rule)
       copy_label_("the copy of " + name_),
       lower_half_label_("the lower half of " + name_),
       is_rowwise_(rule.is_rowwise()) {
-  for (const std::string_view state : rule.state_names())
+  for (const std::string_view state : rule.state_names()) {
+    state_is_signed_.push_back(rule.is_signed(state_labels_.size()));
     state_labels_.push_back("the " + std::string(state) + " of " + name_);
+  }
 }
 
-void Slot::bind(Array parameter, std::vector<Array> states) {
+void Slot::bind(Array parameter, std::vector<Array> states, std::vector<Array> powers) {
   check_updatable(parameter, name_);
   if (is_rowwise_) check_has_rows(parameter, name_);
   bool in_double = parameter.dtype == DType::float64;
   for (std::size_t i = 0; i < states.size(); ++i) {
-    const Array& state = states[i];
-    const std::string& label = state_labels_.at(i);
-    if (!has_state_shape(state, parameter))
-      throw ValueError(label + " has shape " + shape_text(state) + "; expected " +
-                       (is_rowwise_ ? "one element for each row of " : "") + shape_text(parameter));
-    if (state.dtype == DType::float16 || (is_rowwise_ && state.dtype == DType::bfloat16))
-      throw TypeError(label + " has dtype " + name_of(state.dtype) + "; expected float32" +
-                      (is_rowwise_ ? " or float64" : ", float64 or bfloat16"));
-    if (state.device != parameter.device)
-      throw ValueError(label + " is on " + name_of(state.device) + "; expected " +
-                       name_of(parameter.device));
-    check_updatable(state, label);
-    in_double = in_double || state.dtype == DType::float64;
+    check_state(parameter, states[i], powers.empty() ? nullptr : &powers.at(i),
+                state_labels_.at(i));
+    in_double = in_double || states[i].dtype == DType::float64;
   }
   parameter_ = std::move(parameter);
   states_ = std::move(states);
+  powers_ = std::move(powers);
   has_narrow_state_ =
       std::ranges::any_of(states_, [](const Array& state) { return item_size(state.dtype) < 4; });
   work.compute = in_double ? DType::float64 : DType::float32;
   known_ = {};
   find_order();
+}
+
+void Slot::check_state(const Array& parameter, const Array& state, const Array* powers,
+                       const std::string& label) const {
+  if (!has_state_shape(state, parameter))
+    throw ValueError(label + " has shape " + shape_text(state) + "; expected " +
+                     (is_rowwise_ ? "one element for each row of " : "") + shape_text(parameter));
+  const bool is_narrow = state.dtype == DType::bfloat16 || is_in_blocks(state.dtype);
+  if (state.dtype == DType::float16 || state.dtype == DType::bits16 || (is_rowwise_ && is_narrow))
+    throw TypeError(label + " has dtype " + name_of(state.dtype) + "; expected float32" +
+                    (is_rowwise_ ? " or float64" : ", float64 or bfloat16"));
+  if (state.device != parameter.device)
+    throw ValueError(label + " is on " + name_of(state.device) + "; expected " +
+                     name_of(parameter.device));
+  check_updatable(state, label);
+  if (is_in_blocks(state.dtype) != (powers != nullptr))
+    throw TypeError(label + " has dtype " + name_of(state.dtype) +
+                    (powers ? ", and comes with powers" : ", and comes without powers"));
+  if (!powers) return;
+  if (parameter.device.kind == Device::cuda)
+    throw TypeError(name_ + " is on " + name_of(parameter.device) +
+                    ", where state has float64, float32 or bfloat16; 8 bits are for the CPU");
+  const std::int64_t blocks = blocks_of(parameter.size);
+  if (!state.c_contiguous || !powers->c_contiguous || powers->dtype != DType::bits8 ||
+      powers->size != blocks || !powers->writable || powers->device != state.device)
+    throw ValueError(label + " must be in C order, with " + std::to_string(blocks) +
+                     " powers of uint8, one for each block of " + std::to_string(kBlockElements) +
+                     " elements");
 }
 
 bool Slot::has_state_shape(const Array& state, const Array& parameter) const {
@@ -118,6 +139,7 @@ bool Slot::has_state_shape(const Array& state, const Array& parameter) const {
 void Slot::occupy(OccupiedMemory& memory) const {
   memory.add(parameter_, name_);
   for (std::size_t i = 0; i < states_.size(); ++i) memory.add(states_[i], state_labels_[i]);
+  for (std::size_t i = 0; i < powers_.size(); ++i) memory.add(powers_[i], state_labels_[i]);
   if (average_) memory.add(*average_, average_label_);
   if (copy_) memory.add(*copy_, copy_label_);
   if (lower_half_) memory.add(*lower_half_, lower_half_label_);
@@ -137,6 +159,7 @@ void Slot::check_is_current() const {
   };
   check(parameter_, name_);
   for (std::size_t i = 0; i < states_.size(); ++i) check(states_[i], state_labels_[i]);
+  for (std::size_t i = 0; i < powers_.size(); ++i) check(powers_[i], state_labels_[i]);
   if (average_) check(*average_, average_label_);
   if (copy_) check(*copy_, copy_label_);
   if (lower_half_) check(*lower_half_, lower_half_label_);
@@ -174,6 +197,11 @@ void Slot::check_memory(const Array& gradient, const OccupiedMemory& memory, boo
 void Slot::prepare_rows(const Array& values, std::span<const std::int64_t> numbers,
                         const OccupiedMemory& memory, bool clears_gradient) {
   check_rows(values, numbers, memory, clears_gradient);
+  if (has_blocks()) {
+    select_all();
+    part_.rows = &rows_;
+    check_moves_whole_blocks();
+  }
   plan_rows(values, work, rows_);
 }
 
@@ -282,6 +310,9 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
   select_all();
   if (update.choice) select(*update.choice, update.draw);
   if (is_rowwise_) check_selects_rows();
+  if (numbers) check_has_rows(parameter_, name_);
+  part_.rows = numbers ? &rows_ : nullptr;
+  if (has_blocks()) check_moves_whole_blocks();
   if (is_on_gpu() && !is_rowwise_ && update.moves_parts()) check_state_has_one_layout();
   if (numbers)
     check_rows(gradient, *numbers, memory, clears_gradient);
@@ -291,7 +322,6 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
     check_samples(gradient, memory, clears_gradient);
   else
     check_gradient(gradient, memory, clears_gradient);
-  part_.rows = numbers ? &rows_ : nullptr;
   part_.samples = nullptr;
   part_.outer = nullptr;
   if (update.samples && adds_up_before())
@@ -304,6 +334,19 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
     plan_part(moved_by(update));
   whole_gradient_.view(gradient.operand(), gradient.geometry());
   work.whole_gradient = {&whole_gradient_, update.is_outer ? 0 : gradient.size};
+}
+
+void Slot::check_moves_whole_blocks() const {
+  if (part_.tracks) return;  // all state sees the gradient
+  std::int64_t granule = part_.top ? 1 : part_.selected.granule();
+  if (part_.rows) granule = std::gcd(granule, row_size());
+  if (granule % kBlockElements == 0) return;
+  const std::string block = std::to_string(kBlockElements);
+  throw ValueError("the state of " + name_ + " is in blocks of " + block +
+                   " elements (state_dtype='int8'), of which a step would move a part: " +
+                   (part_.rows ? "give rows of a multiple of " + block + " elements"
+                               : "select blocks of a multiple of " + block) +
+                   ", or use state_dtype='bfloat16'");
 }
 
 void Slot::check_can_choose(const selections::Choice& choice, bool is_of_rows) const {
@@ -378,6 +421,7 @@ void Slot::plan_part(const Array& gradient) {
   forget_plan(work);
   plan_others(work);
   part_.lower_half = work.lower_half;
+  part_.has_blocks = has_blocks();
   part_.size = parameter_.size;
   part_.operands = static_cast<int>(count);
   part_.everything.select_all(part_.size);
@@ -388,7 +432,7 @@ void Slot::plan_part(const Array& gradient) {
     part_.listed.select_blocks(part_.size, part_.row_size, std::move(listed));
   }
   for (std::size_t i = 0; i < count; ++i)
-    part_.operand[i].view(arrays[i]->operand(), arrays[i]->geometry());
+    part_.operand[i].view(operand(i, *arrays[i]), arrays[i]->geometry());
   work.part = &part_;
 }
 
@@ -554,6 +598,16 @@ Slot::Operands Slot::operands(const Array& gradient) const {
   return operands;
 }
 
+// The i-th of these as the kernels see it.
+Operand Slot::operand(std::size_t i, const Array& array) const {
+  Operand operand = array.operand();
+  if (i < kState || i - kState >= powers_.size()) return operand;
+  const std::size_t state = i - kState;
+  operand.powers = powers_[state].data;
+  if (state_is_signed_[state]) operand.dtype = DType::signed_bits8;
+  return operand;
+}
+
 // What there is besides the parameter, its gradient and its state, in the order of operands().
 void Slot::plan_others(Work& work) const {
   work.rule_operands = kState + (is_rowwise_ ? 0 : static_cast<int>(states_.size()));
@@ -574,7 +628,7 @@ void Slot::plan(const Array& gradient) {
   Iteration& iteration = work.iteration;
   forget_plan(work);
   plan_others(work);
-  for (std::size_t i = 0; i < count; ++i) iteration.operand[i] = arrays[i]->operand();
+  for (std::size_t i = 0; i < count; ++i) iteration.operand[i] = operand(i, *arrays[i]);
 
   if (all_in_c_order_ && gradient.c_contiguous)
     return iteration.plan_dense(parameter_.size, static_cast<int>(count));
@@ -599,7 +653,7 @@ void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows) con
   }
   std::array<Geometry, kMaxOperands> geometry;
   for (std::size_t i = 0; i < count; ++i) {
-    iteration.operand[i] = arrays[i]->operand();
+    iteration.operand[i] = operand(i, *arrays[i]);
     const auto [shape, strides] = arrays[i]->geometry();
     rows.stride[i] = strides[0];
     geometry[i] = {shape.subspan(1), strides.subspan(1)};

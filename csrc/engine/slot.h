@@ -32,9 +32,11 @@ class Slot {
  public:
   Slot(std::string name, const rules::AnyRule& rule);
 
-  // Says where the parameter and its state lie: pinned views. Throws TypeError or ValueError for
-  // arrays that a step could not update, and leaves the slot as it was.
-  void bind(arrays::Array parameter, std::vector<arrays::Array> states);
+  // Says where the parameter and its state lie: pinned views. State in 8 bits comes with the
+  // powers that its blocks share (core/blocks.h), one array for each piece of state. Throws
+  // TypeError or ValueError for arrays that a step could not update, and leaves the slot as it was.
+  void bind(arrays::Array parameter, std::vector<arrays::Array> states,
+            std::vector<arrays::Array> powers = {});
 
   const std::string& name() const { return name_; }
   const std::string& state_label(std::size_t i) const { return state_labels_.at(i); }
@@ -124,6 +126,14 @@ class Slot {
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
 
+  // Whether its state is in blocks (core/blocks.h), which a step moves whole, in C order.
+  bool has_blocks() const { return !powers_.empty(); }
+
+  // Whether it has to be walked like a part, for that reason alone.
+  bool is_walked_in_c_order(const arrays::Array& gradient) const {
+    return has_blocks() && !is_in_c_order(gradient);
+  }
+
   // Whether its state has less than 32 bits, and is rounded at random.
   bool has_narrow_state() const { return has_narrow_state_; }
 
@@ -183,14 +193,19 @@ class Slot {
     void add(const arrays::Array& one) { array[count++] = &one; }
   };
   Operands operands(const arrays::Array& gradient) const;
+  Operand operand(std::size_t i, const arrays::Array& array) const;
+  void check_state(const arrays::Array& parameter, const arrays::Array& state,
+                   const arrays::Array* powers, const std::string& label) const;
+  void check_moves_whole_blocks() const;
   void plan_others(Work& work) const;
   void check_follower(const arrays::Array& array, const std::string& label) const;
   void find_order();
 
   std::string name_, average_label_, copy_label_, lower_half_label_;
   arrays::Array parameter_;
-  std::vector<arrays::Array> states_;
+  std::vector<arrays::Array> states_, powers_;
   std::vector<std::string> state_labels_;
+  std::vector<bool> state_is_signed_;
   const bool is_rowwise_;       // its state has one element for each row
   bool all_in_c_order_ = true;  // the parameter and its state
   bool has_narrow_state_ = false;

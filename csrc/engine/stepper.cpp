@@ -84,7 +84,7 @@ void Stepper::prepare(std::vector<Update>& updates, const OccupiedMemory& memory
   find_room_for_sums(updates);
   for (const Update& update : updates) {
     Slot& slot = *update.slot;
-    if (update.samples || update.moves_parts())
+    if (update.samples || update.moves_parts() || slot.is_walked_in_c_order(update.gradient))
       slot.prepare_part(update, memory, arguments.zero_grad);
     else if (update.row_numbers)
       slot.prepare_rows(update.gradient, *update.row_numbers, memory, arguments.zero_grad);

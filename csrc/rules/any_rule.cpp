@@ -31,6 +31,8 @@ class Chosen final : public AnyRule {
 
   double initial_state() const override { return Rule<float>::initial_state(options_); }
 
+  bool is_signed(std::size_t state) const override { return Rule<float>::is_signed(state); }
+
   Progress advance(const Progress& progress) const override {
     return Rule<float>::advance(options_, progress);
   }

@@ -22,6 +22,9 @@ class AnyRule {
   virtual std::vector<std::string_view> scalar_names() const = 0;
   virtual double initial_state() const = 0;
 
+  // Whether a piece of state, by its place among the names, may be negative.
+  virtual bool is_signed(std::size_t state) const = 0;
+
   // Whether the state has one element for each row (along the first axis) of the parameter.
   virtual bool is_rowwise() const = 0;
 

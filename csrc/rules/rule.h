@@ -11,6 +11,7 @@
 //     state_names(options)        torch.optim's names, in the order of the call operator
 //     scalar_names()              torch.optim's names of what it keeps of Progress, in its order
 //     initial_state(options)      the value every state element starts from
+//     is_signed(state)            whether a piece of state may be negative, in that order
 //     advance(options, progress)  what a step does to the parameter's scalars
 //
 // A rule that linear models use has its step in pieces, too. For an importance-aware step
@@ -24,6 +25,7 @@
 // the result is a fixed sequence of correctly rounded operations (contraction is off in the build).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string_view>
 #include <tuple>

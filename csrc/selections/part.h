@@ -24,6 +24,7 @@ struct Part {
   std::int64_t size = 0;  // elements of the parameter
   int operands = 0;
   std::array<FlatArray, kMaxOperands> operand;
+  bool has_blocks = false;  // of state, which move whole (core/blocks.h)
   int lower_half = 0;  // of them, that of the parameter, where it is kept in two (core/split.h)
 
   Selection selected;   // whose value may change

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _cpu, _narrow
 from ._arrays import backend_of
 
 if TYPE_CHECKING:
-    from ._arrays import ArrayDescription
+    from ._arrays import ArrayDescription, Backend
 
 
-_STATE_DTYPES = ("float32", "float64", "bfloat16")
+_STATE_DTYPES = ("float32", "float64", "bfloat16", _narrow.DTYPE)
 
 
 def state_dtype_for(state_dtype: str | None, parameter: ArrayDescription) -> str:
@@ -43,15 +45,132 @@ def check_state_dtype(value: Any) -> str | None:
     raise ValueError(f"state_dtype is {value!r}; expected None, {expected}")
 
 
-def as_state(value: Any, label: str, like: Any) -> Any:
-    """Return a copy of a loaded value, where `like` is, that fits into it.
+def new(
+    parameter: ArrayDescription, backend: Backend, dtype: str, fill: float, *, is_signed: bool
+) -> Any:
+    """Return a new piece of state: an array, or blocks of 8 bits."""
+    if dtype != _narrow.DTYPE:
+        return backend.new(parameter, dtype, fill)
+    if parameter.device != "cpu":
+        raise ValueError(
+            f"state_dtype='int8' is for parameters on the CPU; one is on {parameter.device}: use "
+            "state_dtype='bfloat16'"
+        )
+    if fill == 0:
+        size = int(np.prod(parameter.shape, dtype=np.int64))
+        powers = np.zeros(-(-size // _cpu.elements_of_block), np.uint8)
+        return _narrow.Blocks(np.zeros(parameter.shape, np.uint8), powers)
+    return _narrow.encode(np.full(parameter.shape, fill, np.float32), is_signed)
 
-    It is rounded, to nearest, where `like` is of bfloat16; see :func:`conversion`.
+
+def entries(name: str, value: Any) -> dict[str, Any]:
+    """Return a piece of state as a state dict has it."""
+    if isinstance(value, _narrow.Blocks):
+        return {name: value.codes, _narrow.powers_name(name): value.powers}
+    return {name: value}
+
+
+def taken(entry: dict[Any, Any], name: str) -> Any:
+    """Take a piece of state from an entry of a state dict; None where there is none."""
+    value, powers = (entry.pop(key, None) for key in (name, _narrow.powers_name(name)))
+    return value if powers is None else _narrow.Blocks(value, powers)
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a piece of state."""
+    if isinstance(value, _narrow.Blocks):
+        return _narrow.Blocks(*(array.copy() for array in value))
+    return backend_of(value).copy(value)
+
+
+def assign(target: Any, value: Any) -> None:
+    """Write a piece of state, or a number, to another."""
+    pairs = [(target, value)]
+    if isinstance(target, _narrow.Blocks):
+        source = value
+        if not isinstance(value, _narrow.Blocks):
+            source = _narrow.encode(np.full(target.codes.shape, value, np.float32), is_signed=False)
+        pairs = list(zip(target, source, strict=True))
+    for array, source in pairs:
+        backend_of(array).assign(array, source)
+
+
+class Conversions(set[tuple[str, str]]):
+    """From which dtypes state that is loaded is converted, and to which."""
+
+    def note(self, found: Any, wanted: Any, own: Any) -> None:
+        """Add one, unless state was in the parameter's own dtype, as torch keeps it."""
+        if _name(found) not in ("", _name(wanted), _name(own)):
+            self.add((_name(found), _name(wanted)))
+
+    def warn(self, stacklevel: int) -> None:
+        """Say so, once, to the caller so many frames up."""
+        if self:
+            text = ", ".join(f"from {one} to {other}" for one, other in sorted(self))
+            warnings.warn(f"state is converted {text}", UserWarning, stacklevel=stacklevel)
+
+
+def fitting(
+    value: Any, label: str, like: Any, own: Any, conversions: Conversions, *, is_signed: bool
+) -> Any:
+    """Return a copy of a loaded piece of state that fits into `like`: an array, or blocks.
+
+    State of 8 or 16 bits is converted to and from other dtypes, rounded to nearest. `own` is the
+    parameter's dtype.
 
     Raises
     ------
     TypeError
-        If it is not an array of floats, or copying would round it to another dtype.
+        If it is not an array of floats, or copying would round it to float32.
+    ValueError
+        If its shape is not that of `like`.
+    """
+    is_narrow = isinstance(like, _narrow.Blocks)
+    if isinstance(value, _narrow.Blocks):
+        blocks = _checked(value, label, like.codes if is_narrow else like)
+        if is_narrow:
+            return blocks
+        conversions.note(_narrow.DTYPE, like.dtype, own)
+        floats = _narrow.decode(blocks, is_signed)
+        return as_state(floats, label, like, narrows=_name(like.dtype) == "bfloat16")
+    if is_narrow:
+        shape = np.empty(like.codes.shape, np.float32)
+        floats = as_state(value, label, shape, narrows=True)
+        conversions.note(value.dtype, _narrow.DTYPE, own)
+        return _narrow.encode(floats, is_signed)
+    conversions.note(getattr(value, "dtype", ""), like.dtype, own)
+    return as_state(value, label, like, narrows=_name(like.dtype) == "bfloat16")
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def _checked(blocks: _narrow.Blocks, label: str, like: Any) -> _narrow.Blocks:
+    codes, powers = (np.array(backend_of(array).to_numpy(array)) for array in blocks)
+    if codes.dtype != np.uint8 or powers.dtype != np.uint8:
+        raise TypeError(
+            f"{label} has dtypes {codes.dtype} and {powers.dtype}; expected uint8 for state in "
+            "8 bits"
+        )
+    count = -(-codes.size // _cpu.elements_of_block)
+    if codes.shape != tuple(like.shape) or powers.shape != (count,):
+        raise ValueError(
+            f"{label} has shapes {codes.shape} and {powers.shape}; expected {tuple(like.shape)} "
+            f"and ({count},)"
+        )
+    return _narrow.Blocks(codes, powers)
+
+
+def as_state(value: Any, label: str, like: Any, *, narrows: bool = False) -> Any:
+    """Return a copy of a loaded value, where `like` is, that fits into it without loss.
+
+    With `narrows`, rounded where need be.
+
+    Raises
+    ------
+    TypeError
+        If it is not an array of floats, or copying would round it.
     ValueError
         If its shape is not that of `like`.
     """
@@ -65,33 +184,11 @@ def as_state(value: Any, label: str, like: Any) -> Any:
         raise TypeError(f"{label} has dtype {array.dtype}; expected floats")
     if array.shape != tuple(like.shape):
         raise ValueError(f"{label} has shape {array.shape}; expected {tuple(like.shape)}")
-    if _name_of(like) == "bfloat16":
-        return backend_of(like).from_numpy(array.astype(np.float32), like)
-    dtype = np.dtype(_name_of(like))
-    if not np.can_cast(array.dtype, dtype, "safe"):
+    dtype = np.dtype(_name(like.dtype))
+    if not narrows and not np.can_cast(array.dtype, dtype, "safe"):
         advice = "; create the optimizer with state_dtype='float64'"
         raise TypeError(
             f"{label} has dtype {array.dtype}, which would be rounded to {dtype}"
             + (advice if array.dtype == np.float64 else "")
         )
     return backend_of(like).from_numpy(array, like)
-
-
-def conversion_of(value: Any, label: str, like: Any, parameter: ArrayDescription) -> str | None:
-    """Say that a loaded value is not in the dtype of `like`; None where it need not be said.
-
-    It need not where it is in the parameter's own, as torch keeps state.
-    """
-    if _name_of(value) in ("", _name_of(like), parameter.dtype):
-        return None
-    return conversion(label, _name_of(value), _name_of(like))
-
-
-def conversion(label: str, old: Any, new: Any) -> str:
-    """Say that state which is being loaded was in another dtype."""
-    return f"{label} is loaded as {new}; it was saved as {old} (and so may other state)"
-
-
-def _name_of(array: Any) -> str:
-    """Return an array's dtype, of whatever library."""
-    return str(getattr(array, "dtype", "")).rpartition(".")[2]

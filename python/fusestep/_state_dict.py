@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _anchors, _arrays, _averages, _cpu, _penalties
+from . import _anchors, _arrays, _averages, _cpu, _penalties, _state
 from ._arrays import backend_of
 from ._hyperparameters import check_seed, number
-from ._state import as_state, conversion_of
+from ._state import as_state
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -37,8 +36,9 @@ _MOST = 2**53
 def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
     """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones."""
     state = optimizer.state
-    for entry in state.values() if copy else ():
-        entry.update({x: backend_of(entry[x]).copy(entry[x]) for x in optimizer._state_names})
+    for i, entry in enumerate(state.values()) if copy else ():
+        for name, value in optimizer._arrays[i].items():
+            entry.update(_state.entries(name, _state.copied(value)))
     for entry, average in zip(state.values(), optimizer._averages, strict=False):
         entry[_averages.ENTRY] = backend_of(average).copy(average) if copy else average
     for i, entry in enumerate(state.values()):
@@ -111,7 +111,6 @@ class _Entry:
     average: Any = None  # None: it begins anew, at the parameter
     # Elements of a block, and updates and products of momenta of each, where they differ.
     blocks: tuple[int, npt.NDArray[np.uint32], npt.NDArray[np.float64]] | None = None
-    conversion: str | None = None  # what is to be said of the dtypes that it came in
 
 
 @dataclass
@@ -156,19 +155,21 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
     saved_keys = _match_keys(optimizer, group)
     state = mapping(state_dict["state"], "'state'")
     expect_keys(state, "'state'", set(), set(saved_keys))
-    entries = [_check_entry(optimizer, i, state.get(key)) for i, key in enumerate(saved_keys)]
-    for conversion in filter(None, (entry.conversion for entry in entries)):
-        warnings.warn(conversion, UserWarning, stacklevel=4)
-        break  # one says it
+    conversions = _state.Conversions()
+    entries = [
+        _check_entry(optimizer, i, state.get(key), conversions) for i, key in enumerate(saved_keys)
+    ]
 
     most = max((entry.step for entry in entries), default=0)
-    return Plan(
+    plan = Plan(
         entries,
         hyperparameters,
         count("steps", counters.get("steps", most)),
         count("skipped_steps", counters.get("skipped_steps", 0)),
         check_seed(counters.get("seed", optimizer.seed)),
     )
+    conversions.warn(stacklevel=5)  # before anything changes
+    return plan
 
 
 def apply(optimizer: Optimizer, plan: Plan) -> None:
@@ -177,7 +178,7 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
     initial = optimizer._initial_state()
     for i, entry in enumerate(plan.entries):
         for target, source in zip(optimizer._arrays[i].values(), entry.arrays, strict=True):
-            backend_of(target).assign(target, initial if source is None else source)
+            _state.assign(target, initial if source is None else source)
         optimizer._native.set_progress(i, entry.step, entry.momentum_product)
         if optimizer.rows == "exact":  # what is still to be made up for is no longer to be
             optimizer._native.set_missed_steps(i, np.zeros_like(entry.missed), [])
@@ -264,7 +265,9 @@ def _match_keys(optimizer: Optimizer, group: Mapping[Any, Any]) -> list[Any]:
     return saved
 
 
-def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
+def _check_entry(
+    optimizer: Optimizer, i: int, entry: Any, conversions: _state.Conversions
+) -> _Entry:
     names = optimizer._state_names
     parameter = optimizer._parameters.labels[i]
     label = f"the state of {parameter}"
@@ -284,6 +287,8 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     elements = int(np.prod(described.shape, dtype=np.int64))
     has_products = "mu_product" in optimizer._scalar_names
     blocks = taken_blocks(entry, parameter, elements, has_products, optimizer.rows)
+    arrays_of = {name: _state.taken(entry, name) for name in names}
+    entry.update({name: value for name, value in arrays_of.items() if value is not None})
     scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry
     # Where torch keeps no step (SGD), state says that there was one, and no more is needed.
@@ -291,17 +296,26 @@ def _check_entry(optimizer: Optimizer, i: int, entry: Any) -> _Entry:
     expect_keys(entry, label, (scalars | set(names)) - optional, optional)
 
     like = optimizer._arrays[i]
-    there = {name: (entry[name], f"the {name} of {parameter}") for name in names if name in entry}
-    arrays = [as_state(*there[name], like[name]) if name in there else None for name in names]
-    conversions = (conversion_of(*value, like[x], described) for x, value in there.items())
+    arrays = [
+        _state.fitting(
+            entry[name],
+            f"the {name} of {parameter}",
+            like[name],
+            described.dtype,
+            conversions,
+            is_signed=optimizer._state_signs[name],
+        )
+        if name in entry
+        else None
+        for name in names
+    ]
     step = count("step", entry.get("step", int(has_state)))
     if names and not has_state:
         step = 0  # whatever it says: without a momentum buffer the next step is the first
     product = number("mu_product", entry.get("mu_product", 1.0))
     if not 0 <= product <= 1:
         raise ValueError(f"mu_product is {product!r}; expected a number in [0, 1]")
-    converted = next(filter(None, conversions), None)
-    return _Entry(step, product, arrays, missed, recent, anchor, average, blocks, converted)
+    return _Entry(step, product, arrays, missed, recent, anchor, average, blocks)
 
 
 def taken_blocks(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _anchors, _arrays, _averages, _penalties
+from . import _anchors, _arrays, _averages, _narrow, _penalties
 from ._arrays import backend_of, has_backend
 
 if TYPE_CHECKING:
@@ -41,14 +41,10 @@ def resize(optimizer: Optimizer, name: str | int, n_rows: int, init: Any) -> Any
         optimizer._native.flush()
     table = _grown(optimizer, (i, None), old, count)
     states = {
-        state: _grown(optimizer, (i, state), array, count)
+        state: _grown_state(optimizer, i, state, array, count)
         for state, array in optimizer._arrays[i].items()
     }
     backend_of(table).assign(table[old.shape[0] :], values)
-    initial = optimizer._initial_state()
-    for array in states.values():
-        backend_of(array).assign(array[old.shape[0] :], initial)
-
     average = None
     if optimizer._averages:
         average = _grown(optimizer, (i, _averages.ENTRY), optimizer._averages[i], count)
@@ -97,6 +93,17 @@ def check_init(init: Any, shape: tuple[int, ...], label: str) -> npt.NDArray[Any
             f"the new rows of {label} have shape {shape}; init has shape {values.shape}"
         )
     return values if values.dtype.kind == "f" else values.astype(np.float64)
+
+
+def _grown_state(optimizer: Optimizer, i: int, name: str, old: Any, count: int) -> Any:
+    """Return a piece of state with so many rows: the old ones, and new ones as they begin."""
+    initial = optimizer._initial_state()
+    if isinstance(old, _narrow.Blocks):
+        rows = np.full((count - old.codes.shape[0], *old.codes.shape[1:]), initial, np.float32)
+        return _narrow.grown(old, rows, optimizer._state_signs[name])
+    table = _grown(optimizer, (i, name), old, count)
+    backend_of(table).assign(table[old.shape[0] :], initial)
+    return table
 
 
 def _grown(optimizer: Optimizer, key: tuple[int, str | None], old: Any, count: int) -> Any:

@@ -165,6 +165,7 @@ class Optimizer:
         "_scalar_names",
         "_state_dtype",
         "_state_names",
+        "_state_signs",
         "_swapped",
     )
 
@@ -224,6 +225,11 @@ class Optimizer:
                 "they do not reach, what rows have missed: leave out one of them"
             )
 
+        if self._state_dtype == "int8" and self._rows == "exact":
+            raise ValueError(
+                "rows='exact' rounds state whenever rows are read, which 8 bits are too few for: "
+                "use state_dtype='bfloat16'"
+            )
         if ema_decay is not None and self._rows == "exact":
             raise ValueError(
                 "rows='exact' makes up for missed steps in one move, of which an average would "
@@ -235,6 +241,9 @@ class Optimizer:
         self._decay_mask = _parameters.mask(self._parameters, decay_mask, "decay_mask")
         options = self._native_options(self._hyperparameters)
         self._state_names, self._scalar_names, fill = _cpu.describe_rule(self._rule, options)
+        self._state_signs = dict(
+            zip(self._state_names, _cpu.state_signs(self._rule, options), strict=True)
+        )
         self._arrays: list[dict[str, Any]] = [
             self._new_state(array, label, fill)
             for array, label in zip(self._parameters.arrays, self._parameters.labels, strict=True)
@@ -579,9 +588,15 @@ class Optimizer:
         The arrays are the ones the next step updates, not copies; :meth:`state_dict` copies.
         """
         return {
-            key: {**self._scalars(i), **self._arrays[i]}
+            key: {**self._scalars(i), **self._state_entries(i)}
             for i, key in enumerate(self._parameters.keys)
         }
+
+    def _state_entries(self, i: int) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for name, value in self._arrays[i].items():
+            entries.update(_state.entries(name, value))
+        return entries
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of everything but the parameters, in the form of ``torch.optim``.
@@ -808,7 +823,10 @@ class Optimizer:
             self._state_dtype, parameter
         )
         backend = _arrays.backend_for_state(array, parameter)
-        return {name: backend.new(parameter, dtype, fill) for name in self._state_names}
+        return {
+            name: _state.new(parameter, backend, dtype, fill, is_signed=self._state_signs[name])
+            for name in self._state_names
+        }
 
     def _initial_state(self) -> float:
         return _cpu.describe_rule(self._rule, self._native_options(self._hyperparameters))[-1]

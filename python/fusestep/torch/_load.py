@@ -11,7 +11,7 @@ import torch
 from .._averages import ENTRY as AVERAGE
 from .._averages import check_decay
 from .._hyperparameters import check_seed, clip_value, flag, max_norm, number
-from .._state import conversion
+from .._state import Conversions
 from .._state_dict import BLOCK_ENTRIES, count, expect_keys, mapping, taken_missed_steps
 from . import _anchors, _masters, _selections, _state
 
@@ -63,37 +63,25 @@ def fitted_state(
     saved: Mapping[Any, Any],
     places: Sequence[tuple[Any, Tensor, str, Rule]],
     optimizer: Optimizer,
-) -> tuple[defaultdict[Any, Any], str | None]:
-    """Return a copy of a saved state that fits an optimizer's parameters, and a warning or None.
+) -> tuple[defaultdict[Any, Any], Conversions]:
+    """Return a copy of a saved state that fits an optimizer's parameters, and what it converts.
 
     `places` has, for each parameter, its key in `saved`, itself, what error messages call it, and
-    its rule. What belongs to no parameter is taken over as it is. The warning is of state in a
-    dtype that is neither the optimizer's nor the parameter's, as in torch.
+    its rule. What belongs to no parameter is taken over as it is.
     """
     state: defaultdict[Any, Any] = defaultdict(dict)
-    warning = None
+    conversions = Conversions()
     for key, parameter, label, rule in places:
         if key in saved:
             entry = mapping(saved[key], f"the state of {label}")
             fitted = _fitted_entry(entry, parameter, label, rule, optimizer)
             if fitted or not entry:  # there may have been nothing but missed steps
                 state[parameter] = fitted
-            for name in rule.states:
-                warning = warning or _conversion(name, entry, fitted, parameter, label)
+            for name in fitted.keys() & rule.states:
+                conversions.note(entry[name].dtype, fitted[name].dtype, parameter.dtype)
     keys = {key for key, *_ in places}
     state.update({key: value for key, value in saved.items() if key not in keys})
-    return state, warning
-
-
-def _conversion(
-    name: str, entry: Mapping[str, Any], fitted: Mapping[str, Any], parameter: Tensor, label: str
-) -> str | None:
-    """Say what has become of state that was in another dtype; None where it need not be said."""
-    if name not in fitted or fitted[name].dtype == entry[name].dtype:
-        return None
-    if entry[name].dtype == parameter.dtype:  # as torch keeps it
-        return None
-    return conversion(f"the {name} of {label}", entry[name].dtype, fitted[name].dtype)
+    return state, conversions
 
 
 def missed_steps(

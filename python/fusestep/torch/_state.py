@@ -28,7 +28,13 @@ _COMPLEX = {
 
 def checked_dtype(value: Any) -> str | None:
     """Return None or the name of a dtype for what a user gave as ``state_dtype``."""
-    return check_state_dtype(str(value)[6:] if isinstance(value, torch.dtype) else value)
+    name = check_state_dtype(str(value)[6:] if isinstance(value, torch.dtype) else value)
+    if name == "int8":
+        raise ValueError(
+            f"state_dtype is {value!r}; expected None, torch.float32, torch.float64 or "
+            "torch.bfloat16"
+        )
+    return name
 
 
 def dtype_for(state_dtype: str | None, parameter: Tensor) -> torch.dtype:

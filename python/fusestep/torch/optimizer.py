@@ -1145,15 +1145,14 @@ class Optimizer(torch.optim.Optimizer):
             (key, parameter, label, rule)
             for key, (parameter, label), rule in zip(keys, _labelled(groups), rules, strict=True)
         ]
-        state, warning = _load.fitted_state(loaded["state"], places, self)
+        state, conversions = _load.fitted_state(loaded["state"], places, self)
         rule = self._array_class._rule
         missed = _load.missed_steps(loaded["state"], places, rule, self._rows)
         histories = self._histories_of(groups, missed)
         blocks = _selections.restored(_load.block_counts(loaded["state"], places, self._rows))
         extras = _load.checked_extras(loaded)
         ema_decay = extras.pop("ema_decay", self._ema_decay)
-        if warning is not None:
-            warnings.warn(warning, UserWarning, stacklevel=4)  # before anything changes
+        conversions.warn(stacklevel=5)  # before anything changes
         self.__setstate__({"state": state, "param_groups": groups})
         self._histories = histories
         self._blocks = blocks
