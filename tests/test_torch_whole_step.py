@@ -658,6 +658,12 @@ def test_state_in_bfloat16(name: str, given: Any) -> None:
     assert_close(params, others, 0.1)
 
 
+@pytest.mark.parametrize("bad", ["int8", torch.int8, torch.float16, "half"])
+def test_state_in_other_dtypes(bad: Any) -> None:
+    with pytest.raises(ValueError, match="state_dtype is"):
+        make("Adam", parameters(), state_dtype=bad)
+
+
 def test_anchors_averages_and_complex_state_stay_wide() -> None:
     params = [*parameters(), nn.Parameter(torch.ones(3, dtype=torch.complex64))]
     opt = make("Adam", params, state_dtype="bfloat16", ema_decay=0.5)
