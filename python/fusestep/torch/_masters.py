@@ -66,8 +66,7 @@ def fitted(
 
 def _fitted(name: str, entry: Mapping[str, Any], parameter: Tensor, label: str) -> Tensor:
     if not _state.is_there(entry.get(name)):
-        first = parameter.detach() if name == WIDE else torch.zeros((), dtype=torch.int16)
-        return _like(parameter, first, name)
+        return fresh(parameter, name)
     if name == LOWER_HALF:
         return checked_bits(entry[name], parameter, label)
     master = _state.fitted(entry[name], f"the master of {label}", parameter, torch.float32)
@@ -147,10 +146,10 @@ def loaded(
     return {LOWER_HALF: _like(parameter, _lower_half(found[WIDE].float()), LOWER_HALF)}
 
 
-def grown(parameter: Tensor, name: str) -> Tensor:
-    """Return a master for a table with new rows, which begin where the parameter's do."""
-    first = parameter if name == WIDE else torch.zeros((), dtype=torch.int16)
-    return _like(parameter, first, name)
+def fresh(parameter: Tensor, name: str) -> Tensor:
+    """Return a master of which the parameter has all the digits."""
+    master = _state.new(parameter, _DTYPES[name], 0)
+    return master.copy_(parameter.detach()) if name == WIDE else master
 
 
 def _like(parameter: Tensor, values: Tensor, name: str) -> Tensor:

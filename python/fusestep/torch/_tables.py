@@ -33,7 +33,7 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
     entry = {**optimizer.state.get(parameter, {})}
     for name in (_masters.WIDE, _masters.LOWER_HALF):
         if _state.is_there(entry.get(name)):
-            entry[name] = _grown(entry[name], _masters.grown(table, name))
+            entry[name] = _grown(entry[name], _masters.fresh(table, name))
     if _state.is_there(entry.get(AVERAGE)):
         entry[AVERAGE] = _grown(entry[AVERAGE], _averages.fresh(optimizer, table, table))
     dtype = _state.dtype_for(optimizer._state_dtype, parameter)
