@@ -174,7 +174,7 @@ def test_state_is_widened_but_never_narrowed() -> None:
 @pytest.mark.parametrize(
     ("saved", "into", "becomes", "warns"),
     [
-        (None, "bfloat16", "bfloat16", False),  # in the parameter's own dtype, as torch keeps it
+        (None, "bfloat16", "bfloat16", True),
         ("float64", "bfloat16", "bfloat16", True),
         ("bfloat16", None, "float32", True),
         ("bfloat16", "bfloat16", "bfloat16", False),

@@ -692,15 +692,16 @@ def trained(dtype: Any, state_dtype: Any, cls: Any = None) -> Any:
     ("dtype", "saved", "into", "becomes", "warns"),
     [
         (torch.float32, "bfloat16", None, torch.float32, True),
-        (torch.float32, None, "bfloat16", torch.bfloat16, False),  # torch's layout
+        (torch.float32, None, "bfloat16", torch.bfloat16, True),
         (torch.float32, "float64", "bfloat16", torch.bfloat16, True),
         (torch.float32, "float64", None, torch.float64, False),  # stays what it is
         (torch.float32, None, "float64", torch.float64, False),
         (torch.bfloat16, "bfloat16", None, torch.float32, False),  # torch's layout
         (torch.bfloat16, None, "bfloat16", torch.bfloat16, True),
-        (torch.bfloat16, None, "float64", torch.float64, True),
+        (torch.bfloat16, None, "float64", torch.float64, False),
+        (torch.bfloat16, "bfloat16", "float64", torch.float64, False),
         (torch.bfloat16, "bfloat16", "bfloat16", torch.bfloat16, False),
-        (torch.float64, None, "bfloat16", torch.bfloat16, False),
+        (torch.float64, None, "bfloat16", torch.bfloat16, True),
     ],
 )
 def test_loading_other_dtypes(dtype: Any, saved: Any, into: Any, becomes: Any, warns: bool) -> None:

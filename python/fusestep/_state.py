@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._arrays import ArrayDescription, Backend
 
 
+_NARROW = ("bfloat16", _narrow.DTYPE)
 _STATE_DTYPES = ("float32", "float64", "bfloat16", _narrow.DTYPE)
 
 
@@ -83,6 +84,16 @@ def copied(value: Any) -> Any:
     return backend_of(value).copy(value)
 
 
+def widened(value: Any, dtype: str, *, is_signed: bool) -> Any:
+    """Return a copy of a piece of state that has at least this dtype."""
+    if isinstance(value, _narrow.Blocks):
+        return _narrow.decode(value, is_signed).astype(dtype)
+    like = backend_of(value).empty((), value)
+    if np.dtype(_name(like.dtype)).itemsize >= np.dtype(dtype).itemsize:
+        return copied(value)
+    return np.asarray(backend_of(value).to_numpy(value)).astype(dtype)
+
+
 def assign(target: Any, value: Any) -> None:
     """Write a piece of state, or a number, to another."""
     pairs = [(target, value)]
@@ -99,9 +110,13 @@ class Conversions(set[tuple[str, str]]):
     """From which dtypes state that is loaded is converted, and to which."""
 
     def note(self, found: Any, wanted: Any, own: Any) -> None:
-        """Add one, unless state was in the parameter's own dtype, as torch keeps it."""
-        if _name(found) not in ("", _name(wanted), _name(own)):
-            self.add((_name(found), _name(wanted)))
+        """Add one, if it rounds, or widens state that is narrower than torch would keep it.
+
+        torch keeps state in the parameter's `own` dtype.
+        """
+        old, new = _name(found), _name(wanted)
+        if old not in ("", new) and (new in _NARROW or (old in _NARROW and old != _name(own))):
+            self.add((old, new))
 
     def warn(self, stacklevel: int) -> None:
         """Say so, once, to the caller so many frames up."""
@@ -111,12 +126,12 @@ class Conversions(set[tuple[str, str]]):
 
 
 def fitting(
-    value: Any, label: str, like: Any, own: Any, conversions: Conversions, *, is_signed: bool
+    value: Any, label: str, like: Any, own: str, conversions: Conversions, *, is_signed: bool
 ) -> Any:
     """Return a copy of a loaded piece of state that fits into `like`: an array, or blocks.
 
-    State of 8 or 16 bits is converted to and from other dtypes, rounded to nearest. `own` is the
-    parameter's dtype.
+    State of 8 or 16 bits is converted to and from other dtypes, rounded to nearest. That is noted,
+    unless it is to a wider dtype from the parameter's `own`, in which torch keeps its state.
 
     Raises
     ------

@@ -33,12 +33,20 @@ BLOCK_ENTRIES = ("block_size", "block_steps", "block_mu_products")
 _MOST = 2**53
 
 
-def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
-    """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones."""
+def export(optimizer: Optimizer, *, copy: bool, dtype: str | None = None) -> dict[str, Any]:
+    """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones.
+
+    With a `dtype`, state that is narrower is widened.
+    """
     state = optimizer.state
     for i, entry in enumerate(state.values()) if copy else ():
         for name, value in optimizer._arrays[i].items():
-            entry.update(_state.entries(name, _state.copied(value)))
+            if dtype is None:
+                entry.update(_state.entries(name, _state.copied(value)))
+                continue
+            for part in _state.entries(name, value):
+                del entry[part]
+            entry[name] = _state.widened(value, dtype, is_signed=optimizer._state_signs[name])
     for entry, average in zip(state.values(), optimizer._averages, strict=False):
         entry[_averages.ENTRY] = backend_of(average).copy(average) if copy else average
     for i, entry in enumerate(state.values()):

@@ -1113,8 +1113,8 @@ class Optimizer(torch.optim.Optimizer):
         State is copied, and moved to its parameter's device. It is rounded, to nearest, only by
         optimizers with ``state_dtype=torch.bfloat16``: to others, bfloat16 and float16 state, which
         torch keeps for parameters of these dtypes, becomes float32; float64 state stays what it is.
-        A ``UserWarning`` tells of state that is converted, and was neither in the parameter's dtype
-        nor in this optimizer's.
+        A ``UserWarning`` tells of state that is rounded, and of state in bfloat16 that is widened,
+        unless the parameter is in bfloat16, too, as with torch's classes.
 
         Averages and masters that are not in the state dict, since they were not kept or it is of a
         torch class, begin anew at the parameters; those that this optimizer does not keep are left
