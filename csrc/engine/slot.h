@@ -118,10 +118,13 @@ class Slot {
   // Throws and changes nothing where they do not fit.
   void set_average(arrays::Array average);
   void set_copy(arrays::Array copy);
+  const arrays::Array& average() const { return *average_; }
+  const arrays::Array& copy() const { return *copy_; }
 
   // The parameter, of bfloat16, is the upper half of float32 numbers; this array of 16-bit integers
   // has the lower ones (core/split.h).
   void set_lower_half(arrays::Array lower_half);
+  const arrays::Array& lower_half() const { return *lower_half_; }
 
   // What is rounded at random: narrow state, and a parameter of 16 bits if that is asked for.
   Work::Rounding rounding(bool of_parameter) const;

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._arrays import ArrayDescription, Backend
 
 
+_NARROW = ("bfloat16", _narrow.DTYPE)
 _STATE_DTYPES = ("float32", "float64", "bfloat16", _narrow.DTYPE)
 
 
@@ -106,13 +107,22 @@ def assign(target: Any, value: Any) -> None:
 
 
 class Conversions(set[tuple[str, str]]):
-    """From which dtypes state that is loaded has been converted, and to which."""
+    """From which dtypes state that is loaded is converted, and to which."""
 
-    def warn(self) -> None:
-        """Say so, once."""
+    def note(self, found: Any, wanted: Any, own: Any) -> None:
+        """Add one, if it rounds, or widens state that is narrower than torch would keep it.
+
+        torch keeps state in the parameter's `own` dtype.
+        """
+        old, new = _name(found), _name(wanted)
+        if old not in ("", new) and (new in _NARROW or (old in _NARROW and old != _name(own))):
+            self.add((old, new))
+
+    def warn(self, stacklevel: int) -> None:
+        """Say so, once, to the caller so many frames up."""
         if self:
             text = ", ".join(f"from {one} to {other}" for one, other in sorted(self))
-            warnings.warn(f"state has been converted {text}", UserWarning, stacklevel=4)
+            warnings.warn(f"state is converted {text}", UserWarning, stacklevel=stacklevel)
 
 
 def fitting(
@@ -135,17 +145,16 @@ def fitting(
         blocks = _checked(value, label, like.codes if is_narrow else like)
         if is_narrow:
             return blocks
-        conversions.add((_narrow.DTYPE, _name(like.dtype)))
-        return as_state(_narrow.decode(blocks, is_signed), label, like, narrows=True)
+        conversions.note(_narrow.DTYPE, like.dtype, own)
+        floats = _narrow.decode(blocks, is_signed)
+        return as_state(floats, label, like, narrows=_name(like.dtype) == "bfloat16")
     if is_narrow:
         shape = np.empty(like.codes.shape, np.float32)
         floats = as_state(value, label, shape, narrows=True)
-        conversions.add((_name(value.dtype), _narrow.DTYPE))
+        conversions.note(value.dtype, _narrow.DTYPE, own)
         return _narrow.encode(floats, is_signed)
-    wanted, found = _name(like.dtype), _name(getattr(value, "dtype", ""))
-    if wanted != found and (wanted == "bfloat16" or found == "bfloat16" != own):
-        conversions.add((found, wanted))
-    return as_state(value, label, like, narrows=wanted == "bfloat16")
+    conversions.note(getattr(value, "dtype", ""), like.dtype, own)
+    return as_state(value, label, like, narrows=_name(like.dtype) == "bfloat16")
 
 
 def _name(dtype: Any) -> str:
