@@ -67,10 +67,8 @@ class Configuration:
 CONFIGURATIONS = {
     "state": {
         "float32": Configuration(),
-        "bfloat16": Configuration({"state_dtype": "bfloat16", "stochastic_rounding": True}),
-        "int8": Configuration({"state_dtype": "int8", "stochastic_rounding": True}),
-        "bfloat16, to nearest": Configuration({"state_dtype": "bfloat16"}),
-        "int8, to nearest": Configuration({"state_dtype": "int8"}),
+        "bfloat16": Configuration({"state_dtype": "bfloat16"}),
+        "int8": Configuration({"state_dtype": "int8"}),
     },
     "parameters": {
         "float32": Configuration(pace=0.1),

@@ -24,7 +24,7 @@ import math
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,13 +49,17 @@ from torch_laboratory import measure_after
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from interleave import Samples
     from memory import FloatArray
+    from shapes import Workload
 
 LR, MAX_NORM, LOSS_SCALE, DECAY = 1e-3, 1.0, 1024.0, 0.999
 STEPPED = ("1k", "500x1k", "30M", "gpt2")
 WITH_SMALLER_STATE = "30M"
 THREADS = (1, 2)
 LIMIT = "the limit"
+LOOPS = {"float32": "adam", "bfloat16": "adam, bfloat16", "int8": "adam, int8"}  # by state
+LARGE = 10**7  # elements; with fewer, calls count more than bytes
 
 # Bytes a parameter, where all are float32. Ours: the gradient is read for the norm; then gradient,
 # parameter, two moments and the average are read and written. torch's: gradients unscaled (8), read
@@ -83,12 +87,15 @@ class Contender(NamedTuple):
     nbytes
         Bytes a parameter that it reads and writes; None where that is not known.
     values
-        Returns what has moved: parameters and, where there are any, averages. None for the limit.
+        Returns what has moved: parameters and, where there are any, averages. None for a limit.
+    limit
+        Who reads and writes the same bytes, by name.
     """
 
     step: Callable[[], object]
-    nbytes: float | None
-    values: Callable[[], list[Any]] | None
+    nbytes: float | None = None
+    values: Callable[[], list[Any]] | None = None
+    limit: str | None = None
 
 
 Contenders = dict[str, Contender]
@@ -109,9 +116,11 @@ def whole_steps(grads: list[FloatArray], decay: float | None) -> Contenders:
         "fusestep, NumPy": our_arrays(grads, decay),
         "torch": their_sequence(grads, decay),
     }
-    if decay is not None and limit.why_not() is None:
-        contenders[LIMIT] = whole_limit(grads)
-    return contenders
+    is_large = sum(grad.size for grad in grads) >= LARGE
+    if decay is None or not is_large or limit.why_not():
+        return contenders
+    limited = {name: contender._replace(limit=LIMIT) for name, contender in contenders.items()}
+    return {**limited, LIMIT: whole_limit(grads)}
 
 
 def our_torch(grads: list[FloatArray], decay: float | None) -> Contender:
@@ -142,10 +151,7 @@ def average(decay: float | None) -> dict[str, Any]:
 
 def averages_of(optimizer: Any, decay: float | None) -> list[Any]:
     """Return the averages that an optimizer keeps, in the order of its parameters."""
-    if decay is None:
-        return []
-    found = optimizer.averages
-    return list(found.values() if isinstance(found, dict) else found)
+    return [] if decay is None else list(optimizer.averages)
 
 
 def their_sequence(grads: list[FloatArray], decay: float | None) -> Contender:
@@ -192,7 +198,7 @@ def whole_limit(grads: list[FloatArray]) -> Contender:
         norm()
         loop()
 
-    return Contender(step, OUR_BYTES, None)
+    return Contender(step, OUR_BYTES)
 
 
 # ---- smaller state -------------------------------------------------------------------------------
@@ -200,19 +206,15 @@ def whole_limit(grads: list[FloatArray]) -> Contender:
 
 def steps_with_state(grads: list[FloatArray]) -> Contenders:
     """Return Adam steps with state of float32 and smaller, ours and others', by name."""
-    contenders = {
-        f"fusestep, {dtype}": our_state(grads, dtype) for dtype in ("float32", "bfloat16", "int8")
-    }
+    contenders = {f"fusestep, {dtype}": our_state(grads, dtype) for dtype in LOOPS}
     for name, make in (("bitsandbytes", bitsandbytes_adam), ("torchao", torchao_adam)):
         if reason := why_not(make):
             print(f"  {name} is left out: {reason}")
         else:
             contenders[f"{name} Adam8bit"] = of_torch(make, grads)
     if limit.why_not() is None:
-        for dtype, rule in zip(
-            ("float32", "bfloat16", "int8"), ("adam", "adam, bfloat16", "adam, int8"), strict=True
-        ):
-            contenders[f"{LIMIT}, {dtype}"] = Contender(limit.Loop(rule, grads), None, None)
+        for dtype, loop in LOOPS.items():
+            contenders[f"{LIMIT}, {dtype}"] = Contender(limit.Loop(loop, grads))
     return contenders
 
 
@@ -223,7 +225,8 @@ def our_state(grads: list[FloatArray], dtype: str) -> Contender:
     state = sum(value.nbytes for entry in optimizer.state.values() for value in arrays_in(entry))
     elements = sum(param.size for param in params)
     nbytes = 12 + 2 * state / elements  # gradient read, parameter and state read and written
-    return Contender(partial(optimizer.step, grads), nbytes, lambda: params)
+    step = partial(optimizer.step, grads)
+    return Contender(step, nbytes, lambda: params, f"{LIMIT}, {dtype}")
 
 
 def arrays_in(entry: dict[str, Any]) -> Iterator[Any]:
@@ -248,7 +251,7 @@ def torchao_adam(params: Sequence[torch.Tensor]) -> Any:
 def of_torch(make: Callable[[Sequence[torch.Tensor]], Any], grads: list[FloatArray]) -> Contender:
     """Return somebody's optimizer over tensors."""
     params = parameters(grads)
-    return Contender(make(params).step, None, lambda: params)
+    return Contender(make(params).step, values=lambda: params)
 
 
 def why_not(make: Callable[[Sequence[torch.Tensor]], Any]) -> str | None:
@@ -264,34 +267,22 @@ def why_not(make: Callable[[Sequence[torch.Tensor]], Any]) -> str | None:
 # ---- how it is measured --------------------------------------------------------------------------
 
 
-@dataclass
-class Outcome:
-    """What was measured of one contest.
+class Contest(NamedTuple):
+    """What is compared.
 
     Parameters
     ----------
     title
-        What is compared.
-    elements
-        Of all parameters.
-    seconds
-        Of a step, by contender, one number a round.
-    nbytes
-        Bytes a parameter, by contender.
-    limits
-        The limit's name for each contender that has one.
+        Of its table.
+    workload
+        What is stepped.
+    decay
+        Of the average; None: no average.
     """
 
     title: str
-    elements: int
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    nbytes: dict[str, float | None] = field(default_factory=dict)
-    limits: dict[str, str] = field(default_factory=dict)
-
-    def ratio(self, name: str, other: str) -> float:
-        """Return how many times longer one contender takes than another, within the rounds."""
-        both = zip(self.seconds[name], self.seconds[other], strict=False)
-        return statistics.median(a / b for a, b in both)
+    workload: Workload
+    decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -319,17 +310,46 @@ class Part:
         told = {"OMP_NUM_THREADS": str(self.threads)}
         return told if self.tier is None else {**told, "FUSESTEP_CPU": self.tier}
 
-    def titles(self) -> dict[str, tuple[str, float | None]]:
-        """Return workload and decay of each contest, by its title."""
-        plural = "s" * (self.threads > 1)
+    def contests(self) -> list[Contest]:
+        """Return everything that is compared."""
+        where = f"{self.threads} thread" + "s" * (self.threads > 1)
         if not self.is_whole_step:
-            title = f"state, {WITH_SMALLER_STATE}, {self.threads} thread{plural}, {self.tier}"
-            return {title: (WITH_SMALLER_STATE, None)}
-        return {
-            f"{what}, {name}, {self.threads} thread{plural}": (name, decay)
+            title = f"state, {WITH_SMALLER_STATE}, {where}, {self.tier}"
+            return [Contest(title, WORKLOADS[WITH_SMALLER_STATE])]
+        return [
+            Contest(f"{what}, {name}, {where}", WORKLOADS[name], decay)
             for name in STEPPED
             for what, decay in (("whole step", DECAY), ("without average", None))
-        }
+        ]
+
+
+class Outcome(NamedTuple):
+    """What was measured of one contest.
+
+    Parameters
+    ----------
+    title
+        Of the contest.
+    elements
+        Of all parameters.
+    seconds
+        Of a step, by contender, one number a round.
+    nbytes
+        Bytes a parameter, by contender, where that is known.
+    limits
+        The name of the limit of each contender that has one.
+    """
+
+    title: str
+    elements: int
+    seconds: dict[str, list[float]]
+    nbytes: dict[str, float]
+    limits: dict[str, str]
+
+    def ratio(self, name: str, other: str) -> float:
+        """Return how many times longer one contender takes than another, within the rounds."""
+        both = zip(self.seconds[name], self.seconds[other], strict=False)
+        return statistics.median(a / b for a, b in both)
 
 
 def in_a_process(part: Part, only: str) -> list[Outcome]:
@@ -348,31 +368,31 @@ def measured(part: Part, only: str) -> list[Outcome]:
     """Return what was measured of those contests of a part whose titles contain `only`."""
     threads.bind_to(part.threads)
     patience = Patience(PATIENCE)
+    measure_contest = measure_whole_steps if part.is_whole_step else measure_smaller_state
     outcomes = []
-    for title, (name, decay) in part.titles().items():
-        if only not in title:
+    for contest in part.contests():
+        if only not in contest.title:
             continue
-        if reason := no_room(WORKLOADS[name].elements):
-            print(f"{title}\n  left out: {reason}", flush=True)
+        if reason := no_room(contest.workload):
+            print(f"{contest.title}\n  left out: {reason}", flush=True)
             continue
-        contest = whole_step_contest if part.is_whole_step else state_contest
-        outcomes.append(contest(title, name, decay, patience))
+        outcomes.append(measure_contest(contest, patience))
         print(table(outcomes[-1]), flush=True)
         gc.collect()  # gigabytes, before the next ones
     return outcomes
 
 
-def no_room(elements: int) -> str | None:
+def no_room(workload: Workload) -> str | None:
     """Return None if there is memory for everybody, else the reason."""
-    needed, available = 4 * ARRAYS * elements, _available()
+    needed, available = 4 * ARRAYS * workload.elements, _available()
     if available is None or needed < available:
         return None
     return f"not enough memory: needs {needed / 1e9:.1f} of {available / 1e9:.1f} GB"
 
 
-def whole_step_contest(title: str, name: str, decay: float | None, patience: Patience) -> Outcome:
-    """Measure a whole step over a workload, each right after its gradients were written."""
-    source = gradients(WORKLOADS[name])
+def measure_whole_steps(contest: Contest, patience: Patience) -> Outcome:
+    """Measure the whole step, each time right after the gradients were written."""
+    source = gradients(contest.workload)
     for gradient in source:
         gradient *= np.float32(LOSS_SCALE)
     grads = copies(source)
@@ -381,40 +401,30 @@ def whole_step_contest(title: str, name: str, decay: float | None, patience: Pat
         for grad, values in zip(grads, source, strict=True):
             np.copyto(grad, values)
 
-    contenders = whole_steps(grads, decay)
+    contenders = whole_steps(grads, contest.decay)
     check(contenders, write_gradients)
-    elements = WORKLOADS[name].elements
-    if elements < 10**5:  # the limit's own calls from Python would count more than its bytes
-        contenders.pop(LIMIT, None)
-    calls = max(5, min(200, 2_000_000 // elements))
-    steps = {who: contender.step for who, contender in contenders.items()}
+    calls = max(5, min(200, 2_000_000 // contest.workload.elements))
+    steps = {name: contender.step for name, contender in contenders.items()}
     samples = measure_after(write_gradients, steps, BUDGET, patience, calls)
-    limits = dict.fromkeys(steps, LIMIT) if LIMIT in steps else {}
-    return Outcome(
-        title,
-        elements,
-        {who: sample.seconds for who, sample in samples.items()},
-        {who: contender.nbytes for who, contender in contenders.items()},
-        limits,
-    )
+    return outcome_of(contest, contenders, samples)
 
 
-def state_contest(title: str, name: str, decay: None, patience: Patience) -> Outcome:  # noqa: ARG001
-    """Measure steps with state of several dtypes over a workload."""
-    grads = gradients(WORKLOADS[name])
-    contenders = steps_with_state(grads)
+def measure_smaller_state(contest: Contest, patience: Patience) -> Outcome:
+    """Measure steps with state of several dtypes; gradients stay."""
+    contenders = steps_with_state(gradients(contest.workload))
     check(contenders, lambda: None, LOW_PRECISION_TOLERANCE)
-    steps = {who: contender.step for who, contender in contenders.items()}
-    samples = measure(steps, BUDGET, patience)
-    ours = {
-        who: f"{LIMIT}, {who.partition(', ')[2]}" for who in steps if who.startswith("fusestep")
-    }
+    steps = {name: contender.step for name, contender in contenders.items()}
+    return outcome_of(contest, contenders, measure(steps, BUDGET, patience))
+
+
+def outcome_of(contest: Contest, contenders: Contenders, samples: dict[str, Samples]) -> Outcome:
+    """Return what was measured, without what it was measured of."""
     return Outcome(
-        title,
-        WORKLOADS[name].elements,
-        {who: sample.seconds for who, sample in samples.items()},
-        {who: contender.nbytes for who, contender in contenders.items()},
-        {who: its for who, its in ours.items() if its in steps},
+        contest.title,
+        contest.workload.elements,
+        {name: samples[name].seconds for name in contenders},
+        {name: c.nbytes for name, c in contenders.items() if c.nbytes is not None},
+        {name: c.limit for name, c in contenders.items() if c.limit in contenders},
     )
 
 
@@ -424,14 +434,14 @@ def check(contenders: Contenders, before: Callable[[], None], tolerance: float =
         for contender in contenders.values():
             before()
             contender.step()
-    found = {who: contender.values() for who, contender in contenders.items() if contender.values}
+    found = {name: contender.values() for name, contender in contenders.items() if contender.values}
     first, *_ = found.values()
-    for who, values in found.items():
+    for name, values in found.items():
         for a, b in zip(first, values, strict=True):
-            expected, given = (as_array(value) for value in (a, b))
+            expected, given = as_array(a), as_array(b)
             difference = distance(expected, given) / distance(expected, np.zeros_like(expected))
             if not difference < tolerance:
-                raise AssertionError(f"{who} computes something else: it is {difference:.1e} off")
+                raise AssertionError(f"{name} computes something else: it is {difference:.1e} off")
 
 
 def as_array(value: Any) -> FloatArray:
@@ -448,14 +458,16 @@ def distance(a: FloatArray, b: FloatArray) -> float:
 
 
 def table(outcome: Outcome) -> str:
-    """Return medians, ratios to the first, bytes a parameter and shares of the limit."""
+    """Return medians, ratios to the first and, of large steps, bytes a parameter and speed."""
     first = next(iter(outcome.seconds))
-    header = f"{'median':>15}{'ratio':>9}{'bytes':>9}{'GB/s':>8}{'of limit':>10}"
-    lines = [f"{outcome.title:<42}"[:42] + header[2:]]
+    lines = [
+        f"{outcome.title:<40}{'median':>13}{'ratio':>9}{'bytes':>9}{'GB/s':>8}{'of limit':>10}"
+    ]
     for name, samples in outcome.seconds.items():
         median = statistics.median(samples)
-        line = f"  {name:<28}{median * 1e6:>12,.1f} µs{outcome.ratio(name, first):>8.2f}x"
-        if (nbytes := outcome.nbytes[name]) is not None and outcome.elements >= 10**7:
+        line = f"  {name:<36}{median * 1e6:>12,.1f} µs{outcome.ratio(name, first):>8.2f}x"
+        if outcome.elements >= LARGE and name in outcome.nbytes:
+            nbytes = outcome.nbytes[name]
             line += f"{nbytes:>9.1f}{nbytes * outcome.elements / median / 1e9:>8.1f}"
             if name in outcome.limits:
                 line += f"{outcome.ratio(outcome.limits[name], name):>10.2f}"
@@ -483,7 +495,7 @@ def main() -> None:
     print(f"{machine['processor']['model']}, float32, Adam")
     outcomes = [outcome for part in parts() for outcome in in_a_process(part, options.only)]
     if options.json:
-        contests = [asdict(outcome) for outcome in outcomes]
+        contests = [outcome._asdict() for outcome in outcomes]
         options.json.write_text(json.dumps({"machine": machine, "contests": contests}, indent=1))
 
 
