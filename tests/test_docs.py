@@ -35,7 +35,21 @@ def test_every_argument_is_documented(cls: type) -> None:
 
 # Classes that torch has none like.
 SELECTIONS = (fs.Mask, fs.RandomBlocks, fs.CyclicBlocks, fs.TopK)
-OURS = (fs.Optimizer, fs.RowwiseAdagrad, fs.Rows, fs.Samples, fs.Outer, fs.Fisher, *SELECTIONS)
+GRADIENTS = (fs.Rows, fs.Samples, fs.Outer)
+OURS = (fs.Optimizer, fs.RowwiseAdagrad, *GRADIENTS, fs.EmaWarmup, fs.Fisher, *SELECTIONS)
+
+# What the torch classes take besides torch's arguments.
+TORCH_EXTRAS = [
+    "max_norm",
+    "clip_value",
+    "skip_nonfinite",
+    "ema_decay",
+    "state_dtype",
+    "stochastic_rounding",
+    "master",
+    "rows",
+    "seed",
+]
 
 
 @pytest.mark.parametrize("cls", [c for c in PUBLIC if c not in OURS])
@@ -68,7 +82,7 @@ def test_the_torch_classes(name: str) -> None:
     if name == "NAG":
         return
     theirs = inspect.signature(getattr(torch.optim, name).__init__).parameters
-    assert list(ours) == [*theirs, "max_norm", "skip_nonfinite", "state_dtype", "rows", "seed"]
+    assert list(ours) == [*theirs, *TORCH_EXTRAS]
     for argument, parameter in theirs.items():
         assert ours[argument].kind == parameter.kind
         assert ours[argument].default == parameter.default

@@ -251,7 +251,7 @@ def test_hyperparameters_out_of_range(rule: Rule, name: str, value: float) -> No
         ({"max_norm": math.nan}, ValueError),
         ({"max_norm": "1"}, TypeError),
         ({"state_dtype": "float16"}, ValueError),
-        ({"state_dtype": "int8"}, ValueError),
+        ({"state_dtype": "int4"}, ValueError),
         ({"state_dtype": "nonsense"}, ValueError),
         ({"state_dtype": np.int32}, ValueError),
         ({"fused": True}, TypeError),

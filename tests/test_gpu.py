@@ -95,8 +95,8 @@ class Pair:
         NumPy arrays, which are mirrored: a list or a dict.
     places
         The GPU that each is on, by position or name; None is the CPU. All on GPU 0 without it.
-    gpu
-        Options of the one on the GPU alone.
+    cpu, gpu
+        Options of the one on the CPU, and of the one on the GPU, alone.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class Pair:
         params: Any,
         *,
         places: Any = None,
+        cpu: dict[str, Any] | None = None,
         gpu: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -113,7 +114,7 @@ class Pair:
         named = params if isinstance(params, dict) else dict(enumerate(params))
         self.places = {key: 0 if places is None else places[key] for key in named}
         likes, self.mirrors = self.mirrored(params)
-        self.cpu = cls(params, **options)
+        self.cpu = cls(params, **options, **cpu or {})
         self.gpu = cls(likes, **options, **gpu or {})
 
     def mirrored(self, arrays: Any) -> tuple[Any, list[Mirror]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,6 +171,45 @@ def test_state_is_widened_but_never_narrowed() -> None:
         narrow.load_state_dict(wide.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("saved", "into", "becomes", "warns"),
+    [
+        (None, "bfloat16", "bfloat16", True),
+        ("float64", "bfloat16", "bfloat16", True),
+        ("bfloat16", None, "float32", True),
+        ("bfloat16", "bfloat16", "bfloat16", False),
+        (None, "float64", "float64", False),
+    ],
+)
+def test_bfloat16_state_is_converted(saved: Any, into: Any, becomes: str, warns: bool) -> None:
+    """In both directions, rounded to nearest, and not without a word."""
+    pytest.importorskip("ml_dtypes")
+    rng = np.random.default_rng(0)
+    old = fs.Adam([np.ones(50, f32), np.ones(3, f32)], state_dtype=saved)
+    old.step([rng.standard_normal(50, f32), rng.standard_normal(3, f32)])
+    new = fs.Adam([np.ones(50, f32), np.ones(3, f32)], state_dtype=into)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        new.load_state_dict(old.state_dict())
+    assert [w.category for w in caught] == [UserWarning] * warns
+    for name in ("exp_avg", "exp_avg_sq"):
+        values = new.state[0][name]
+        assert values.dtype.name == becomes
+        np.testing.assert_array_equal(values, old.state[0][name].astype(f32).astype(values.dtype))
+
+
+def test_a_conversion_that_is_an_error_changes_nothing() -> None:
+    pytest.importorskip("ml_dtypes")
+    old, new = (fs.Adam([np.ones(3, f32)], state_dtype=x) for x in ("bfloat16", None))
+    old.step([np.ones(3, f32)])
+    before = new.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning):
+            new.load_state_dict(old.state_dict())
+    np.testing.assert_equal(new.state_dict(), before)
+
+
 def _edit(**changes: Any) -> Any:
     """Set entries by path: state__0__step=... ; a value of ... deletes."""
 
@@ -256,7 +296,10 @@ def test_what_torch_adds_to_its_groups_is_no_obstacle() -> None:
     model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
     theirs.step()
     opt = fs.Adam([np.zeros((1, 2), f32), np.zeros(1, f32)])
-    opt.load_state_dict(theirs.state_dict())
+    with pytest.warns(UserWarning, match="from bfloat16 to float32") as caught:
+        opt.load_state_dict(theirs.state_dict())
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert opt.state[0]["step"] == 1
     expected = theirs.state_dict()["state"][0]["exp_avg"].float().numpy()
     np.testing.assert_array_equal(opt.state[0]["exp_avg"], expected)

@@ -31,6 +31,7 @@ TorchTensors::TorchTensors(const py::object& module, bool use_exchange_table)
       clear_gradient_(module.attr("clear_gradient")),
       current_stream_(module.attr("current_stream")),
       grad_descriptor_(py::getattr(reinterpret_cast<PyObject*>(tensor_type_), "grad")),
+      version_descriptor_(py::getattr(reinterpret_cast<PyObject*>(tensor_type_), "_version")),
       api_(use_exchange_table ? exchange_api(tensor_type_) : nullptr) {}
 
 // False, with a Python exception, where the tensor has no memory that can be described.
@@ -71,12 +72,12 @@ py::object TorchTensors::plain(PyObject* tensor) const {
   return local_(py::handle(tensor));
 }
 
-Array TorchTensors::view(PyObject* tensor, const Label& label) const {
+Array TorchTensors::view(PyObject* tensor, const Label& label, Expected expected) const {
   const py::object object = plain(tensor);
   dlpack::Tensor fields;
   if (!read(object.ptr(), fields)) refuse(tensor, label);
   try {
-    Array array = from_tensor(fields, nullptr, Expected::complex_as_real, label);
+    Array array = from_tensor(fields, nullptr, expected, label);
     if (is_lazily_conjugated(object.ptr(), fields, array))
       throw ValueError(label.text() +
                        " is a view that torch has not yet conjugated or negated; pass its "
@@ -98,19 +99,28 @@ bool TorchTensors::is_at(PyObject* tensor, const Array& array) const {
                                       !is_lazily_conjugated(object.ptr(), fields, array));
 }
 
-PyObject* TorchTensors::gradient_of(PyObject* parameter) const {
-  PyObject* gradient = nullptr;
-  if (Py_IS_TYPE(grad_descriptor_.ptr(), &PyGetSetDescr_Type) && is_plain(parameter)) {
+// A tensor's attribute, which the class has this descriptor for.
+py::object TorchTensors::attribute(PyObject* tensor, const py::object& descriptor,
+                                   const char* name) const {
+  PyObject* value = nullptr;
+  if (Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type) && is_plain(tensor)) {
     // What the interpreter would come to after looking the name up in every base class.
-    const PyGetSetDef& getter =
-        *reinterpret_cast<PyGetSetDescrObject*>(grad_descriptor_.ptr())->d_getset;
-    gradient = getter.get(parameter, getter.closure);
+    const PyGetSetDef& getter = *reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
+    value = getter.get(tensor, getter.closure);
   } else {
     has_run_code = true;
-    gradient = PyObject_GetAttrString(parameter, "grad");
+    value = PyObject_GetAttrString(tensor, name);
   }
-  if (!gradient) throw py::error_already_set();
-  return gradient;
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+PyObject* TorchTensors::gradient_of(PyObject* parameter) const {
+  return attribute(parameter, grad_descriptor_, "grad").release().ptr();
+}
+
+std::int64_t TorchTensors::version_of(PyObject* tensor) const {
+  return attribute(tensor, version_descriptor_, "_version").cast<std::int64_t>();
 }
 
 bool TorchTensors::view_usual_gradient(PyObject* parameter, const Array& parameter_view,

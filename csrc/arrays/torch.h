@@ -25,8 +25,10 @@ class TorchTensors {
   // `module` is fusestep.torch._tensors.
   TorchTensors(const pybind11::object& module, bool use_exchange_table);
 
-  // The tensor's memory as it is now, seen as real. Nothing is kept alive.
-  Array view(PyObject* tensor, const Label& label) const;
+  // The tensor's memory as it is now, seen as real; or of integers that stand for bits. Nothing is
+  // kept alive.
+  Array view(PyObject* tensor, const Label& label,
+             Expected expected = Expected::complex_as_real) const;
 
   // True where view() would find this very memory and geometry.
   bool is_at(PyObject* tensor, const Array& array) const;
@@ -67,6 +69,9 @@ class TorchTensors {
   // The stream on which torch works on a GPU at this moment.
   std::uintptr_t current_stream(const Device& device) const;
 
+  // How often autograd knows a tensor to have changed.
+  std::int64_t version_of(PyObject* tensor) const;
+
   // Tells autograd that these tensors have changed.
   void increment_versions(PyObject* tensors) const noexcept;
 
@@ -74,6 +79,8 @@ class TorchTensors {
   void clear_gradient(PyObject* gradient) const noexcept;
 
  private:
+  pybind11::object attribute(PyObject* tensor, const pybind11::object& descriptor,
+                             const char* name) const;
   // True for a tensor that is read without running Python code, where there is a table.
   bool is_plain(PyObject* tensor) const {
     return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
@@ -91,7 +98,7 @@ class TorchTensors {
   PyTypeObject* parameter_type_;
   pybind11::object local_, local_gradient_, resolved_, rows_of_, refusal_, describe_,
       increment_versions_, clear_gradient_, current_stream_;
-  pybind11::object grad_descriptor_;
+  pybind11::object grad_descriptor_, version_descriptor_;
   const dlpack::ExchangeApi* api_;
   mutable std::vector<std::int64_t> numbers_;  // shape and strides of the last tensor without table
 };

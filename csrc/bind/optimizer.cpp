@@ -171,6 +171,7 @@ void register_optimizer(py::module_& module) {
             self.set_option(name, value);
           },
           "name"_a, "value"_a)
+      .def("check_memory", &Optimizer::seal)
       .def("exempt_from_decay", &Optimizer::exempt_from_decay, "index"_a)
       .def(
           "set_average",

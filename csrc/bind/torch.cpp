@@ -65,6 +65,13 @@ void catch_up(TorchOptimizer& self, const py::handle& optimizer,
   self.catch_up(numbers, teller);
 }
 
+// A number, or a callable from the number of steps taken to one.
+void set_ema_decay(TorchOptimizer& self, const py::object& decay) {
+  const bool is_schedule = PyCallable_Check(decay.ptr()) != 0;
+  if (!is_schedule) self.stepper.settings.ema_decay = decay.cast<double>();
+  self.ema_schedule = is_schedule ? decay : py::object();
+}
+
 // id(parameter) -> ids of its state, for parameters that no step has moved yet.
 std::map<std::uintptr_t, std::vector<std::uintptr_t>> unused(TorchOptimizer& self) {
   const auto id = [](PyObject* object) { return reinterpret_cast<std::uintptr_t>(object); };
@@ -81,20 +88,26 @@ TorchOptimizer::GroupOptions group_options(const py::dict& group, const std::str
 }
 
 // `states` are a list of tensors, or None where the parameter lacks state that it will need; an
-// anchor is its strength, reference, and importance or None.
+// anchor is its strength, reference, and importance or None; a master has with it the version that
+// the parameter had when it was its rounding.
 using Anchor = std::tuple<double, py::object, py::object>;
+using Master = std::tuple<py::object, std::int64_t>;
 void add_parameter(TorchOptimizer& self, const py::object& tensor, std::string name,
                    const std::optional<std::vector<py::object>>& states,
                    const std::vector<py::object>& scalars,
                    const std::vector<std::pair<py::object, std::size_t>>& places, bool is_first,
                    bool is_sharded, std::shared_ptr<rules::RowHistory> history,
                    const std::optional<Anchor>& anchor,
-                   std::shared_ptr<rules::BlockProgress> block_progress) {
+                   std::shared_ptr<rules::BlockProgress> block_progress, const py::object& average,
+                   const std::optional<Master>& master, const py::object& lower_half) {
   std::optional<TorchOptimizer::Anchor> pull;
   if (anchor) std::apply([&](auto... parts) { pull = TorchOptimizer::Anchor{parts...}; }, *anchor);
+  std::optional<TorchOptimizer::Master> wide;
+  if (master) wide = {std::get<0>(*master), std::get<1>(*master)};
   self.add_parameter({tensor, std::move(name), states.value_or(std::vector<py::object>{}), scalars,
                       places, states.has_value(), is_first, is_sharded, std::move(history),
-                      std::move(pull), std::move(block_progress)});
+                      std::move(pull), std::move(block_progress), average, std::move(wide),
+                      lower_half});
 }
 
 }  // namespace
@@ -130,7 +143,8 @@ void register_torch(py::module_& module) {
           },
           "index"_a, "group"_a, "rule"_a, "options"_a, "maximize"_a, "watched"_a, "is_mutable"_a)
       .def("add_parameter", &add_parameter, "tensor"_a, "name"_a, "states"_a, "scalars"_a,
-           "places"_a, "is_first"_a, "is_sharded"_a, "history"_a, "anchor"_a, "block_progress"_a)
+           "places"_a, "is_first"_a, "is_sharded"_a, "history"_a, "anchor"_a, "block_progress"_a,
+           "average"_a, "master"_a, "lower_half"_a)
       .def("catch_up", &catch_up, "optimizer"_a, "indices"_a)
       .def_property("steps", &TorchOptimizer::steps,
                     [](TorchOptimizer& self, std::int64_t steps) {
@@ -138,6 +152,7 @@ void register_torch(py::module_& module) {
                       self.stepper.steps = steps;
                     })
       .def_readwrite("seed", &TorchOptimizer::seed)
+      .def_readwrite("is_swapped", &TorchOptimizer::is_swapped)
       .def("ask_again", &TorchOptimizer::ask_again)
       .def(
           "exclusively",
@@ -156,6 +171,18 @@ void register_torch(py::module_& module) {
           [](TorchOptimizer& self, std::optional<double> value) {
             self.stepper.settings.max_norm = value;
           })
+      .def_property(
+          "clip_value", [](const TorchOptimizer& self) { return self.stepper.settings.clip_value; },
+          [](TorchOptimizer& self, std::optional<double> value) {
+            self.stepper.settings.clip_value = value;
+          })
+      .def_property(
+          "stochastic_rounding",
+          [](const TorchOptimizer& self) { return self.stepper.settings.stochastic_rounding; },
+          [](TorchOptimizer& self, bool value) {
+            self.stepper.settings.stochastic_rounding = value;
+          })
+      .def("set_ema_decay", &set_ema_decay, "decay"_a)
       .def_property("skipped_steps", &TorchOptimizer::skipped_steps,
                     [](TorchOptimizer& self, std::int64_t value) {
                       self.skipped_steps();  // likewise

@@ -46,7 +46,7 @@ class StridedLayout {
 // The operands of one parameter, ready to be walked.
 struct Iteration {
   std::int64_t size = 0;  // elements
-  int operands = 0;       // 0: the parameter, 1: its gradient, 2...: its state, then its anchor
+  int operands = 0;       // 0: the parameter, 1: its gradient, 2...: its state, then others
   std::array<Operand, kMaxOperands> operand;
   std::shared_ptr<const StridedLayout> layout;  // null where every operand is one dense run
 

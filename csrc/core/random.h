@@ -36,6 +36,17 @@ struct RandomStream {
     return {mixed(key ^ mixed(purpose))};
   }
 
+  // By which a parameter is rounded in its so many-th update.
+  FUSESTEP_HOST_DEVICE static RandomStream of_rounding(std::uint64_t seed, std::int64_t update,
+                                                       std::uint64_t parameter) {
+    return of(seed, static_cast<std::uint64_t>(update), parameter).other(2);
+  }
+
+  // Of one of its operands.
+  FUSESTEP_HOST_DEVICE RandomStream of_operand(int operand) const {
+    return other(static_cast<std::uint64_t>(operand) + 1);
+  }
+
   // 64 random bits for each number.
   FUSESTEP_HOST_DEVICE std::uint64_t bits(std::uint64_t number) const {
     return mixed(key + 0x9e3779b97f4a7c15ull * (number + 1));

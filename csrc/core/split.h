@@ -3,7 +3,9 @@
 //
 // The bfloat16 is the nearest one (of two that are equally near, the larger in magnitude), not the
 // upper half of the bits, which would always be nearer to 0: whether it was rounded up is what the
-// highest of the lower bits says.
+// highest of the lower bits says. Nothing is rounded up to 0: where that is what others have
+// written to the bfloat16, these bits do not count. So the number is always within half of its last
+// place.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +29,9 @@ struct Halves {
   }
 
   FUSESTEP_HOST_DEVICE float value() const {
-    const std::uint32_t rounded_up = lower >> 15;
-    return bit_cast<float>(((upper.bits - rounded_up) << 16) | lower);
+    const std::uint32_t high = upper.bits, given = lower;
+    const std::uint32_t low = (high & 0x7fffu) == 0 && given >= 0x8000u ? 0u : given;
+    return bit_cast<float>(((high - (low >> 15)) << 16) | low);
   }
 };
 

@@ -18,8 +18,8 @@ inline constexpr std::int64_t kTileSize = kReductionGroup;
 inline constexpr int kMaxStates = 3;                  // state arrays of one parameter
 inline constexpr int kRuleOperands = 2 + kMaxStates;  // parameter, gradient, state
 // And an anchor: reference, importance; then what follows the parameter: average, copy; and the
-// lower half of its bits, where it has one.
-inline constexpr int kMaxOperands = kRuleOperands + 5;
+// lower half of its bits, where it has one; and the numbers of elements (Work::Numbers).
+inline constexpr int kMaxOperands = kRuleOperands + 6;
 
 inline constexpr int kParameter = 0, kGradient = 1, kState = 2;  // their places among operands
 

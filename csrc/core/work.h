@@ -67,13 +67,23 @@ struct Work {
     bool is_random(int operand) const {
       return operand == kParameter ? is_random_in_parameter : is_random_in_state;
     }
+    bool is_random() const { return is_random_in_parameter || is_random_in_state; }
 
     // For an operand and one of its tiles.
     TileRandom of(int operand, std::int64_t tile) const {
-      return TileRandom::of(stream.other(static_cast<std::uint64_t>(operand) + 1), tile);
+      return TileRandom::of(stream.of_operand(operand), tile);
     }
   };
   Rounding rounding;
+
+  // Each element is rounded by the random bits for its number: that of its tile times kTileSize,
+  // and its place there. Parts of parameters have their tiles in C order, which on a GPU is not how
+  // they are walked: then numbers are those in C order.
+  struct Numbers {
+    std::int64_t first = 0;  // that of the first element
+    int operand = 0;         // whose strides say how they go on, in place of bytes; 0: one by one
+  };
+  Numbers numbers;
 
   // The state of a row-wise rule: one element for each row of the parameter.
   bool is_rowwise = false;

@@ -78,7 +78,7 @@ class Mover {
   void follow(const T* parameter, BlockOf block_of) const {
     if (const int operand = work_.followers.average) {
       alignas(kCacheLine) T buffer[kTileSize];
-      const Block block = block_of(operand);
+      const Block& block = block_of(operand);
       T* const averaged = access_.read(block, buffer);
       kernels_.average(average_, parameter, averaged, block.size());
       if (averaged == buffer) access_.store(buffer, block);

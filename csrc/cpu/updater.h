@@ -81,7 +81,7 @@ class Updater : Mover<T> {
     std::array<Block, kMaxOperands> block;
     std::array<T*, kMaxOperands> at{};
     for (int i = 0; i < iteration_.operands; ++i) block[i] = iteration_.block(i, tile);
-    const auto block_of = [&](int i) { return block[i]; };
+    const auto block_of = [&](int i) -> const Block& { return block[i]; };
     for (int i = 0; i < work_.operands_read; ++i) at[i] = read(i, block_of, buffer[i]);
     call_loop(at, block[kParameter].size());
     for (int i = 0; i < work_.rule_operands; ++i)

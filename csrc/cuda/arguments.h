@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "core/dtypes.h"
+#include "core/random.h"
 #include "core/tiling.h"
 #include "gradients/sum_of_samples.h"
 #include "rules/rule.h"
@@ -25,10 +26,22 @@ inline constexpr int kWarpSize = 32;  // lanes of a reduction, too
 inline constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads * kPerThread == kTileSize, "a block moves one tile");
 
+inline constexpr int kDTypeBits = 2;
+
+// Anchors and averages are float32 or float64, and so is most state: to say so saves a quarter of
+// the machine code. No state is float16.
+FUSESTEP_HOST_DEVICE DType wide(DType dtype) {
+  return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+FUSESTEP_HOST_DEVICE DType of_state(DType dtype) {
+  return dtype == DType::bfloat16 ? DType::bfloat16 : wide(dtype);
+}
+
 // One parameter with its gradient and state.
 template <int operands, class TileNumber = std::uint32_t>
 struct ItemOf {
   using Number = TileNumber;
+  using DTypes = std::conditional_t<operands * kDTypeBits <= 16, std::uint16_t, std::uint32_t>;
   static constexpr int kOperands = operands;
   static constexpr int kTilesPerBlock = 1;
 
@@ -37,15 +50,19 @@ struct ItemOf {
   Number first_tile;                                     // in the list
   std::uint32_t rule;                                    // its place among the rules
   std::uint8_t first_axis, axes, row_axis, column_axis;  // none where all is one dense run
-  std::uint16_t dtypes;                                  // two bits for each operand
+  DTypes dtypes;                                         // so many bits for each operand
   bool is_aligned;  // four consecutive elements of every operand can be had at once
   bool in_double;   // what the rule computes in
 
-  // State and anchors are float32 or float64: to say so saves a quarter of the machine code.
   FUSESTEP_HOST_DEVICE Operand operand(int i) const {
-    const auto dtype = static_cast<DType>(dtypes >> 2 * i & 3);
-    if (i < kState) return {data[i], dtype};
-    return {data[i], dtype == DType::float64 ? DType::float64 : DType::float32};
+    const Operand any = any_operand(i);
+    return i < kState ? any : Operand{any.data, wide(any.dtype)};
+  }
+
+ protected:
+  FUSESTEP_HOST_DEVICE Operand any_operand(int i) const {
+    constexpr int kMask = (1 << kDTypeBits) - 1;
+    return {data[i], static_cast<DType>(dtypes >> kDTypeBits * i & kMask)};
   }
 };
 using Item = ItemOf<kRuleOperands>;
@@ -53,16 +70,36 @@ static_assert(sizeof(Item) == 64);
 
 // The same with room for an anchor (rules/anchor.h), whose reference and importance are the
 // operands after the state that the rule has.
-template <class Number = std::uint32_t>
-struct AnchoredItemOf : ItemOf<kMaxOperands, Number> {
+template <class Number = std::uint32_t, int operands = kRuleOperands + 2>
+struct AnchoredItemOf : ItemOf<operands, Number> {
   double lambda, lr;  // the rate is in the table where there is one
   bool is_anchored, has_importance;
 };
 using AnchoredItem = AnchoredItemOf<>;
 
 template <class Item>
-inline constexpr bool kMayBeAnchored =
-    std::is_base_of_v<AnchoredItemOf<typename Item::Number>, Item>;
+inline constexpr bool kMayBeAnchored = requires(const Item& item) { item.is_anchored; };
+
+// The same with room for all that a step can do: an average and a copy of the parameter, which are
+// the operands after those of an anchor; rounding at random; state of 16 bits; and a bound for
+// gradients, which is the launch's. These have kernels of their own, because each kernel takes the
+// registers of all that it can do.
+template <class Number = std::uint32_t>
+struct FullItemOf : AnchoredItemOf<Number, kRuleOperands + 4> {
+  double decay;                // of the average
+  RandomStream rounding;       // the stream is in the table where there is one
+  std::int64_t first_number;   // of elements, as in Work::Numbers
+  bool is_numbered_by_stride;  // by those of an operand that comes last: kNumbers
+  bool has_average, has_copy;
+  bool rounds_parameter, rounds_state;  // at random
+
+  FUSESTEP_HOST_DEVICE Operand operand(int i) const { return this->any_operand(i); }
+};
+using FullItem = FullItemOf<>;
+inline constexpr int kNumbers = kMaxOperands - 1;
+
+template <class Item>
+inline constexpr bool kIsFull = requires(const Item& item) { item.has_average; };
 
 // The rows that move, and which values are added up for them: as in gradients/rows.h, in device
 // memory, and null where that is empty.
@@ -71,23 +108,31 @@ struct RowList {
   const std::int64_t* first = nullptr;
   const std::int64_t* source = nullptr;
   const std::int64_t* state = nullptr;
+  const std::int64_t* number = nullptr;
   bool is_in_place = false;  // without sources: the values of a row are that row
 };
 
 // A table of which some rows move. The arrays and their size are those of row 0; dense rows have an
 // axis, too, and are aligned if all are. Rows are short: what a block of other parameters is, a
 // warp is here, with a chunk of a tile: first those of the first row that moves, then the next's.
-struct RowsItem : AnchoredItemOf<std::int64_t> {
+template <class OneRow>
+struct TableOf : OneRow {
+  using Row = OneRow;
   static constexpr int kTilesPerBlock = kWarps;
-  static constexpr int kChunk = kWarpSize * kPerThread;
 
   RowList rows;
-  std::uint32_t tiles;                // of a row
-  std::uint32_t chunks;               // of a tile
-  std::int64_t stride[kMaxOperands];  // from one row to the next, in bytes
-  Operand row_state;                  // of a row-wise rule
+  std::uint32_t tiles;                     // of a row
+  std::uint32_t chunks;                    // of a tile
+  std::int64_t stride[OneRow::kOperands];  // from one row to the next, in bytes
+  Operand row_state;                       // of a row-wise rule
   std::int64_t row_state_stride;
 };
+using RowsItem = TableOf<AnchoredItemOf<std::int64_t>>;
+using FullRowsItem = TableOf<FullItemOf<std::int64_t>>;
+inline constexpr int kChunk = kWarpSize * kPerThread;
+
+template <class Item>
+inline constexpr bool kIsTable = requires { typename Item::Row; };
 
 // One of the samples that are there: which, and what its gradient is multiplied by.
 struct WeighedSample {
@@ -159,7 +204,10 @@ using LongList = List<440, 0>;
 using StridedList = List<256, 104>;
 using AnchoredList = List<128, 0, AnchoredItem>;
 using StridedAnchoredList = List<128, 104, AnchoredItem>;
+using FullList = List<128, 0, FullItem>;
+using StridedFullList = List<96, 64, FullItem>;
 using RowsList = List<32, 64, RowsItem>;
+using FullRowsList = List<32, 64, FullRowsItem>;
 using SamplesList = List<64, 64, SamplesItem>;
 using OuterList = List<16, 0, OuterItem>;
 
@@ -178,8 +226,9 @@ struct RuleEntry {
 
 // The same with the type forgotten: an entry of the table that Advance fills on the device.
 struct alignas(16) AnyRuleEntry {
-  unsigned char bytes[120];
+  unsigned char bytes[112];
   double lr;
+  RandomStream rounding;
 };
 static_assert(sizeof(AnyRuleEntry) == 128);
 

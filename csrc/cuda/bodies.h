@@ -42,6 +42,7 @@ struct Moves {
   const AnyRuleEntry* table;  // on the device, or null: then the coefficients are here
   const Decision* decision;   // on the device, or null: then the step happens with
   double gradient_factor;
+  T gradient_bound;  // of full items
   bool clear_gradients;
   bool keeps_value;  // only the state moves
   RuleEntry<Rule> rules[kRules<ItemList>];
@@ -55,13 +56,21 @@ struct Moves {
         table ? *reinterpret_cast<const RuleEntry<Rule>*>(table[item.rule].bytes)
               : rules[item.rule];
     const double common = decision ? decision->gradient_factor : gradient_factor;
-    return {entry.rule(), static_cast<T>(entry.gradient_factor * common), rate(item), keeps_value};
+    return {entry.rule(),   static_cast<T>(entry.gradient_factor * common),
+            rate(item),     keeps_value,
+            gradient_bound, rounding(item)};
   }
 
  private:
   FUSESTEP_HOST_DEVICE double rate([[maybe_unused]] const Item& item) const {
     if constexpr (kMayBeAnchored<Item>) return table ? table[item.rule].lr : item.lr;
     return 0;
+  }
+  FUSESTEP_HOST_DEVICE RandomStream rounding([[maybe_unused]] const Item& item) const {
+    if constexpr (kIsFull<Item>)
+      return table ? table[item.rule].rounding : item.rounding;
+    else
+      return {};
   }
 };
 
@@ -88,8 +97,8 @@ struct Update : Moves<Loop, T, ItemList> {
 };
 
 // The rule of one row, whose accumulator takes part in the step.
-template <class T, class Rule>
-FUSESTEP_HOST_DEVICE Rule rule_of_row(int thread, const RowsItem& table, const Row& row,
+template <class T, class Rule, class Table>
+FUSESTEP_HOST_DEVICE Rule rule_of_row(int thread, const Table& table, const Row<Table>& row,
                                       const Rule& of_step, double sum) {
   const DType dtype = table.row_state.dtype;
   const std::int64_t size = item_size(dtype);
@@ -102,8 +111,9 @@ FUSESTEP_HOST_DEVICE Rule rule_of_row(int thread, const RowsItem& table, const R
 }
 
 // Moves rows by a rule that looks at all of a row first: a warp for each.
-template <class Loop, class T>
-struct UpdateWholeRows : Moves<Loop, T, RowsList> {
+template <class Loop, class T, class ItemList>
+struct UpdateWholeRows : Moves<Loop, T, ItemList> {
+  using Table = typename ItemList::Item;
   using Rule = typename Loop::template Of<T>;
   static constexpr Team kTeam = Team::warp;
   static constexpr Unit kUnit = Unit::row;
@@ -111,10 +121,10 @@ struct UpdateWholeRows : Moves<Loop, T, RowsList> {
   FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
     const bool take = this->happen();
     if (!take && !this->clear_gradients) return;
-    const std::int64_t number = tile_of<RowsList>(block, thread);
+    const std::int64_t number = tile_of<ItemList>(block, thread);
     if (number >= this->list.tiles) return;
-    const RowsItem& table = this->list.item_of(number);
-    const Row row(table, number - table.first_tile);
+    const Table& table = this->list.item_of(number);
+    const Row<Table> row(table, number - table.first_tile);
     if (take) move_row(thread, table, row);
     if (!this->clear_gradients) return;
     for_each_share(thread, table, row,
@@ -122,19 +132,20 @@ struct UpdateWholeRows : Moves<Loop, T, RowsList> {
   }
 
  private:
-  FUSESTEP_HOST_DEVICE void move_row(int thread, const RowsItem& table, const Row& row) const {
+  FUSESTEP_HOST_DEVICE void move_row(int thread, const Table& table, const Row<Table>& row) const {
     const Orders<Rule, T> of_step = this->orders_for(table);
     const double sum = sum_in_groups(thread, 0, table.tiles, [&](std::int64_t tile) {
       return sum_of_tile(thread, row, static_cast<std::uint32_t>(tile), of_step);
     });
     const Rule rule = rule_of_row<T>(thread, table, row, of_step.rule, sum);
-    const Orders<Rule, T> orders{rule, of_step.factor, of_step.lr, of_step.keeps_value};
+    const Orders<Rule, T> orders{rule,          of_step.factor,  of_step.lr, of_step.keeps_value,
+                                 of_step.bound, of_step.rounding};
     for_each_share(thread, table, row, [&](const auto& elements) {
       move<T, Loop::kStates>(row.item, elements, row.sources, [&] { return orders; });
     });
   }
 
-  FUSESTEP_HOST_DEVICE double sum_of_tile(int thread, const Row& row, std::uint32_t tile,
+  FUSESTEP_HOST_DEVICE double sum_of_tile(int thread, const Row<Table>& row, std::uint32_t tile,
                                           const Orders<Rule, T>& orders) const {
     const DType dtype = row.item.operand(kParameter).dtype;
     const std::int64_t size = item_size(dtype);
@@ -142,12 +153,12 @@ struct UpdateWholeRows : Moves<Loop, T, RowsList> {
     return sum_in_warp<place.kUnroll>(thread, place.count(), [&](int i) {
       const T w = Bits::load(place.at(kParameter, i, size), size).template as<T>(dtype);
       const T gradient = gradient_at<T>(row.item, place, row.sources, i);
-      return orders.rule.square(w, gradients::Dense<T>{&gradient, orders.factor}(0));
+      return orders.rule.square(w, scaled<Table>(&gradient, 0, orders));
     });
   }
 
   template <class Visit>
-  FUSESTEP_HOST_DEVICE void for_each_share(int thread, const RowsItem& table, const Row& row,
+  FUSESTEP_HOST_DEVICE void for_each_share(int thread, const Table& table, const Row<Table>& row,
                                            Visit visit) const {
     in_each_lane(thread, [&](int lane) {
       FUSESTEP_DO_NOT_UNROLL
@@ -289,7 +300,8 @@ struct AdvanceItem {
   Scalar step, momentum_product;  // copies that others may write to, or null
   AnyRuleEntry* entry;            // where its coefficients go
   double gradient_factor;
-  std::uint32_t group;
+  std::uint32_t parameter;  // its number, of which random choices depend
+  std::uint16_t group;
   bool in_double;
 };
 
@@ -300,6 +312,7 @@ struct Advance {
   static constexpr int kItems = items, kGroups = groups;
 
   const Decision* decision;
+  std::uint64_t seed;  // of random choices
   std::int32_t count;
   AdvanceItem item[items];
   AdvanceGroup group[groups];
@@ -319,7 +332,7 @@ struct Advance {
 
  private:
   template <class Rule>
-  FUSESTEP_HOST_DEVICE static void advance(const AdvanceItem& one, const AdvanceGroup& group) {
+  FUSESTEP_HOST_DEVICE void advance(const AdvanceItem& one, const AdvanceGroup& group) const {
     auto options = group.options.template as<typename Rule::Options>();
     options.lr = group.lr_on_device.address ? group.lr_on_device.read() : group.lr;
     rules::Progress progress = followed(one);
@@ -335,6 +348,7 @@ struct Advance {
     entry.gradient_factor = one.gradient_factor;
     memcpy(one.entry->bytes, &entry, sizeof entry);
     one.entry->lr = options.lr;
+    one.entry->rounding = RandomStream::of_rounding(seed, progress.step, one.parameter);
   }
 
   // What the copies say counts. But a float32 cannot count beyond 2^24.

@@ -49,23 +49,24 @@ FUSESTEP_HOST_DEVICE auto with_state(const F& f, [[maybe_unused]] T* state, Firs
 }
 
 template <class T, class Place>
-FUSESTEP_HOST_DEVICE T parameter_at(const Row& row, const Place& place, int i) {
+FUSESTEP_HOST_DEVICE T parameter_at(const Row<FullRowsItem>& row, const Place& place, int i) {
   const DType dtype = row.item.operand(kParameter).dtype;
   const std::int64_t size = item_size(dtype);
   return Bits::load(place.at(kParameter, i, size), size).template as<T>(dtype);
 }
 
-// One element of a row, with its state and its anchor.
+// One element of a row, with its state, its anchor and its copy.
 template <class T, int states, class Place>
 class Element {
  public:
-  FUSESTEP_HOST_DEVICE Element(const Row& row, const Place& place, int i)
+  FUSESTEP_HOST_DEVICE Element(const Row<FullRowsItem>& row, const Place& place, int i)
       : w(parameter_at<T>(row, place, i)), item_(row.item), place_(place), i_(i) {
     FUSESTEP_UNROLL
-    for (int s = 0; s < states; ++s) state[s] = wide(kState + s);
+    for (int s = 0; s < states; ++s)
+      state[s] = load(kState + s, of_state(item_.operand(kState + s).dtype));
     is_anchored_ = item_.is_anchored;
-    if (is_anchored_) reference_ = wide(kReference);
-    importance_ = item_.has_importance ? wide(kReference + 1) : T{1};
+    if (is_anchored_) reference_ = load_wide(kReference);
+    importance_ = item_.has_importance ? load_wide(kReference + 1) : T{1};
   }
 
   // One step of a rule without a gradient, and the pull of the anchor.
@@ -76,33 +77,36 @@ class Element {
     if (is_anchored_) w = rules::Anchor<T>::of(lr * item_.lambda)(w, reference_, importance_);
   }
 
+  // Rounded to nearest: when a row makes up for missed steps must not matter.
   FUSESTEP_HOST_DEVICE void store() const {
-    const DType dtype = item_.operand(kParameter).dtype;
-    const std::int64_t size = item_size(dtype);
-    Bits::of(dtype, w).store(place_.at(kParameter, i_, size), size);
+    const Bits moved = store(kParameter, w);
     FUSESTEP_UNROLL
-    for (int s = 0; s < states; ++s) store_wide(kState + s, state[s]);
+    for (int s = 0; s < states; ++s) store(kState + s, state[s]);
+    if (item_.has_copy) store(kCopy, moved.template as<T>(item_.operand(kParameter).dtype));
   }
 
   T w;
   T state[states > 0 ? states : 1];
 
  private:
-  static constexpr int kReference = kState + states;
+  static constexpr int kReference = kState + states, kCopy = kReference + 3;
 
-  // State and anchors are float32 or float64.
-  FUSESTEP_HOST_DEVICE T wide(int operand) const {
-    if (item_.operand(operand).dtype == DType::float64)
-      return cast<T>(bit_cast<double>(load<EightBytes>(place_.at(operand, i_, 8))));
-    return cast<T>(bit_cast<float>(load<FourBytes>(place_.at(operand, i_, 4))));
+  FUSESTEP_HOST_DEVICE T load(int operand, DType dtype) const {
+    const std::int64_t size = item_size(dtype);
+    return Bits::load(place_.at(operand, i_, size), size).template as<T>(dtype);
   }
-  FUSESTEP_HOST_DEVICE void store_wide(int operand, T value) const {
-    if (item_.operand(operand).dtype == DType::float64)
-      return cuda::store(place_.at(operand, i_, 8), bit_cast<EightBytes>(cast<double>(value)));
-    cuda::store(place_.at(operand, i_, 4), bit_cast<FourBytes>(cast<float>(value)));
+  FUSESTEP_HOST_DEVICE T load_wide(int operand) const {
+    return load(operand, wide(item_.operand(operand).dtype));
+  }
+  FUSESTEP_HOST_DEVICE Bits store(int operand, T value) const {
+    const DType dtype = item_.operand(operand).dtype;
+    const std::int64_t size = item_size(dtype);
+    const Bits bits = Bits::of(dtype, value);
+    bits.store(place_.at(operand, i_, size), size);
+    return bits;
   }
 
-  const AnchoredItemOf<std::int64_t>& item_;
+  const FullRowsItem::Row& item_;
   const Place& place_;
   int i_;
   bool is_anchored_;
@@ -112,18 +116,18 @@ class Element {
 // The values of each row that is listed, the gradient elsewhere, are its MissedSteps here.
 template <class Loop, class T>
 struct CatchUp {
-  using Item = RowsItem;
+  using Item = FullRowsItem;
   using Rule = typename Loop::template Of<T>;
   static constexpr Team kTeam = Team::warp;
   static constexpr Unit kUnit = Unit::row;
 
-  RowsList list;
+  FullRowsList list;
 
   FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
-    const std::int64_t number = tile_of<RowsList>(block, thread);
+    const std::int64_t number = tile_of<FullRowsList>(block, thread);
     if (number >= list.tiles) return;
-    const RowsItem& table = list.item_of(number);
-    const Row row(table, number - table.first_tile);
+    const Item& table = list.item_of(number);
+    const Row<Item> row(table, number - table.first_tile);
     const auto& missed = *reinterpret_cast<const MissedSteps*>(row.item.data[kGradient]);
     if constexpr (rules::kIsRowwise<Rule>)
       replay_whole_row(thread, table, row, missed);
@@ -137,7 +141,7 @@ struct CatchUp {
 
   // Calls visit(element) for a lane's elements of a row.
   template <class Visit>
-  FUSESTEP_HOST_DEVICE void for_each_element(int lane, const RowsItem& table, const Row& row,
+  FUSESTEP_HOST_DEVICE void for_each_element(int lane, const Item& table, const Row<Item>& row,
                                              Visit visit) const {
     FUSESTEP_DO_NOT_UNROLL
     for (std::uint32_t tile = 0; tile < table.tiles; ++tile) {
@@ -148,7 +152,7 @@ struct CatchUp {
     }
   }
 
-  FUSESTEP_HOST_DEVICE void catch_up(int thread, const RowsItem& table, const Row& row,
+  FUSESTEP_HOST_DEVICE void catch_up(int thread, const Item& table, const Row<Item>& row,
                                      const MissedSteps& missed) const {
     const Idle idle = read_words(&missed).idle.template as<Idle>();
     const Move move(idle);
@@ -165,7 +169,7 @@ struct CatchUp {
     });
   }
 
-  FUSESTEP_HOST_DEVICE bool suits(int thread, const RowsItem& table, const Row& row,
+  FUSESTEP_HOST_DEVICE bool suits(int thread, const Item& table, const Row<Item>& row,
                                   const Move& move) const {
     return in_all_lanes(thread, [&](int lane) {
       bool all = true;
@@ -193,7 +197,7 @@ struct CatchUp {
   }
 
   // By a row-wise rule: all of the row takes part in each step.
-  FUSESTEP_HOST_DEVICE void replay_whole_row(int thread, const RowsItem& table, const Row& row,
+  FUSESTEP_HOST_DEVICE void replay_whole_row(int thread, const Item& table, const Row<Item>& row,
                                              const MissedSteps& missed) const {
     FUSESTEP_DO_NOT_UNROLL
     for (std::int64_t k = 0; k < missed.count; ++k) {
@@ -214,7 +218,7 @@ struct CatchUp {
   }
 
   // Each lane adds up the elements that it moves itself.
-  FUSESTEP_HOST_DEVICE double sum_of_tile(int thread, const Row& row, std::uint32_t tile,
+  FUSESTEP_HOST_DEVICE double sum_of_tile(int thread, const Row<Item>& row, std::uint32_t tile,
                                           const Rule& rule) const {
     const StridedPlace place(list, row.item, tile);
     return sum_in_warp<place.kUnroll>(thread, place.count(), [&](int i) {

@@ -59,7 +59,7 @@ struct Bits {
       case DType::float32: return cast<T>(bit_cast<float>(low));
       case DType::float16: return cast<T>(Float16{static_cast<std::uint16_t>(low)});
       case DType::bfloat16: return cast<T>(BFloat16{static_cast<std::uint16_t>(low)});
-      case DType::float64: break;
+      default: break;
     }
     return cast<T>(bit_cast<double>(std::uint64_t{high} << 32 | low));
   }
@@ -70,10 +70,17 @@ struct Bits {
       case DType::float32: return {bit_cast<std::uint32_t>(cast<float>(value)), 0};
       case DType::float16: return {cast<Float16>(value).bits, 0};
       case DType::bfloat16: return {cast<BFloat16>(value).bits, 0};
-      case DType::float64: break;
+      default: break;
     }
     const auto bits = bit_cast<std::uint64_t>(cast<double>(value));
     return {static_cast<std::uint32_t>(bits), static_cast<std::uint32_t>(bits >> 32)};
+  }
+
+  // The same, of a type of 16 bits, rounded at random.
+  template <class T>
+  FUSESTEP_HOST_DEVICE static Bits at_random(DType dtype, T value, std::uint32_t random) {
+    if (dtype == DType::float16) return {cast_at_random<Float16>(value, random).bits, 0};
+    return {cast_at_random<BFloat16>(value, random).bits, 0};
   }
 };
 
@@ -124,6 +131,9 @@ class AdjacentElements {
     EightBytes new_half_;  // an element is set while its neighbour in the word is still to be read
   };
 
+  // By which an element is rounded.
+  FUSESTEP_HOST_DEVICE std::int64_t number(int k) const { return item_.first_number + begin_ + k; }
+
   // So many bytes further on: in another row, say.
   FUSESTEP_HOST_DEVICE Values load(int operand, std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);
@@ -169,6 +179,7 @@ class DensePlace {
   FUSESTEP_HOST_DEVICE std::byte* at(int operand, int i, std::int64_t size) const {
     return item_.data[operand] + (begin_ + i) * size;
   }
+  FUSESTEP_HOST_DEVICE std::int64_t number(int i) const { return item_.first_number + begin_ + i; }
 
  private:
   const Item& item_;
@@ -194,20 +205,41 @@ class StridedPlace {
       else if (k == tiling_.row_axis)
         rows_ = static_cast<unsigned>(extent);
     });
+    if constexpr (kIsFull<Item>) find_number(item, tile);
   }
 
   FUSESTEP_HOST_DEVICE int count() const { return static_cast<int>(rows_ * columns_); }
   FUSESTEP_HOST_DEVICE std::byte* at(int operand, int i, std::int64_t) const {
-    const unsigned row = static_cast<unsigned>(i) / columns_;
-    const unsigned column = static_cast<unsigned>(i) % columns_;
-    return data_[operand] + row * tiling_.axes[tiling_.row_axis].stride[operand] +
-           column * tiling_.axes[tiling_.column_axis].stride[operand];
+    return data_[operand] + offset(operand, i);
+  }
+  FUSESTEP_HOST_DEVICE std::int64_t number(int i) const {
+    return number_ + (is_numbered_by_stride_ ? offset(kNumbers, i) : i);
   }
 
  private:
+  FUSESTEP_HOST_DEVICE std::int64_t offset(int operand, int i) const {
+    const unsigned row = static_cast<unsigned>(i) / columns_;
+    const unsigned column = static_cast<unsigned>(i) % columns_;
+    return row * tiling_.axes[tiling_.row_axis].stride[operand] +
+           column * tiling_.axes[tiling_.column_axis].stride[operand];
+  }
+
+  FUSESTEP_HOST_DEVICE void find_number(const Item& item, std::uint32_t tile) {
+    is_numbered_by_stride_ = item.is_numbered_by_stride;
+    number_ = item.first_number;
+    if (!is_numbered_by_stride_)
+      number_ += tile * kTileSize;
+    else
+      tiling_.for_each_axis(tile, [&](int k, std::int64_t begin, std::int64_t) {
+        number_ += begin * tiling_.axes[k].stride[kNumbers];
+      });
+  }
+
   Tiling tiling_;
   std::byte* data_[Item::kOperands];
   unsigned rows_ = 1, columns_ = 1;
+  std::int64_t number_ = 0;  // of the tile's first element
+  bool is_numbered_by_stride_ = false;
 };
 
 // Four elements of each operand, as far apart as there are threads at work on the tile: so
@@ -227,6 +259,8 @@ class SpreadElements {
     friend SpreadElements;
     Bits bits_[kPerThread];
   };
+
+  FUSESTEP_HOST_DEVICE std::int64_t number(int k) const { return place_.number(index(k)); }
 
   FUSESTEP_HOST_DEVICE Values load(int operand, std::int64_t offset = 0) const {
     const std::int64_t size = item_size(item_.operand(operand).dtype);

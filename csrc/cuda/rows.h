@@ -16,7 +16,8 @@ struct OneSource {
 // The rows of values that are added up to the gradient of a row; offsets are from the first.
 class RowSources {
  public:
-  FUSESTEP_HOST_DEVICE RowSources(const RowsItem& table, std::int64_t number, std::int64_t in_table)
+  template <class Table>
+  FUSESTEP_HOST_DEVICE RowSources(const Table& table, std::int64_t number, std::int64_t in_table)
       : source_(table.rows.source ? table.rows.source + table.rows.first[number] : nullptr),
         first_(source_                  ? source_[0]
                : table.rows.is_in_place ? in_table
@@ -36,12 +37,13 @@ class RowSources {
 };
 
 // A row that moves: an item by itself.
+template <class Table>
 struct Row {
   std::int64_t in_table;
   RowSources sources;
-  AnchoredItemOf<std::int64_t> item;
+  typename Table::Row item;
 
-  FUSESTEP_HOST_DEVICE Row(const RowsItem& table, std::int64_t number)
+  FUSESTEP_HOST_DEVICE Row(const Table& table, std::int64_t number)
       : in_table(table.rows.row ? table.rows.row[number] : number),
         sources(table, number, in_table),
         item(table) {
@@ -49,17 +51,20 @@ struct Row {
     item.data[kParameter] += in_table * table.stride[kParameter];
     item.data[kGradient] += sources.first() * table.stride[kGradient];
     FUSESTEP_UNROLL
-    for (int i = kState; i < kMaxOperands; ++i) item.data[i] += of_state * table.stride[i];
+    for (int i = kState; i < Table::kOperands; ++i) item.data[i] += of_state * table.stride[i];
+    if constexpr (kIsFull<Table>)
+      item.first_number +=
+          table.rows.number ? table.rows.number[number] : in_table * table.tiles * kTileSize;
   }
 };
 
 // Calls visit(elements) with a lane's share of a chunk of a row, counted through its tiles.
-template <class ItemList, class Visit>
-FUSESTEP_HOST_DEVICE void visit_elements_of_row(const ItemList& list, const RowsItem& table,
-                                                const Row& row, std::uint32_t chunk, int lane,
-                                                Visit visit) {
+template <class ItemList, class Table, class Visit>
+FUSESTEP_HOST_DEVICE void visit_elements_of_row(const ItemList& list, const Table& table,
+                                                const Row<Table>& row, std::uint32_t chunk,
+                                                int lane, Visit visit) {
   const std::uint32_t tile = chunk / table.chunks;
-  const int in_tile = static_cast<int>(chunk % table.chunks) * RowsItem::kChunk;
+  const int in_tile = static_cast<int>(chunk % table.chunks) * kChunk;
   if (row.item.is_aligned) {
     const std::int64_t at = std::int64_t{tile} * kTileSize + in_tile + lane * kPerThread;
     if (at < row.item.size) visit(AdjacentElements(row.item, at));
@@ -79,9 +84,10 @@ FUSESTEP_HOST_DEVICE void visit_share(const ItemList& list, const Item& item,
                  [&](const auto& elements) { visit(item, elements, OneSource{}); });
 }
 
-template <class ItemList, class Visit>
-FUSESTEP_HOST_DEVICE void visit_share(const ItemList& list, const RowsItem& table,
-                                      std::int64_t chunk, int thread, Visit visit) {
+template <class ItemList, class Table, class Visit>
+  requires kIsTable<Table>
+FUSESTEP_HOST_DEVICE void visit_share(const ItemList& list, const Table& table,
+                                      typename Table::Number chunk, int thread, Visit visit) {
   const std::int64_t in_row = std::int64_t{table.tiles} * table.chunks;
   const bool is_row = in_row == 1;  // often: no need to divide
   const Row row(table, is_row ? chunk : chunk / in_row);
@@ -99,9 +105,10 @@ FUSESTEP_HOST_DEVICE auto visit_tile(const ItemList& list, const Item& item,
   return visit(item, DensePlace(list, item, tile), OneSource{});
 }
 
-template <class ItemList, class Visit>
-FUSESTEP_HOST_DEVICE auto visit_tile(const ItemList& list, const RowsItem& table, std::int64_t tile,
-                                     Visit visit) {
+template <class ItemList, class Table, class Visit>
+  requires kIsTable<Table>
+FUSESTEP_HOST_DEVICE auto visit_tile(const ItemList& list, const Table& table,
+                                     typename Table::Number tile, Visit visit) {
   const Row row(table, tile / table.tiles);
   const StridedPlace place(list, row.item, static_cast<std::uint32_t>(tile % table.tiles));
   return visit(row.item, place, row.sources);

@@ -7,6 +7,7 @@
 #include "cuda/rows.h"
 #include "gradients/dense.h"
 #include "rules/anchor.h"
+#include "rules/moving_average.h"
 
 namespace fusestep::cuda {
 
@@ -43,7 +44,7 @@ class Pull<T, Item, Elements, first> {
   static constexpr int kReference = first, kImportance = first + 1;
 
   FUSESTEP_HOST_DEVICE T get(const Values& values, int k, int operand) const {
-    const DType dtype = item_.operand(operand).dtype;
+    const DType dtype = wide(item_.operand(operand).dtype);
     return values.get(k, dtype).template as<T>(dtype);
   }
 
@@ -52,14 +53,114 @@ class Pull<T, Item, Elements, first> {
   Values reference_, importance_;
 };
 
+// How what has moved is rounded: to nearest, or at random.
+template <class T, class Item, class Elements>
+class Rounding {
+ public:
+  FUSESTEP_HOST_DEVICE Rounding(const Item&, const Elements&, RandomStream) {}
+
+  FUSESTEP_HOST_DEVICE Bits operator()(int, int, DType dtype, T value) const {
+    return Bits::of(dtype, value);
+  }
+};
+
+template <class T, class Item, class Elements>
+  requires kIsFull<Item>
+class Rounding<T, Item, Elements> {
+ public:
+  FUSESTEP_HOST_DEVICE Rounding(const Item& item, const Elements& elements, RandomStream stream)
+      : item_(item), elements_(elements), stream_(stream), tile_(tile_of(0)) {}
+
+  FUSESTEP_HOST_DEVICE Bits operator()(int operand, int k, DType dtype, T value) const {
+    const bool is_random = operand == kParameter ? item_.rounds_parameter : item_.rounds_state;
+    if (!is_random || item_size(dtype) != 2) return Bits::of(dtype, value);
+    return Bits::at_random(dtype, value, random(stream_.of_operand(operand), k));
+  }
+
+ private:
+  FUSESTEP_HOST_DEVICE std::int64_t tile_of(int k) const { return elements_.number(k) / kTileSize; }
+
+  // Nearly always elements are of one tile: then its key is worked out once.
+  FUSESTEP_HOST_DEVICE std::uint32_t random(const RandomStream& stream, int k) const {
+    const auto place = static_cast<std::uint32_t>(elements_.number(k) % kTileSize);
+    const std::int64_t tile = tile_of(k);
+    if (tile == tile_) return TileRandom::of(stream, tile_).bits(place);
+    return TileRandom::of(stream, tile).bits(place);
+  }
+
+  const Item& item_;
+  const Elements& elements_;
+  RandomStream stream_;
+  std::int64_t tile_;
+};
+
+// What follows a parameter, if anything does: its average and its copy, which are the operands from
+// this one on.
+template <class T, class Item, class Elements, int first>
+class Followers {
+ public:
+  FUSESTEP_HOST_DEVICE Followers(const Item&, const Elements&) {}
+  FUSESTEP_HOST_DEVICE void follow(int, Bits) {}
+  FUSESTEP_HOST_DEVICE void store() const {}
+};
+
+template <class T, class Item, class Elements, int first>
+  requires kIsFull<Item>
+class Followers<T, Item, Elements, first> {
+ public:
+  FUSESTEP_HOST_DEVICE Followers(const Item& item, const Elements& elements)
+      : item_(item), elements_(elements), moving_(item.decay) {
+    if (item.has_average) average_ = elements.load(kAverage);
+  }
+
+  // The parameter as it is stored.
+  FUSESTEP_HOST_DEVICE void follow(int k, Bits parameter) {
+    const T w = parameter.template as<T>(item_.operand(kParameter).dtype);
+    if (item_.has_average) {
+      const DType dtype = wide(item_.operand(kAverage).dtype);
+      const T before = average_.get(k, dtype).template as<T>(dtype);
+      average_.set(k, dtype, Bits::of(dtype, moving_(before, moving_.one_minus_beta * w)));
+    }
+    if (item_.has_copy) {
+      const DType dtype = item_.operand(kCopy).dtype;
+      copy_.set(k, dtype, Bits::of(dtype, w));
+    }
+  }
+
+  FUSESTEP_HOST_DEVICE void store() const {
+    if (item_.has_average) elements_.store(kAverage, average_);
+    if (item_.has_copy) elements_.store(kCopy, copy_);
+  }
+
+ private:
+  static constexpr int kAverage = first, kCopy = first + 1;
+
+  const Item& item_;
+  const Elements& elements_;
+  rules::MovingAverage<T> moving_;
+  typename Elements::Values average_, copy_;
+};
+
 // By what elements are moved.
 template <class Rule, class T>
 struct Orders {
   const Rule& rule;
-  T factor;          // of gradients
-  double lr;         // of an anchor
-  bool keeps_value;  // only the state moves
+  T factor;               // of gradients
+  double lr;              // of an anchor
+  bool keeps_value;       // only the state moves
+  T bound;                // of gradients, and
+  RandomStream rounding;  // both of full items
 };
+
+// The k-th of these gradients as the rule gets it.
+template <class Item, class Rule, class T>
+FUSESTEP_HOST_DEVICE T scaled(const T* values, int k, const Orders<Rule, T>& orders) {
+  const gradients::Dense<T> dense{values, orders.factor};
+  if constexpr (kIsFull<Item>)
+    return gradients::Bounded<T>{dense, orders.bound}(k);
+  else
+    return dense(k);
+}
 
 // Moves a thread's share. The orders are asked for once all operands are under way.
 template <class T, int states, class Item, class Elements, class Sources, class GetOrders>
@@ -72,8 +173,12 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
   FUSESTEP_UNROLL
   for (int s = 0; s < states; ++s) state[s] = elements.load(kState + s);
   Pull<T, Item, Elements, kState + states> pull(item, elements);
+  Followers<T, Item, Elements, kState + states + 2> followers(item, elements);
 
-  const auto dtype = [&](int operand) { return item.operand(operand).dtype; };
+  const auto dtype = [&](int operand) {
+    const DType any = item.operand(operand).dtype;
+    return operand < kState ? any : of_state(any);
+  };
   const auto value = [&](const Values& values, int k, int operand) {
     return values.get(k, dtype(operand)).template as<T>(dtype(operand));
   };
@@ -89,10 +194,11 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
 
   const auto orders = get_orders();
   pull.set_rate(orders.lr);
+  const Rounding<T, Item, Elements> rounded(item, elements, orders.rounding);
   FUSESTEP_UNROLL
   for (int k = 0; k < kPerThread; ++k) {
     T w = value(parameter, k, kParameter);
-    const T g = gradients::Dense<T>{sum, orders.factor}(k);
+    const T g = scaled<Item>(sum, k, orders);
     T s[states > 0 ? states : 1];
     FUSESTEP_UNROLL
     for (int i = 0; i < states; ++i) s[i] = value(state[i], k, kState + i);
@@ -100,13 +206,18 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
     if constexpr (states == 1) orders.rule(w, g, s[0]);
     if constexpr (states == 2) orders.rule(w, g, s[0], s[1]);
     if constexpr (states == 3) orders.rule(w, g, s[0], s[1], s[2]);
-    parameter.set(k, dtype(kParameter), Bits::of(dtype(kParameter), pull(k, w)));
+    const Bits moved = rounded(kParameter, k, dtype(kParameter), pull(k, w));
+    parameter.set(k, dtype(kParameter), moved);
+    followers.follow(k, moved);
     FUSESTEP_UNROLL
     for (int i = 0; i < states; ++i)
-      state[i].set(k, dtype(kState + i), Bits::of(dtype(kState + i), s[i]));
+      state[i].set(k, dtype(kState + i), rounded(kState + i, k, dtype(kState + i), s[i]));
   }
 
-  if (!orders.keeps_value) elements.store(kParameter, parameter);
+  if (!orders.keeps_value) {
+    elements.store(kParameter, parameter);
+    followers.store();
+  }
   FUSESTEP_UNROLL
   for (int s = 0; s < states; ++s) elements.store(kState + s, state[s]);
 }

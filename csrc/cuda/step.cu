@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <tuple>
 
 #include "core/errors.h"
@@ -26,15 +27,24 @@ struct Piece {
   bool has_rows() const { return work->rows != nullptr; }
   bool is_strided() const { return iteration().layout != nullptr; }
   bool is_anchored() const { return work->anchor.reference != 0; }
+  bool needs_full_item() const {
+    return work->followers.any() || work->rounding.is_random() || has_narrow_state();
+  }
   int axes() const { return is_strided() ? iteration().layout->tiling().count : has_rows(); }
 
   // Of a tile of rows: all tiles are as large as the row, or as tiles may be.
-  std::int64_t chunks() const {
-    return ceil_div(std::min(iteration().size, kTileSize), RowsItem::kChunk);
-  }
+  std::int64_t chunks() const { return ceil_div(std::min(iteration().size, kTileSize), kChunk); }
   std::int64_t count_of(Unit unit) const {
     if (has_rows() && unit == Unit::row) return work->rows->count();
     return work->tiles() * (has_rows() && unit == Unit::share ? chunks() : 1);
+  }
+
+ private:
+  bool has_narrow_state() const {
+    const std::span operands(iteration().operand);
+    return std::ranges::any_of(
+        operands.subspan(kState, static_cast<std::size_t>(work->rule_operands - kState)),
+        [](const Operand& operand) { return item_size(operand.dtype) < 4; });
   }
 };
 using Pieces = std::span<const Piece>;
@@ -94,11 +104,12 @@ std::vector<Piece> placed(WorkList list, Workspace& workspace, Stream stream) {
   };
   for (Piece& piece : pieces) {
     if (!piece.has_rows()) continue;
-    const auto [row, first, source, state] = piece.work->rows->lists();
+    const auto [row, first, source, state, number] = piece.work->rows->lists();
     piece.rows.row = place(row);
     piece.rows.first = place(first);
     piece.rows.source = place(source);
     piece.rows.state = place(state);
+    piece.rows.number = place(number);
     piece.rows.is_in_place = piece.work->rows->is_in_place();
   }
   return pieces;
@@ -137,9 +148,35 @@ bool has_room(const Body& body, const Piece& piece) {
          list.tiles + tiles <= kMostTiles;
 }
 
+// Where a kernel looks for an operand: what not every parameter has keeps its place free there.
+int place_of(int operand, const Work& work) {
+  const int others = work.rule_operands;
+  if (operand < others) return operand;
+  if (operand == work.anchor.reference) return others;
+  if (operand == work.anchor.importance) return others + 1;
+  if (operand == work.followers.average) return others + 2;
+  if (operand == work.followers.copy) return others + 3;
+  return kNumbers;
+}
+
+// Calls visit(operand, place) for those that an item has room for.
+template <class Item, class Visit>
+void for_each_operand(const Work& work, Visit visit) {
+  for (int i = 0; i < work.iteration.operands; ++i)
+    if (const int place = place_of(i, work); place < Item::kOperands)
+      visit(static_cast<std::size_t>(i), place);
+}
+
+TileAxis with_places(const TileAxis& axis, const Work& work) {
+  TileAxis placed{axis.extent, axis.tile, axis.tiles, {}};
+  for (int i = 0; i < work.iteration.operands; ++i)
+    placed.stride[place_of(i, work)] = axis.stride[i];
+  return placed;
+}
+
 // What an item has besides, if it is of these kinds.
-template <class Number>
-void add_anchor(AnchoredItemOf<Number>& item, const Piece& piece) {
+template <class Item>
+void add_anchor(Item& item, const Piece& piece) {
   const Work::Anchor& anchor = piece.work->anchor;
   item.lambda = anchor.lambda;
   item.lr = anchor.lr;
@@ -147,7 +184,20 @@ void add_anchor(AnchoredItemOf<Number>& item, const Piece& piece) {
   item.has_importance = anchor.importance != 0;
 }
 
-void add_rows(RowsItem& item, TileAxis* axes, const Piece& piece) {
+template <class Item>
+void add_others(Item& item, const Work& work) {
+  item.decay = work.followers.decay;
+  item.has_average = work.followers.average != 0;
+  item.has_copy = work.followers.copy != 0;
+  item.rounding = work.rounding.stream;
+  item.rounds_parameter = work.rounding.is_random_in_parameter;
+  item.rounds_state = work.rounding.is_random_in_state;
+  item.first_number = work.numbers.first;
+  item.is_numbered_by_stride = work.iteration.layout && work.numbers.operand != 0;
+}
+
+template <class Item>
+void add_rows(Item& item, TileAxis* axes, const Piece& piece) {
   const Work& work = *piece.work;
   item.rows = piece.rows;
   item.tiles = static_cast<std::uint32_t>(work.iteration.tiles());
@@ -156,12 +206,12 @@ void add_rows(RowsItem& item, TileAxis* axes, const Piece& piece) {
   item.row_state_stride = work.row_state_stride;
   item.is_aligned = item.is_aligned && !piece.is_strided() && item.size % kPerThread == 0;
   TileAxis elements{item.size, kTileSize, work.iteration.tiles(), {}};
-  for (int i = 0; i < work.iteration.operands; ++i) {
-    const Operand& operand = work.iteration.operand[static_cast<std::size_t>(i)];
-    item.stride[i] = work.rows->stride[static_cast<std::size_t>(i)];
-    item.is_aligned = item.is_aligned && is_aligned_in_rows(operand, item.stride[i]);
-    elements.stride[i] = item_size(operand.dtype);
-  }
+  for_each_operand<Item>(work, [&](std::size_t i, int place) {
+    const Operand& operand = work.iteration.operand[i];
+    item.stride[place] = work.rows->stride[i];
+    item.is_aligned = item.is_aligned && is_aligned_in_rows(operand, item.stride[place]);
+    elements.stride[place] = item_size(operand.dtype);
+  });
   if (piece.is_strided()) return;
   item.axes = 1;
   *axes = elements;
@@ -180,22 +230,24 @@ void add(Body& body, const Piece& piece, std::uint32_t rule) {
   item.first_axis = static_cast<std::uint8_t>(axes_in(list));  // of dense ones, too: see axes_in
   item.is_aligned = true;
   item.in_double = piece.work->compute == DType::float64;
-  for (int i = 0; i < std::min(iteration.operands, Item::kOperands); ++i) {
-    const Operand& operand = iteration.operand[static_cast<std::size_t>(i)];
-    item.data[i] = operand.data;
-    item.dtypes =
-        static_cast<std::uint16_t>(item.dtypes | static_cast<int>(operand.dtype) << 2 * i);
+  for_each_operand<Item>(*piece.work, [&](std::size_t i, int place) {
+    const Operand& operand = iteration.operand[i];
+    item.data[place] = operand.data;
+    item.dtypes = static_cast<typename Item::DTypes>(
+        item.dtypes | static_cast<unsigned>(operand.dtype) << kDTypeBits * place);
     item.is_aligned = item.is_aligned && is_aligned(operand);
-  }
+  });
   if (piece.is_strided()) {
     const Tiling tiling = iteration.layout->tiling();
     item.axes = static_cast<std::uint8_t>(tiling.count);
     item.row_axis = static_cast<std::uint8_t>(tiling.row_axis);
     item.column_axis = static_cast<std::uint8_t>(tiling.column_axis);
-    std::copy_n(tiling.axes, tiling.count, list.axis + item.first_axis);
+    std::transform(tiling.axes, tiling.axes + tiling.count, list.axis + item.first_axis,
+                   [&](const TileAxis& axis) { return with_places(axis, *piece.work); });
   }
   if constexpr (kMayBeAnchored<Item>) add_anchor(item, piece);
-  if constexpr (std::is_same_v<Item, RowsItem>) add_rows(item, list.axis + item.first_axis, piece);
+  if constexpr (kIsFull<Item>) add_others(item, *piece.work);
+  if constexpr (kIsTable<Item>) add_rows(item, list.axis + item.first_axis, piece);
   list.item[list.count++] = item;
   list.tiles += static_cast<typename Item::Number>(piece.count_of(Body::kUnit));
 }
@@ -230,12 +282,13 @@ struct Entry {
   Piece piece;
   std::uint32_t place;
   std::uint32_t loop;
+  bool is_full;  // its item
 
   // What decides which kernel it takes.
   auto kind() const {
     const bool rows = piece.has_rows();
-    return std::tuple(loop, piece.work->compute, rows, !rows && piece.is_strided(),
-                      !rows && piece.is_anchored(), piece.work->keeps_value);
+    return std::tuple(loop, piece.work->compute, rows, !rows && piece.is_strided(), is_full,
+                      !rows && !is_full && piece.is_anchored(), piece.work->keeps_value);
   }
 };
 
@@ -262,6 +315,7 @@ void update(std::span<const Entry> entries, const Common& common) {
   body.table = common.table;
   body.decision = common.decision;
   body.gradient_factor = common.options.gradient_factor;
+  body.gradient_bound = static_cast<decltype(body.gradient_bound)>(common.options.gradient_bound);
   body.clear_gradients = common.options.clear_gradients;
   body.keeps_value = entries.front().piece.work->keeps_value;
   int rules = 0;
@@ -290,20 +344,32 @@ void update(std::span<const Entry> entries, const Common& common) {
 
 template <class Loop, class T>
 void update_kind(std::span<const Entry> entries, const Common& common) {
-  const Piece& first = entries.front().piece;
+  const auto& [first, place, loop, is_full] = entries.front();
   const auto update_list = [&]<class ItemList>() {
     update<Update<Loop, T, ItemList>>(entries, common);
   };
-  if constexpr (rules::kIsRowwise<typename Loop::template Of<T>>)
-    update<UpdateWholeRows<Loop, T>>(entries, common);  // a dense gradient is one of all rows
-  else if (first.has_rows())
+  if constexpr (rules::kIsRowwise<typename Loop::template Of<T>>) {
+    // A dense gradient is one of all rows.
+    if (is_full)
+      update<UpdateWholeRows<Loop, T, FullRowsList>>(entries, common);
+    else
+      update<UpdateWholeRows<Loop, T, RowsList>>(entries, common);
+  } else if (is_full) {
+    if (first.has_rows())
+      update_list.template operator()<FullRowsList>();
+    else if (first.is_strided())
+      update_list.template operator()<StridedFullList>();
+    else
+      update_list.template operator()<FullList>();
+  } else if (first.has_rows()) {
     update_list.template operator()<RowsList>();
-  else if (first.is_anchored() && first.is_strided())
+  } else if (first.is_anchored() && first.is_strided()) {
     update_list.template operator()<StridedAnchoredList>();
-  else if (first.is_anchored())
+  } else if (first.is_anchored()) {
     update_list.template operator()<AnchoredList>();
-  else
+  } else {
     with_list(first.is_strided(), entries.size(), update_list);
+  }
 }
 
 void update_kind(std::span<const Entry> entries, const Common& common) {
@@ -330,13 +396,15 @@ void for_each_kind(std::vector<Entry>& entries, Visit visit) {
 }
 
 void update_all(const Step& step, Pieces pieces, const Common& common) {
+  const bool is_bounded = step.options.gradient_bound < std::numeric_limits<double>::infinity();
   std::vector<Entry> entries;
   entries.reserve(pieces.size());
   for (std::size_t i = 0; i < pieces.size(); ++i) {
     if (pieces[i].is_empty()) continue;
     const std::size_t loop =
         common.table ? step.groups[step.progress[i].group].loop : pieces[i].work->rule->loop;
-    entries.push_back({pieces[i], static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(loop)});
+    entries.push_back({pieces[i], static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(loop),
+                       is_bounded || pieces[i].needs_full_item()});
   }
   for_each_kind(entries, [&](std::span<const Entry> of_kind) { update_kind(of_kind, common); });
 }
@@ -555,6 +623,7 @@ void advance(const Step& step, const Decision* decision, rules::Progress* progre
   Body body;
   body.count = 0;
   body.decision = decision;
+  body.seed = step.seed;
   std::uint32_t groups = 0;
   std::uint32_t last = UINT32_MAX;
   const auto flush = [&] {
@@ -573,7 +642,8 @@ void advance(const Step& step, const Decision* decision, rules::Progress* progre
                                one.momentum_product,
                                table + i,
                                step.list[i]->gradient_factor,
-                               groups - 1,
+                               one.parameter,
+                               static_cast<std::uint16_t>(groups - 1),
                                step.list[i]->compute == DType::float64};
   }
   flush();
@@ -622,7 +692,7 @@ void catch_up(Workspace& workspace, Stream stream, std::span<const RowsBehind> t
   std::vector<Entry> entries;
   for (const Piece& piece : placed(list, workspace, stream))
     if (!piece.is_empty())
-      entries.push_back({piece, 0, static_cast<std::uint32_t>(piece.work->rule->loop)});
+      entries.push_back({piece, 0, static_cast<std::uint32_t>(piece.work->rule->loop), true});
   for_each_kind(entries, [&](std::span<const Entry> of_kind) { catch_up_kind(of_kind, stream); });
 }
 

@@ -25,6 +25,7 @@ struct ProgressOnDevice {
   std::size_t slot;               // its place in the workspace's array
   Scalar step, momentum_product;  // copies of it that others may write to, or null
   std::uint32_t group;            // its place among the groups
+  std::uint32_t parameter;        // its number, of which random choices depend
 };
 
 struct Step {
@@ -44,6 +45,7 @@ struct Step {
   // One for each piece of work, or none: then the list comes with its coefficients.
   std::span<const ProgressOnDevice> progress = {};
   std::span<const AdvanceGroup> groups = {};
+  std::uint64_t seed = 0;  // of random choices
 
   bool needs_norm() const { return max_norm || skip_nonfinite; }
   bool is_decided_on_device() const {

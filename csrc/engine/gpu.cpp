@@ -17,11 +17,11 @@ namespace {
 const cuda::Driver& driver() { return arrays::cuda_driver(); }
 
 // True where the next step of a parameter will be the very same as this one, so that a CUDA graph
-// may repeat it: SGD, once its momentum is there.
+// may repeat it: SGD, once its momentum is there, where nothing is rounded at random.
 bool is_steady(const Update& update) {
   const rules::AnyRule& rule = *update.group->rule;
-  if (!rule.scalar_names().empty()) return false;
   const Slot& slot = *update.slot;
+  if (!rule.scalar_names().empty() || slot.work.rounding.is_random()) return false;
   const auto coefficients = [&](const rules::Progress& at) {
     return rule.coefficients(at, slot.work.compute, update.group->lr, slot.states());
   };
@@ -75,7 +75,7 @@ void Gpu::add(const Update& update) {
   work_.push_back(&slot.work);
   if (keeps_progress())
     progress_.push_back({slot.resident.index, slot.resident.step, slot.resident.momentum_product,
-                         group_of(update)});
+                         group_of(update), static_cast<std::uint32_t>(update.draw.parameter)});
 }
 
 std::uint32_t Gpu::group_of(const Update& update) {
@@ -146,7 +146,8 @@ void Gpu::take(const Request& request) {
                  .found_inf = request.scaling.found_inf,
                  .counts = request.counts,
                  .progress = progress_,
-                 .groups = groups_});
+                 .groups = groups_,
+                 .seed = updates_.front()->draw.seed});
   if (request.options.clear_gradients && moves_less_) clear_gradients();
 }
 

@@ -153,6 +153,13 @@ struct Pieces {
     return part;
   }
 
+  std::vector<std::int64_t> first_elements() const {
+    std::vector<std::int64_t> result;
+    result.reserve(runs.size());
+    for (const Run& run : runs) result.push_back(run.element);
+    return result;
+  }
+
   // Where they are in an array, counted in pieces.
   std::vector<std::int64_t> numbers(std::size_t operand) const {
     std::vector<std::int64_t> result;
@@ -219,6 +226,7 @@ Work from_first_element(const selections::Part& part, const Work& whole, std::in
   for (std::size_t i = 0; i < static_cast<std::size_t>(part.operands); ++i)
     work.iteration.operand[i] = {part.operand[i].at(0), part.operand[i].dtype()};
   work.iteration.plan_dense(count, part.operands);
+  work.numbers = {};
   return work;
 }
 
@@ -226,6 +234,7 @@ Work one_run(const selections::Part& part, const Work& whole, const Run& run) {
   Work work = from_first_element(part, whole, run.count);
   for (std::size_t i = 0; i < static_cast<std::size_t>(part.operands); ++i)
     shift(work.iteration.operand[i], run.place[std::min<std::size_t>(i, kState)]);
+  work.numbers.first = run.element;
   return work;
 }
 
@@ -239,6 +248,7 @@ void add_pieces(const Update& update, const Work& whole, Stretches stretches, Ta
   const Pieces pieces = pieces_of(update, runs);
   gradients::Rows table = table_of(part, pieces, pieces.numbers(kParameter));
   table.plan_state(pieces.numbers(kState));
+  if (whole.rounding.is_random()) table.plan_numbers(pieces.first_elements());
   for (std::size_t i = 0; i < static_cast<std::size_t>(part.operands); ++i)
     table.stride[i] = pieces.length * item_size(part.operand[i].dtype());
   tables.add(from_first_element(part, whole, pieces.length), std::move(table));
@@ -249,13 +259,16 @@ void add_pieces(const Update& update, const Work& whole, Stretches stretches, Ta
 void add_own_rows(const Update& update, const Work& whole, Stretches stretches, Tables& tables) {
   const Pieces pieces = rows_as_pieces(*update.slot->work.part, stretches);
   gradients::Rows strides;
-  Work work = update.slot->work_on_rows(update.slot->moved_by(update), strides);
+  Work work = update.slot->work_on_rows(update.slot->moved_by(update), strides, true);
   work.rule = whole.rule;
   work.anchor = whole.anchor;
+  work.followers = whole.followers;
+  work.rounding = whole.rounding;
   work.gradient_factor = whole.gradient_factor;
   work.keeps_value = whole.keeps_value;
   gradients::Rows table = table_of(*update.slot->work.part, pieces, pieces.numbers(kParameter));
   table.stride = strides.stride;
+  if (whole.rounding.is_random()) table.plan_numbers(pieces.first_elements());
   tables.add(work, std::move(table));
 }
 

@@ -38,6 +38,22 @@ void forget_plan(Work& work) {
   work.part = nullptr;
   work.selected_rows = nullptr;
   work.whole_gradient = {};
+  work.numbers = {};
+}
+
+// Walks the operands together; and the numbers of elements in C order, if they are asked for.
+void plan_iteration(Work& work, std::span<const std::int64_t> shape,
+                    std::span<Geometry, kMaxOperands> geometry, std::size_t count,
+                    bool is_numbered) {
+  Iteration& iteration = work.iteration;
+  if (!is_numbered) return iteration.plan(geometry.first(count));
+  const std::vector<std::int64_t> strides = c_strides(shape, 1);
+  std::byte* const start = iteration.operand[kParameter].data;
+  Operand& numbers = iteration.operand[count];
+  numbers = {start, DType::float32};
+  geometry[count] = {shape, strides};
+  iteration.plan(geometry.first(count + 1));
+  work.numbers = {numbers.data - start, static_cast<int>(count)};
 }
 
 // Copies of arrays on a GPU, in the same layout, for as long as this lives; without `fetch`, the
@@ -370,8 +386,8 @@ void Slot::check_state_has_one_layout() const {
       if (shape[axis] > 1 && first.geometry().strides[axis] * item_size(other.dtype) !=
                                  other.geometry().strides[axis] * item_size(first.dtype))
         throw ValueError(name_ + " is on " + name_of(device()) +
-                         ", and a part of it is to move (where=); there, all of its state and its "
-                         "anchor must have the same layout");
+                         ", and a part of it is to move (where=); there, all of its state, its "
+                         "anchor, its average and its copy must have the same layout");
   }
 }
 
@@ -417,8 +433,8 @@ void Slot::select_mask(const selections::Choice::Mask& mask) {
 
 void Slot::plan_part(const Array& gradient) {
   const auto [arrays, count] = operands(gradient);
-  if (is_on_gpu() && !part_.rows) plan(gradient);  // should all of it move
   forget_plan(work);
+  if (is_on_gpu() && !part_.rows) plan(gradient, needs_numbers(gradient));  // should all of it move
   plan_others(work);
   part_.lower_half = work.lower_half;
   part_.has_blocks = has_blocks();
@@ -562,11 +578,21 @@ Work Slot::catch_up_work(gradients::Rows& rows) const {
   return catching_up;
 }
 
-Work Slot::work_on_rows(const Array& gradient, gradients::Rows& rows) const {
+Work Slot::work_on_rows(const Array& gradient, gradients::Rows& rows, bool is_numbered) const {
   Work on_rows;
   on_rows.compute = work.compute;
-  plan_rows(gradient, on_rows, rows);
+  plan_rows(gradient, on_rows, rows, is_numbered && needs_numbers(gradient));
   return on_rows;
+}
+
+// Whether it matters which numbers the elements of a part have, and the arrays do not say.
+bool Slot::needs_numbers(const Array& gradient) const {
+  return rounding(true).is_random() && !is_in_c_order(gradient);
+}
+
+Work::Rounding Slot::rounding(bool of_parameter) const {
+  const bool is_narrow = item_size(parameter_.dtype) == 2 && !lower_half_;
+  return {of_parameter && is_narrow, has_narrow_state_};
 }
 
 void Slot::check_shape_of_rows(const Array& values) const {
@@ -623,7 +649,7 @@ void Slot::plan_others(Work& work) const {
   work.lower_half = take(lower_half_.has_value());
 }
 
-void Slot::plan(const Array& gradient) {
+void Slot::plan(const Array& gradient, bool is_numbered) {
   const auto [arrays, count] = operands(gradient);
   Iteration& iteration = work.iteration;
   forget_plan(work);
@@ -635,11 +661,12 @@ void Slot::plan(const Array& gradient) {
 
   std::array<Geometry, kMaxOperands> geometry;
   for (std::size_t i = 0; i < count; ++i) geometry[i] = arrays[i]->geometry();
-  iteration.plan(std::span(geometry).first(count));
+  plan_iteration(work, parameter_.geometry().shape, geometry, count, is_numbered);
 }
 
 // What is walked is one row; the others are so many strides away.
-void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows) const {
+void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows,
+                     bool is_numbered) const {
   const auto [arrays, count] = operands(values);
   Iteration& iteration = work.iteration;
   forget_plan(work);
@@ -663,7 +690,7 @@ void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows) con
     for (const std::int64_t extent : geometry[kParameter].shape) elements *= extent;
     return iteration.plan_dense(elements, static_cast<int>(count));
   }
-  iteration.plan(std::span(geometry).first(count));
+  plan_iteration(work, geometry[kParameter].shape, geometry, count, is_numbered);
 }
 
 }  // namespace fusestep::engine

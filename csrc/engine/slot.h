@@ -91,12 +91,15 @@ class Slot {
   void find_top(const arrays::Array& gradient, const StepOptions& options, const Fetch& fetch);
 
   // The work on rows of the parameter, which `rows` is to list, by those of a gradient.
-  Work work_on_rows(const arrays::Array& gradient, gradients::Rows& rows) const;
+  // Elements are numbered in C order if that is asked for, and matters.
+  Work work_on_rows(const arrays::Array& gradient, gradients::Rows& rows,
+                    bool is_numbered = false) const;
 
   // The work of bringing these rows up to date, which points to them.
   Work catch_up_work(gradients::Rows& rows) const;
 
-  // True where the parameter, its state and its anchor are in C order, and so is the gradient.
+  // True where the parameter, its state and what else there is are in C order, and so is the
+  // gradient.
   bool is_in_c_order(const arrays::Array& gradient) const {
     return all_in_c_order_ && gradient.c_contiguous;
   }
@@ -115,10 +118,16 @@ class Slot {
   // Throws and changes nothing where they do not fit.
   void set_average(arrays::Array average);
   void set_copy(arrays::Array copy);
+  const arrays::Array& average() const { return *average_; }
+  const arrays::Array& copy() const { return *copy_; }
 
   // The parameter, of bfloat16, is the upper half of float32 numbers; this array of 16-bit integers
   // has the lower ones (core/split.h).
   void set_lower_half(arrays::Array lower_half);
+  const arrays::Array& lower_half() const { return *lower_half_; }
+
+  // What is rounded at random: narrow state, and a parameter of 16 bits if that is asked for.
+  Work::Rounding rounding(bool of_parameter) const;
 
   // Throws ValueError where the parameter or its state is no longer what it was at the beginning.
   void check_is_current() const;
@@ -170,7 +179,8 @@ class Slot {
   void check_factors(const Update& update, const OccupiedMemory& memory);
   void check_memory(const arrays::Array& gradient, const OccupiedMemory& memory,
                     bool clears_gradient);
-  void plan(const arrays::Array& gradient);
+  void plan(const arrays::Array& gradient, bool is_numbered = false);
+  bool needs_numbers(const arrays::Array& gradient) const;
   bool is_on_gpu() const { return device().kind == Device::cuda; }
   void check_can_choose(const selections::Choice& choice, bool is_of_rows) const;
   void check_state_has_one_layout() const;
@@ -181,7 +191,8 @@ class Slot {
   void check_selects_rows() const;
   void plan_selected_rows(const arrays::Array& gradient, bool has_all_rows);
   std::int64_t row_size() const;
-  void plan_rows(const arrays::Array& values, Work& work, gradients::Rows& rows) const;
+  void plan_rows(const arrays::Array& values, Work& work, gradients::Rows& rows,
+                 bool is_numbered = false) const;
 
   // What is walked together, and how much of it there is.
   struct Operands {

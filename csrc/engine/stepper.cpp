@@ -151,10 +151,9 @@ void Stepper::add_coefficients(Updates updates, double ema_decay) {
     slot->work.rule = &coefficients_.back();
     slot->work.anchor.lr = group->lr;
     slot->work.followers.decay = ema_decay;
-    slot->work.rounding = {};
-    if (settings.stochastic_rounding || slot->has_narrow_state())
-      slot->work.rounding = {settings.stochastic_rounding, slot->has_narrow_state(),
-                             updates[i].draw.rounding(next_[i].step)};
+    slot->work.rounding = slot->rounding(settings.stochastic_rounding);
+    if (slot->work.rounding.is_random())
+      slot->work.rounding.stream = updates[i].draw.rounding(next_[i].step);
   }
 }
 

@@ -102,18 +102,23 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
       .is_ready = parameter.is_ready,
       .is_sharded = parameter.is_sharded,
       .index = parameters_.size(),
-      .told = parameter.states,
+      .told = {},
   });
   if (parameter.states.size() > kMaxStates)
     throw ValueError(followed.slot.name() + " has too many state tensors");
   followed.state_count = parameter.states.size();
+  for (const py::object& state : parameter.states) followed.add(Role::state, state);
   if (parameter.anchor) {
     followed.anchor_strength = parameter.anchor->strength;
-    for (const py::object& tensor : {parameter.anchor->reference, parameter.anchor->importance})
-      if (!tensor.is_none()) followed.told.push_back(tensor);
+    followed.add(Role::anchor, parameter.anchor->reference);
+    followed.add(Role::importance, parameter.anchor->importance);
   }
-  for (const py::object& tensor : followed.told)
-    followed.tensors.at(followed.tensor_count++) = tensor.ptr();
+  followed.add(Role::average, parameter.average);
+  if (parameter.master) {
+    followed.version = parameter.master->version;
+    followed.add(Role::master, parameter.master->tensor);
+  }
+  followed.add(Role::lower_half, parameter.lower_half);
   followed.slot.history = std::move(parameter.history);
   followed.slot.block_progress = std::move(parameter.block_progress);
   followed.told.insert(followed.told.end(), parameter.scalars.begin(), parameter.scalars.end());
@@ -121,6 +126,13 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
   for (const auto& [tensor, element] : parameter.places)
     followed.scalars.push_back({follow_scalar(tensor), element});
   group.end = parameters_.size();
+}
+
+void TorchOptimizer::FollowedParameter::add(Role role, const py::object& tensor) {
+  if (tensor.is_none()) return;
+  tensors.at(tensor_count) = tensor.ptr();
+  roles[tensor_count++] = role;
+  told.push_back(tensor);
 }
 
 // Most parameters have theirs in the same few tensors, which come first.
@@ -133,7 +145,9 @@ std::size_t TorchOptimizer::follow_scalar(const py::object& tensor) {
 }
 
 void TorchOptimizer::seal(const py::dict& state) {
-  std::vector<std::string_view> names{"anchor", "anchor_importance"}, scalar_names;
+  std::vector<std::string_view> names{"anchor", "anchor_importance", "average", "master",
+                                      "master_low"};
+  std::vector<std::string_view> scalar_names;
   for (const FollowedGroup& followed : groups_) {
     for (const auto name : followed.group.rule->state_names()) names.push_back(name);
     for (const auto name : followed.group.rule->scalar_names()) scalar_names.push_back(name);
@@ -162,7 +176,10 @@ void TorchOptimizer::seal(const py::dict& state) {
         parameter.is_ready && std::ranges::all_of(parameter.told, [&](const py::object& object) {
           return found != entries.end() && found->second->watches(object.ptr());
         });
-    if (!parameter.is_ready) parameter.state_count = parameter.tensor_count = 0;  // nothing holds
+    if (!parameter.is_ready) {  // nothing holds
+      parameter.state_count = parameter.tensor_count = 0;
+      parameter.version.reset();
+    }
     parameter.told.clear();
   }
 }
@@ -226,14 +243,35 @@ void TorchOptimizer::step(py::handle groups, py::handle state, StepArguments arg
   const Turnstile::Turn turn(turnstile);
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   const cpu::BorrowedThreads threads;
+  check_is_not_swapped();
   if (updates_.capacity() >= kManyTensors) cpu::announce(stepper.elements());
   arguments.scaling = find_scaling(scaling);
+  arguments.ema_decay = ema_decay();
   Outcome outcome = attempt(groups, state, arguments, selections, false);
   if (outcome == Outcome::done || outcome == Outcome::skipped) return;
   settle(outcome, true, teller, [&](Outcome before) {
     if (before == Outcome::needs_norm) arguments.norm = teller.global_norm(local_norms_);
     return attempt(teller.groups(), teller.state(), arguments, selections, true);
   });
+}
+
+void TorchOptimizer::check_is_not_swapped() const {
+  if (is_swapped)
+    throw std::runtime_error(
+        "the averages are in the parameters' place: do this outside of "
+        "`with opt.swap_averages()`");
+}
+
+// Where a callable says it; else that of the settings holds. It may do anything, so it is asked
+// before anything is looked at.
+std::optional<double> TorchOptimizer::ema_decay() {
+  if (!ema_schedule) return std::nullopt;
+  pull();
+  const double decay = number(ema_schedule(stepper.steps));
+  if (!(decay >= 0 && decay <= 1))
+    throw ValueError("ema_decay(" + std::to_string(stepper.steps) + ") is " +
+                     std::to_string(decay) + "; expected a number in [0, 1]");
+  return decay;
 }
 
 // Attempts something until all is as it was told.
@@ -296,6 +334,7 @@ void TorchOptimizer::catch_up(const std::optional<RowNumbers>& numbers, Teller& 
   const Turnstile::Turn turn = turnstile.turn_or_own();
   const cpu::IeeeEnvironment ieee;
   const cpu::BorrowedThreads threads;
+  check_is_not_swapped();
   const auto attempt = [&](Outcome) {
     return attempt_to_catch_up(teller.groups(), teller.state(), numbers);
   };
@@ -342,6 +381,7 @@ TorchOptimizer::Outcome TorchOptimizer::attempt_to_catch_up(
       stepper.catch_up(parameter->slot, *rule, *numbers->at(parameter->index), stream);
     else
       stepper.catch_up(parameter->slot, *rule, stream);
+    if (parameter->version) ++*parameter->version;
   }
   tensors_.increment_versions(tensors.ptr());
   return Outcome::done;
@@ -412,7 +452,7 @@ bool TorchOptimizer::collect(const Selections& selections) {
       if (samples) view_samples(slot, gradient, update);
       // The next is likely to be sparse, too, and torch takes long to say that it cannot be read.
       else if (parameter.had_sparse_gradient ||
-               !tensors_.view_usual_gradient(parameter.tensor, slot.parameter(), gradient.ptr(),
+               !tensors_.view_usual_gradient(parameter.tensor, parameter.view(), gradient.ptr(),
                                              update.gradient))
         view_unusual_gradient(parameter, gradient, update);
       moving_.push_back(&parameter);
@@ -436,7 +476,7 @@ void TorchOptimizer::view_samples(const Slot& slot, const py::object& samples, U
 void TorchOptimizer::view_unusual_gradient(FollowedParameter& parameter, const py::object& gradient,
                                            Update& update) {
   auto [view, row_numbers, is_copy] =
-      tensors_.unusual_gradient(parameter.tensor, parameter.slot.parameter(), gradient.ptr(),
+      tensors_.unusual_gradient(parameter.tensor, parameter.view(), gradient.ptr(),
                                 {"the gradient of ", parameter.slot.name()});
   parameter.had_sparse_gradient = row_numbers.has_value();
   if (is_copy || row_numbers) unusual_gradients_.push_back(gradient);
@@ -445,8 +485,7 @@ void TorchOptimizer::view_unusual_gradient(FollowedParameter& parameter, const p
 }
 
 bool TorchOptimizer::is_where_it_was(const FollowedParameter& parameter) const {
-  if (!parameter.is_bound || !tensors_.is_at(parameter.tensor, parameter.slot.parameter()))
-    return false;
+  if (!parameter.is_bound || !tensors_.is_at(parameter.tensor, parameter.view())) return false;
   for (std::size_t i = 0; i < parameter.tensor_count; ++i) {
     const bool is_ours = parameter.memory[i] && parameter.memory[i]->is_in_use();
     if (!is_ours && !tensors_.is_at(parameter.tensors[i], parameter.view(i))) return false;
@@ -455,43 +494,86 @@ bool TorchOptimizer::is_where_it_was(const FollowedParameter& parameter) const {
 }
 
 const arrays::Array& TorchOptimizer::FollowedParameter::view(std::size_t i) const {
-  if (i < state_count) return slot.state(i);
-  return i == state_count ? slot.anchor_reference() : slot.anchor_importance();
+  switch (roles[i]) {
+    case Role::state: return slot.state(i);
+    case Role::anchor: return slot.anchor_reference();
+    case Role::importance: return slot.anchor_importance();
+    case Role::average: return slot.average();
+    case Role::lower_half: return slot.lower_half();
+    case Role::master: break;
+  }
+  return slot.parameter();
 }
 
-// Notices where the parameter or its state has been given other memory, shape or dtype.
+const arrays::Array& TorchOptimizer::FollowedParameter::view() const {
+  return version ? slot.copy() : slot.parameter();
+}
+
+// False where somebody else has written to a parameter since it was the rounding of its master.
+bool TorchOptimizer::is_as_left(const FollowedParameter& parameter) const {
+  return !parameter.version || tensors_.version_of(parameter.tensor) == *parameter.version;
+}
+
+// Tells the slot where a parameter, and all that belongs to it, lies now.
+void TorchOptimizer::bind(FollowedParameter& parameter) {
+  Slot& slot = parameter.slot;
+  using arrays::Expected;
+  const auto view = [&](PyObject* tensor, const std::string& label,
+                        Expected expected = Expected::complex_as_real) {
+    arrays::Array array = tensors_.view(tensor, {"", label}, expected);
+    array.pin();
+    return array;
+  };
+  std::vector<arrays::Array> states;
+  std::optional<arrays::Array> anchor, importance, average, master, lower_half;
+  for (std::size_t i = 0; i < parameter.tensor_count; ++i) {
+    PyObject* const tensor = parameter.tensors[i];
+    switch (parameter.roles[i]) {
+      case Role::state: states.push_back(view(tensor, slot.state_label(i))); break;
+      case Role::anchor: anchor = view(tensor, "the anchor of " + slot.name()); break;
+      case Role::importance: importance = view(tensor, "the anchor of " + slot.name()); break;
+      case Role::average: average = view(tensor, "the average of " + slot.name()); break;
+      case Role::master: master = view(tensor, "the master of " + slot.name()); break;
+      case Role::lower_half:
+        lower_half = view(tensor, "the lower half of " + slot.name(), Expected::bits);
+        break;
+    }
+  }
+  arrays::Array itself = view(parameter.tensor, slot.name());
+  slot.bind(std::move(master ? *master : itself), std::move(states));
+  if (anchor)
+    slot.set_anchor(*parameter.anchor_strength, std::move(*anchor), std::move(importance));
+  if (average) slot.set_average(std::move(*average));
+  if (master) slot.set_copy(std::move(itself));
+  if (lower_half) slot.set_lower_half(std::move(*lower_half));
+}
+
+// Notices where the parameter or its state has been given other memory, shape or dtype, or where
+// others have written to what has a master.
 void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
+  if (!is_as_left(parameter)) {
+    is_outdated_ = true;
+    return;
+  }
   if (is_where_it_was(parameter)) return;
   Slot& slot = parameter.slot;
   memory_.reset();
   const bool was_bound = std::exchange(parameter.is_bound, false);
   const Device device_before = slot.device();
+  const std::byte* const place_before = was_bound ? parameter.view().data : nullptr;
   std::array<const std::byte*, kMaxStates> states_before{};
   for (std::size_t i = 0; was_bound && i < parameter.state_count; ++i)
     states_before[i] = slot.state(i).data;
-  const auto view = [&](PyObject* tensor, const std::string& label) {
-    arrays::Array array = tensors_.view(tensor, {"", label});
-    array.pin();
-    return array;
-  };
-  std::vector<arrays::Array> states;
-  for (std::size_t i = 0; i < parameter.state_count; ++i)
-    states.push_back(view(parameter.tensors[i], slot.state_label(i)));
-  slot.bind(view(parameter.tensor, slot.name()), std::move(states));
-  if (parameter.anchor_strength) {
-    const auto anchor = [&](std::size_t i) {
-      return view(parameter.tensors[parameter.state_count + i], "the anchor of " + slot.name());
-    };
-    std::optional<arrays::Array> importance;
-    if (parameter.tensor_count > parameter.state_count + 1) importance = anchor(1);
-    slot.set_anchor(*parameter.anchor_strength, anchor(0), std::move(importance));
-  }
+  bind(parameter);
   for (std::size_t i = 0; i < parameter.tensor_count; ++i)
     parameter.memory[i] = arrays::StateMemory::at(parameter.view(i).data);
   parameter.is_bound = true;
   is_placed_ = false;
-  // Where state has been moved, the step count may have been, too; and it may have to be.
+  // Where state has been moved, the step count may have been, too; and it may have to be. Other
+  // memory of a parameter need not have the values that its master does.
   bool has_moved = was_bound && device_before != slot.device();
+  if (was_bound && parameter.version)
+    has_moved = has_moved || place_before != parameter.view().data;
   for (std::size_t i = 0; was_bound && i < parameter.state_count; ++i)
     has_moved = has_moved || states_before[i] != slot.state(i).data;
   is_outdated_ = is_outdated_ || has_moved;
@@ -603,6 +685,9 @@ void TorchOptimizer::read_progress(FollowedParameter& parameter) {
     return;
   }
   rules::Progress& progress = parameter.slot.progress;
+  // Where there is no such count, that of the optimizer is what rounding depends on: it is saved.
+  if (parameter.scalars.empty() && progress.step > 0 && !parameter.slot.history)
+    progress.step = std::max<std::int64_t>(1, stepper.steps);
   for_each_scalar(parameter, [&](std::size_t scalar, const auto& element) {
     using T = std::decay_t<decltype(element)>;
     if (scalar == kMomentumProduct) progress.momentum_product = element;
@@ -727,7 +812,8 @@ void TorchOptimizer::increment_versions(bool gradients_too) noexcept {
   auto moving = moving_.begin();
   for (const FollowedGroup& group : groups_) {
     const auto first = moving;
-    while (moving != moving_.end() && (*moving)->index < group.end) ++moving;
+    for (; moving != moving_.end() && (*moving)->index < group.end; ++moving)
+      if ((*moving)->version) ++*(*moving)->version;
     if (moving == first) continue;
     if (moving - first == static_cast<std::ptrdiff_t>(group.end - group.begin) &&
         !lists_may_have_changed) {

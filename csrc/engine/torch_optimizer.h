@@ -127,6 +127,11 @@ class TorchOptimizer {
     double strength;
     pybind11::object reference, importance;  // the latter may be None
   };
+  // What a parameter of 16 bits is the rounding of.
+  struct Master {
+    pybind11::object tensor;
+    std::int64_t version;  // that the parameter had when it was
+  };
   struct Parameter {
     pybind11::object tensor;
     std::string name;
@@ -142,6 +147,9 @@ class TorchOptimizer {
     std::optional<Anchor> anchor;
     // Where blocks have come differently far: likewise.
     std::shared_ptr<rules::BlockProgress> block_progress;
+    pybind11::object average;  // or None
+    std::optional<Master> master;
+    pybind11::object lower_half;  // of the parameter's bits; or None
   };
   void add_parameter(Parameter parameter);  // to the last group
 
@@ -163,7 +171,13 @@ class TorchOptimizer {
   // thread has changed it) will be found stale.
   void seal(const pybind11::dict& state);
 
-  std::uint64_t seed = 0;  // of random selections
+  std::uint64_t seed = 0;  // of random selections, and of rounding
+
+  // The decay of averages after so many steps, to be asked in each: a callable, or null.
+  pybind11::object ema_schedule;
+
+  // The averages have taken the parameters' place, which therefore must not move.
+  bool is_swapped = false;
 
   Stepper stepper;
   Turnstile turnstile;
@@ -188,14 +202,19 @@ class TorchOptimizer {
   struct ScalarPlace {
     std::size_t tensor, element;  // in scalars_
   };
-  static constexpr std::size_t kMostTensors = kMaxStates + 2;
+  // What a tensor in the state of a parameter is to it.
+  enum class Role { state, anchor, importance, average, master, lower_half };
+  static constexpr std::size_t kMostTensors = kMaxStates + 4;
   struct FollowedParameter {
     PyObject* tensor;
-    // Its state, and then the reference and importance of its anchor, if it has them.
+    // Its state, and then what else it has, each once.
     std::array<PyObject*, kMostTensors> tensors{};
+    std::array<Role, kMostTensors> roles{};
     std::array<std::shared_ptr<const arrays::StateMemory>, kMostTensors> memory{};  // if ours
     std::size_t state_count = 0, tensor_count = 0;
     std::optional<double> anchor_strength;
+    // Of a parameter that is the copy of its master: how often it is known to have changed.
+    std::optional<std::int64_t> version;
     Slot slot;
     std::vector<ScalarPlace> scalars;
     bool is_ready, is_sharded;
@@ -204,7 +223,9 @@ class TorchOptimizer {
     std::size_t index;
     std::vector<pybind11::object> told;  // until seal(): states, scalars and anchor
 
+    void add(Role role, const pybind11::object& tensor);
     const arrays::Array& view(std::size_t i) const;  // of tensors[i]
+    const arrays::Array& view() const;               // of the parameter itself
   };
   struct FollowedState {
     PyObject* key;
@@ -243,10 +264,14 @@ class TorchOptimizer {
   void view_unusual_gradient(FollowedParameter& parameter, const pybind11::object& gradient,
                              Update& update);
   bool is_where_it_was(const FollowedParameter& parameter) const;
+  bool is_as_left(const FollowedParameter& parameter) const;
+  void bind(FollowedParameter& parameter);
   void follow_memory(FollowedParameter& parameter);
   void follow_all_memory();
   void follow_history(FollowedParameter& parameter);
   void check_blocks(const Slot& slot) const;
+  void check_is_not_swapped() const;
+  std::optional<double> ema_decay();
   void prepare(const StepArguments& arguments);
   std::vector<Teller::Norm> gradient_norms();
   void find_scalars();

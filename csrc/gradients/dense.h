@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "core/annotations.h"
 
@@ -24,7 +25,7 @@ struct Dense {
 // Each value brought to within the bound, as by torch.nn.utils.clip_grad_value_; NaN stays.
 template <class T>
 struct Bounded : Dense<T> {
-  T bound;  // infinity: none
+  T bound = std::numeric_limits<T>::infinity();
 
   FUSESTEP_HOST_DEVICE T operator()(std::int64_t i) const {
     const T g = Dense<T>::operator()(i);

@@ -58,6 +58,7 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
   source_.clear();
   first_.clear();
   state_row_.clear();
+  number_.clear();
   is_in_place_ = false;
   if (ascend) {
     row_.assign(numbers.begin(), numbers.end());
@@ -91,6 +92,7 @@ void Rows::plan_sums(std::vector<std::int64_t> rows, std::vector<std::int64_t> f
   is_in_place_ = false;
   row_ = std::move(rows);
   state_row_.clear();
+  number_.clear();
   first_ = std::move(first);
   source_ = std::move(sources);
   count_ = std::ssize(row_);
@@ -105,6 +107,7 @@ void Rows::plan_all(std::int64_t table_rows) {
   is_in_place_ = false;
   row_.clear();
   state_row_.clear();
+  number_.clear();
   first_.clear();
   source_.clear();
   count_ = table_rows;

@@ -10,6 +10,7 @@
 #include <array>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/tiling.h"
@@ -35,6 +36,9 @@ class Rows {
 
   // After either: the state of each row stands in another one than its value does.
   void plan_state(std::vector<std::int64_t> rows);
+
+  // Likewise: the number of each row's first element, where rows do not go on as in the table.
+  void plan_numbers(std::vector<std::int64_t> numbers) { number_ = std::move(numbers); }
 
   // Every row, each with its own values: a dense gradient.
   void plan_all(std::int64_t table_rows);
@@ -71,9 +75,10 @@ class Rows {
   // True where there is no list of sources, and the values of a row are that row.
   bool is_in_place() const { return is_in_place_; }
 
-  // What is behind this, for who walks it elsewhere: rows, first sources, sources, rows of state.
-  std::array<std::span<const std::int64_t>, 4> lists() const {
-    return {row_, first_, source_, state_row_};
+  // What is behind this, for who walks it elsewhere: rows, first sources, sources, rows of state,
+  // numbers of first elements.
+  std::array<std::span<const std::int64_t>, 5> lists() const {
+    return {row_, first_, source_, state_row_, number_};
   }
 
   // From one row to the next, in bytes, for each operand; those of the gradient are of the values.
@@ -85,6 +90,7 @@ class Rows {
   std::vector<std::int64_t> first_;      // where the sources of each row begin, and the end
   std::vector<std::int64_t> source_;     // in the order of the rows; empty: one for each, in order
   std::vector<std::int64_t> state_row_;  // empty: the rows themselves
+  std::vector<std::int64_t> number_;     // empty: row after row
   bool is_in_place_ = false;
 };
 

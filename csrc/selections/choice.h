@@ -50,7 +50,7 @@ struct Draw {
 
   // By which a parameter is rounded in its so many-th update.
   RandomStream rounding(std::int64_t update) const {
-    return Draw{seed, update, parameter}.random().other(2);
+    return RandomStream::of_rounding(seed, update, parameter);
   }
 };
 

@@ -68,14 +68,15 @@ class _NumPy:
     def new(self, parameter: ArrayDescription, dtype: str, fill: float) -> npt.NDArray[Any]:
         # It starts at the same place in a cache line, so that vectors which are aligned in the one
         # are aligned in the other.
-        item = np.dtype(dtype).itemsize
+        kind = numpy_dtype(dtype)
+        item = kind.itemsize
         shape, axes = _memory_order(parameter)
         nbytes = int(np.prod(shape, dtype=np.int64)) * item
         memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
         start = (parameter.address - memory.ctypes.data) % _CACHE_LINE
         if (memory.ctypes.data + start) % item:
             start = -memory.ctypes.data % _CACHE_LINE  # a parameter off its own alignment
-        array: npt.NDArray[Any] = memory[start : start + nbytes].view(dtype)
+        array: npt.NDArray[Any] = memory[start : start + nbytes].view(kind)
         array.fill(fill)
         return array.reshape(shape).transpose(axes)
 
@@ -106,7 +107,7 @@ class _CuPy:
         cupy = importlib.import_module("cupy")
         shape, axes = _memory_order(parameter)
         with cupy.cuda.Device(_index(parameter.device)):
-            return cupy.full(shape, fill, dtype).transpose(*axes)
+            return cupy.full(shape, fill, numpy_dtype(dtype)).transpose(*axes)
 
     def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         with like.device:
@@ -168,6 +169,20 @@ class _Torch:
         if _has_interface(array):
             return torch.as_tensor(array, device="cuda")
         return torch.from_dlpack(array)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype of this name, which knows bfloat16 only through ml_dtypes."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise ImportError(
+            "bfloat16 in NumPy and CuPy arrays needs ml_dtypes: pip install ml_dtypes"
+        ) from error
+    dtype: np.dtype[Any] = np.dtype(bfloat16)
+    return dtype
 
 
 _NUMPY = _NumPy()

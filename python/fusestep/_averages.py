@@ -123,6 +123,7 @@ def attach_copies(optimizer: Optimizer, copies: Sequence[Any]) -> None:
     for i, copy in enumerate(copies):
         if copy is not None:
             optimizer._native.set_copy(i, copy)
+    optimizer._native.check_memory()
     optimizer._copies = {i: copy for i, copy in enumerate(copies) if copy is not None}
     refresh_copies(optimizer)
 

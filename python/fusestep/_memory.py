@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import rules
+from . import _narrow, rules
 from ._state import check_state_dtype
 from .optimizer import Optimizer
 
@@ -60,7 +60,7 @@ def memory(
         As for the optimizer.
     **options
         Hyper-parameters that decide which state there is, as for the optimizer: ``momentum``,
-        ``amsgrad``.
+        ``amsgrad``; and ``ema_decay``, whose averages count as state.
 
     Returns
     -------
@@ -101,13 +101,19 @@ def memory(
     ]
     of_rows = sum(shape == (3,) for shape in shapes)
     of_elements = len(shapes) - of_rows
+    averages = int(options.get("ema_decay") is not None)
     bytes_of_parameters = bytes_of_state = 0
     for shape, dtype in given:
         elements = math.prod(shape)
-        numbers = of_elements * elements + of_rows * (shape[0] if shape else 0)
         default = "float64" if dtype == "float64" else "float32"
         bytes_of_parameters += elements * _BYTES[dtype]
-        bytes_of_state += numbers * _BYTES[wanted or default]
+        if wanted == _narrow.DTYPE:
+            bytes_of_state += of_elements * _narrow.bytes_of(elements)
+        else:
+            bytes_of_state += of_elements * elements * _BYTES[wanted or default]
+        wide = wanted if wanted in ("float32", "float64") else default
+        rows = shape[0] if shape else 0
+        bytes_of_state += (of_rows * rows + averages * elements) * _BYTES[wide]
     return Memory(bytes_of_parameters, bytes_of_parameters if gradients else 0, bytes_of_state)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._arrays import ArrayDescription, Backend
 
 
+_NARROW = ("bfloat16", _narrow.DTYPE)
 _STATE_DTYPES = ("float32", "float64", "bfloat16", _narrow.DTYPE)
 
 
@@ -83,6 +84,16 @@ def copied(value: Any) -> Any:
     return backend_of(value).copy(value)
 
 
+def widened(value: Any, dtype: str, *, is_signed: bool) -> Any:
+    """Return a copy of a piece of state that has at least this dtype."""
+    if isinstance(value, _narrow.Blocks):
+        return _narrow.decode(value, is_signed).astype(dtype)
+    like = backend_of(value).empty((), value)
+    if np.dtype(_name(like.dtype)).itemsize >= np.dtype(dtype).itemsize:
+        return copied(value)
+    return np.asarray(backend_of(value).to_numpy(value)).astype(dtype)
+
+
 def assign(target: Any, value: Any) -> None:
     """Write a piece of state, or a number, to another."""
     pairs = [(target, value)]
@@ -96,19 +107,31 @@ def assign(target: Any, value: Any) -> None:
 
 
 class Conversions(set[tuple[str, str]]):
-    """From which dtypes state that is loaded has been converted, and to which."""
+    """From which dtypes state that is loaded is converted, and to which."""
 
-    def warn(self) -> None:
-        """Say so, once."""
+    def note(self, found: Any, wanted: Any, own: Any) -> None:
+        """Add one, if it rounds, or widens state that is narrower than torch would keep it.
+
+        torch keeps state in the parameter's `own` dtype.
+        """
+        old, new = _name(found), _name(wanted)
+        if old not in ("", new) and (new in _NARROW or (old in _NARROW and old != _name(own))):
+            self.add((old, new))
+
+    def warn(self, stacklevel: int) -> None:
+        """Say so, once, to the caller so many frames up."""
         if self:
             text = ", ".join(f"from {one} to {other}" for one, other in sorted(self))
-            warnings.warn(f"state has been converted {text}", UserWarning, stacklevel=4)
+            warnings.warn(f"state is converted {text}", UserWarning, stacklevel=stacklevel)
 
 
-def fitting(value: Any, label: str, like: Any, conversions: Conversions, *, is_signed: bool) -> Any:
+def fitting(
+    value: Any, label: str, like: Any, own: str, conversions: Conversions, *, is_signed: bool
+) -> Any:
     """Return a copy of a loaded piece of state that fits into `like`: an array, or blocks.
 
-    State of 8 or 16 bits is converted to and from other dtypes, rounded to nearest.
+    State of 8 or 16 bits is converted to and from other dtypes, rounded to nearest. That is noted,
+    unless it is to a wider dtype from the parameter's `own`, in which torch keeps its state.
 
     Raises
     ------
@@ -122,17 +145,16 @@ def fitting(value: Any, label: str, like: Any, conversions: Conversions, *, is_s
         blocks = _checked(value, label, like.codes if is_narrow else like)
         if is_narrow:
             return blocks
-        conversions.add((_narrow.DTYPE, _name(like.dtype)))
-        return as_state(_narrow.decode(blocks, is_signed), label, like)
+        conversions.note(_narrow.DTYPE, like.dtype, own)
+        floats = _narrow.decode(blocks, is_signed)
+        return as_state(floats, label, like, narrows=_name(like.dtype) == "bfloat16")
     if is_narrow:
         shape = np.empty(like.codes.shape, np.float32)
         floats = as_state(value, label, shape, narrows=True)
-        conversions.add((_name(value.dtype), _narrow.DTYPE))
+        conversions.note(value.dtype, _narrow.DTYPE, own)
         return _narrow.encode(floats, is_signed)
-    wanted, found = _name(like.dtype), _name(getattr(value, "dtype", ""))
-    if wanted != found and "bfloat16" in (wanted, found):
-        conversions.add((found, wanted))
-    return as_state(value, label, like, narrows=wanted == "bfloat16")
+    conversions.note(getattr(value, "dtype", ""), like.dtype, own)
+    return as_state(value, label, like, narrows=_name(like.dtype) == "bfloat16")
 
 
 def _name(dtype: Any) -> str:

@@ -33,12 +33,20 @@ BLOCK_ENTRIES = ("block_size", "block_steps", "block_mu_products")
 _MOST = 2**53
 
 
-def export(optimizer: Optimizer, *, copy: bool) -> dict[str, Any]:
-    """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones."""
+def export(optimizer: Optimizer, *, copy: bool, dtype: str | None = None) -> dict[str, Any]:
+    """Return the state dict; its arrays are copies, or with ``copy=False`` the live ones.
+
+    With a `dtype`, state that is narrower is widened.
+    """
     state = optimizer.state
     for i, entry in enumerate(state.values()) if copy else ():
         for name, value in optimizer._arrays[i].items():
-            entry.update(_state.entries(name, _state.copied(value)))
+            if dtype is None:
+                entry.update(_state.entries(name, _state.copied(value)))
+                continue
+            for part in _state.entries(name, value):
+                del entry[part]
+            entry[name] = _state.widened(value, dtype, is_signed=optimizer._state_signs[name])
     for entry, average in zip(state.values(), optimizer._averages, strict=False):
         entry[_averages.ENTRY] = backend_of(average).copy(average) if copy else average
     for i, entry in enumerate(state.values()):
@@ -122,7 +130,6 @@ class Plan:
     steps: int
     skipped_steps: int
     seed: int
-    conversions: _state.Conversions
 
 
 def check(optimizer: Optimizer, state_dict: Any) -> Plan:
@@ -162,14 +169,15 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
     ]
 
     most = max((entry.step for entry in entries), default=0)
-    return Plan(
+    plan = Plan(
         entries,
         hyperparameters,
         count("steps", counters.get("steps", most)),
         count("skipped_steps", counters.get("skipped_steps", 0)),
         check_seed(counters.get("seed", optimizer.seed)),
-        conversions,
     )
+    conversions.warn(stacklevel=5)  # before anything changes
+    return plan
 
 
 def apply(optimizer: Optimizer, plan: Plan) -> None:
@@ -194,7 +202,6 @@ def apply(optimizer: Optimizer, plan: Plan) -> None:
             _arrays.write(optimizer._averages[i], source)
     optimizer._native.set_counts(plan.steps, plan.skipped_steps)
     optimizer.seed = plan.seed
-    plan.conversions.warn()
 
 
 def mapping(value: Any, what: str) -> Mapping[Any, Any]:
@@ -270,26 +277,24 @@ def _check_entry(
     optimizer: Optimizer, i: int, entry: Any, conversions: _state.Conversions
 ) -> _Entry:
     names = optimizer._state_names
-    label = f"the state of {optimizer._parameters.labels[i]}"
+    parameter = optimizer._parameters.labels[i]
+    label = f"the state of {parameter}"
     entry = mapping({} if entry is None else entry, label)
     if not entry:  # torch has no entry for a parameter that never moved
         return _Entry(0, 1.0, [None] * len(names), *_check_missed_steps(optimizer, i, {}))
 
     entry = {name: value for name, value in entry.items() if value is not None}
     missed, recent = _check_missed_steps(optimizer, i, entry)
+    for name in ("master", "master_low"):  # of fusestep.torch
+        entry.pop(name, None)
     average = entry.pop(_averages.ENTRY, None)
     if average is not None and optimizer._averages:
-        label_ = f"the average of {optimizer._parameters.labels[i]}"
-        average = as_state(average, label_, optimizer._averages[i])
+        average = as_state(average, f"the average of {parameter}", optimizer._averages[i])
     anchor = _penalties.taken(entry, _anchors.target_of(optimizer, i))
-    elements = int(np.prod(_anchors.described(optimizer, i).shape, dtype=np.int64))
-    blocks = taken_blocks(
-        entry,
-        optimizer._parameters.labels[i],
-        elements,
-        "mu_product" in optimizer._scalar_names,
-        optimizer.rows,
-    )
+    described = _anchors.described(optimizer, i)
+    elements = int(np.prod(described.shape, dtype=np.int64))
+    has_products = "mu_product" in optimizer._scalar_names
+    blocks = taken_blocks(entry, parameter, elements, has_products, optimizer.rows)
     arrays_of = {name: _state.taken(entry, name) for name in names}
     entry.update({name: value for name, value in arrays_of.items() if value is not None})
     scalars = set(optimizer._scalar_names)
@@ -302,8 +307,9 @@ def _check_entry(
     arrays = [
         _state.fitting(
             entry[name],
-            f"the {name} of {optimizer._parameters.labels[i]}",
+            f"the {name} of {parameter}",
             like[name],
+            described.dtype,
             conversions,
             is_signed=optimizer._state_signs[name],
         )

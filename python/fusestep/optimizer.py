@@ -598,8 +598,15 @@ class Optimizer:
             entries.update(_state.entries(name, value))
         return entries
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, state_dtype: Any = None) -> dict[str, Any]:
         """Return a copy of everything but the parameters, in the form of ``torch.optim``.
+
+        Parameters
+        ----------
+        state_dtype
+            Convert state of less than 32 bits to "float32" or "float64", which is exact:
+            ``torch.optim`` does not know 8 bits. None: state as it is, from which a step goes on
+            with the same bits.
 
         Returns
         -------
@@ -616,7 +623,10 @@ class Optimizer:
         entry, and the state is what ``torch.optim`` would have.
         """
         self._check_not_swapped()
-        return self._native.exclusively(lambda: _state_dict.export(self, copy=True))
+        dtype = _state.check_state_dtype(state_dtype)
+        if dtype not in (None, "float32", "float64"):
+            raise ValueError(f"state_dtype is {state_dtype!r}; expected None, float32 or float64")
+        return self._native.exclusively(lambda: _state_dict.export(self, copy=True, dtype=dtype))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict`, or the torch class of this name, returned.

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# Update<Loop<Rule, states>, T, List<items, axes, item>> as it is mangled; no axes: dense ones.
+# Update<Loop<Rule, states>, T, List<items, axes, item>> as it is mangled; no axes: dense ones. The
+# items of rows are tables.
 ENTRY = re.compile(
-    r"\.entry\s+(\w*UpdateI\w*LoopI\w+?ELi(\d)EEE[fd]\w*ListILi\d+E(?:Li0E|\w*RowsItem)\w*)"
+    r"\.entry\s+(\w*UpdateI\w*LoopI\w+?ELi(\d)EEE[fd]\w*ListILi\d+E(?:Li0E|\w*TableOf)\w*)"
 )
 WIDE_LOAD = re.compile(r"ld\.(?:global\.)?(?:nc\.)?v4\.\w32")
 WIDE_STORE = re.compile(r"st\.(?:global\.)?v4\.\w32")

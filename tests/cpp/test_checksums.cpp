@@ -38,6 +38,7 @@ std::uint64_t checksum(const RuleCase& rule_case, DType dtype) {
   for (std::size_t s = 0; s < states; ++s)
     work.iteration.operand[kState + s] = {state_arrays[s].data(), state};
   work.iteration.plan_dense(kSize, static_cast<int>(2 + states));
+  count_operands(work, states);
 
   const Work* one = &work;
   rules::Progress progress;

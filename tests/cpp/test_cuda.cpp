@@ -396,6 +396,9 @@ struct Spec {
   Copies copies = Copies::none;
   std::optional<std::vector<std::int64_t>> rows{};  // those that the gradient has, if not all
   bool is_anchored = false, has_importance = false;
+  bool has_average = false;
+  std::optional<DType> copy{};    // the type of the one that follows the parameter
+  bool rounds_parameter = false;  // at random, as state of 16 bits always is
 
   Spec(const RuleCase& rule_, const DTypes& dtypes_, const View& parameter_, const View& gradient_)
       : rule(&rule_),
@@ -423,7 +426,10 @@ struct Parameter {
   std::optional<NumberOnDevice> step_copy, product_copy;
   bool step_is_told = false;  // by somebody who wrote to the copy
 
-  Parameter(const Spec& spec_, Random& random) : spec(spec_), rule(spec.rule->make()) {
+  std::uint64_t index;  // of which random choices depend
+
+  Parameter(const Spec& spec_, std::uint64_t index_, Random& random)
+      : spec(spec_), rule(spec.rule->make()), index(index_) {
     progress = {spec.count, spec.count == 0 ? 1.0 : 0.625};
     add_arrays();
     fill(random);
@@ -476,9 +482,17 @@ struct Parameter {
     arrays.emplace_back(spec.gradient, dtypes.gradient, spec.misaligned[kGradient]);
     const View state = rule->is_rowwise() ? View::of({spec.parameter.shape[0]}) : spec.state;
     for (std::size_t s = 0; s < states(); ++s)
-      arrays.emplace_back(state, dtypes.state, spec.misaligned[kState + s]);
-    for (int i = 0; i < spec.is_anchored + spec.has_importance; ++i)
-      arrays.emplace_back(spec.state, dtypes.state, spec.misaligned[arrays.size()]);
+      arrays.emplace_back(state, state_dtype(), spec.misaligned[kState + s]);
+    const DType wide = dtypes.state == DType::float64 ? DType::float64 : DType::float32;
+    for (int i = 0; i < spec.is_anchored + spec.has_importance + spec.has_average; ++i)
+      arrays.emplace_back(spec.state, wide, spec.misaligned[arrays.size()]);
+    if (spec.copy) arrays.emplace_back(spec.parameter, *spec.copy, spec.misaligned[arrays.size()]);
+  }
+
+  // The state of rows is float32 or float64.
+  DType state_dtype() const {
+    const bool is_wide = rule->is_rowwise() && spec.dtypes.state == DType::bfloat16;
+    return is_wide ? DType::float32 : spec.dtypes.state;
   }
 
   template <class OperandOf>
@@ -499,6 +513,13 @@ struct Parameter {
       geometry.push_back({shape, strides});
     }
     work.iteration.plan(geometry);
+    count_operands(work, rule->is_rowwise() ? 0 : states(), spec.is_anchored + spec.has_importance);
+    const int average = spec.has_average ? work.operands_read : 0;
+    const int copy = spec.copy ? work.operands_read + spec.has_average : 0;
+    work.followers = {average, 0.875, copy};
+    work.rounding.is_random_in_parameter =
+        spec.rounds_parameter && item_size(spec.dtypes.parameter) == 2;
+    work.rounding.is_random_in_state = states() > 0 && state_dtype() == DType::bfloat16;
     work.rows = has_rows() ? &rows : nullptr;
     work.is_rowwise = rule->is_rowwise();
     if (spec.is_anchored) {
@@ -533,7 +554,7 @@ struct Wish {
 class Problem {
  public:
   explicit Problem(const std::vector<Spec>& specs, std::uint64_t seed = 1) : random_(seed) {
-    for (const Spec& spec : specs) parameters_.emplace_back(spec, random_);
+    for (const Spec& spec : specs) parameters_.emplace_back(spec, parameters_.size(), random_);
     for (const Parameter& one : parameters_) {
       host_list_.push_back(&one.on_host);
       device_list_.push_back(&one.on_device);
@@ -569,7 +590,7 @@ class Problem {
       one.on_device.rule = nullptr;
       tracked_.push_back({slot_of(i), one.step_copy ? one.step_copy->scalar() : cuda::Scalar{},
                           one.product_copy ? one.product_copy->scalar() : cuda::Scalar{},
-                          group_of(one)});
+                          group_of(one), static_cast<std::uint32_t>(one.index)});
     }
     write_progress(workspace_, 0, all_progress(), counters_);
   }
@@ -595,7 +616,7 @@ class Problem {
       return;
     }
     for (Parameter& one : parameters_) one.commit();
-    cpu::update(on_host(), {*factor, wish.options.clear_gradients});
+    cpu::update(on_host(), {*factor, wish.options.clear_gradients, wish.options.gradient_bound});
   }
 
   void take_on_device(const Wish& wish, cuda::Workspace& workspace, cuda::Stream stream) const {
@@ -610,6 +631,7 @@ class Problem {
     if (wish.found_inf) step.found_inf = found_inf_.as_float();
     step.progress = tracked_;
     step.groups = groups_;
+    step.seed = kSeed;
     cuda::take(step);
   }
 
@@ -677,6 +699,9 @@ class Problem {
       one.on_host.rule = &coefficients_.back();
       one.on_host.anchor.lr = rate_of(one.spec);
       one.on_device.anchor.lr = tracked_.empty() ? rate_of(one.spec) : std::nan("");
+      one.on_host.rounding.stream = RandomStream::of_rounding(kSeed, one.next.step, one.index);
+      one.on_device.rounding.stream =
+          tracked_.empty() ? one.on_host.rounding.stream : RandomStream{};
       if (tracked_.empty()) one.on_device.rule = &coefficients_.back();
     }
   }
@@ -729,6 +754,7 @@ class Problem {
   }
 
   using GroupKey = std::tuple<const RuleCase*, double, Rate>;
+  static constexpr std::uint64_t kSeed = 0xfedcba9876543210;
 
   Random random_;
   cuda::Workspace workspace_{0};  // fresh, and so no larger than this problem needs
@@ -841,6 +867,13 @@ void check_anchors(bool quick) {
   check_steps(many);
 }
 
+void add_epilogue(Spec& spec, Random& random) {
+  spec.has_average = random.below(2);
+  if (random.below(2)) spec.copy = kAllDTypes[random.below(4)];
+  spec.rounds_parameter = random.below(2);
+  if (random.below(2)) spec.dtypes.state = DType::bfloat16;
+}
+
 // Some rows of a table, listed in any order and several times, or each once and ascending.
 Spec rows_of(const RuleCase& rule, const DTypes& dtypes, const View& table, std::int64_t count,
              Random& random) {
@@ -884,6 +917,32 @@ void check_rows(bool quick) {
       std::vector<Spec> specs = some_tables(rule, dtypes, random);
       specs.insert(specs.begin() + 3, Spec(rule, dtypes, Shape{4, 30}));  // dense, in between
       check_steps(specs);
+    }
+  }
+}
+
+// Averages, copies, state in bfloat16, rounding at random and bounded gradients, of everything that
+// moves; counts on the device, whence random numbers come then.
+void check_epilogues(bool quick) {
+  scene() = "epilogues";
+  Random random(6);
+  const std::vector<RuleCase> rules = all_rules();
+  for (const RuleCase& rule : rules) {
+    for (const DTypes& dtypes : quick ? std::vector{kSingle, kHalf, kDouble} : all_dtypes()) {
+      std::vector<Spec> specs = some_tables(rule, dtypes, random);
+      for (std::size_t i = 0; i < kMaxOperands; ++i) {
+        for (const std::int64_t size : {0, 5, 1027, 2048})
+          specs.emplace_back(rule, dtypes, Shape{size}).misaligned[i] = size % 2;
+        specs.emplace_back(rule, dtypes, View::of({9, 40}), View::transposed({9, 40}));
+        specs.back().is_anchored = i % 2 == 0;
+      }
+      for (Spec& spec : specs) add_epilogue(spec, random);
+      Problem problem(specs);
+      problem.take({{0.25, false, 0.1}});
+      problem.check_sums();
+      problem.keep_progress_on_device();
+      problem.take({{-3, true, 0.5}});
+      problem.check_sums();
     }
   }
 }
@@ -976,6 +1035,10 @@ void check_rows_that_are_behind(bool quick) {
     for (const DTypes& dtypes : quick ? std::vector{kSingle, kHalf, kDouble} : all_dtypes()) {
       std::vector<Spec> specs = some_tables(rule, dtypes, random);
       for (std::size_t i = 0; i < specs.size(); i += 3) specs[i].fill = Fill::special;
+      for (std::size_t i = 0; i < specs.size(); i += 2) {
+        add_epilogue(specs[i], random);
+        specs[i].has_average = false;  // it would have to see each step
+      }
       Problem problem(specs);
       std::deque<TableBehind> tables;
       for (std::size_t i = 0; i < problem.size(); ++i) tables.emplace_back(problem[i]);
@@ -1612,12 +1675,14 @@ Spec random_spec(Random& random) {
   spec.lr = 0.125 * static_cast<double>(1 + random.below(3));
   spec.rate = static_cast<Rate>(random.below(3));
   spec.copies = static_cast<Copies>(random.below(3));
+  if (random.below(3) == 0) add_epilogue(spec, random);
   return spec;
 }
 
 Wish random_wish(Random& random) {
   Wish wish;
   wish.options = {random.number(), random.below(2) == 0};
+  if (random.below(2)) wish.options.gradient_bound = std::fabs(random.number());
   if (random.below(2)) wish.max_norm = std::fabs(random.number()) * 10;
   wish.skip_nonfinite = random.below(2);
   if (random.below(2)) wish.loss_scale = static_cast<float>(1 << random.below(16));
@@ -1672,6 +1737,7 @@ std::uint64_t checksum(const RuleCase& rule_case, DType dtype) {
   work.compute = dtypes.state;
   for (std::size_t i = 0; i < arrays.size(); ++i) work.iteration.operand[i] = arrays[i].on_device();
   work.iteration.plan_dense(kElements, static_cast<int>(arrays.size()));
+  count_operands(work, arrays.size() - kState);
 
   const Work* one = &work;
   cuda::Workspace workspace(0);
@@ -1722,6 +1788,7 @@ void run(bool quick) {
   check_special_numbers(quick);
   check_anchors(quick);
   check_rows(quick);
+  check_epilogues(quick);
   check_decisions_on_rows();
   check_rows_that_are_behind(quick);
   check_captured_rows();

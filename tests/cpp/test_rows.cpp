@@ -88,6 +88,7 @@ struct Table {
     work.rows = rows;
     work.history = history;
     work.iteration.plan_dense(rows ? 1 : kRows, static_cast<int>(1 + arrays.size()));
+    count_operands(work, arrays.size() - 1);
     work.iteration.operand[kGradient] = {reinterpret_cast<std::byte*>(values), DType::float64};
     for (std::size_t i = 0; i < arrays.size(); ++i) {
       const std::size_t operand = i == 0 ? kParameter : kState + i - 1;

@@ -147,6 +147,7 @@ struct Adam {
     part.everything.select_all(size);
     for (int i = 0; i < 4; ++i) part.operand[static_cast<std::size_t>(i)].view(operand(i), shape());
     work.part = &part;
+    count_operands(work, 2);
   }
 
   Operand operand(int i) {

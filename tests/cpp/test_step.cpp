@@ -89,6 +89,7 @@ struct Problem {
         geometry.push_back({memory[k].shape, memory[k].strides});
       }
       one.iteration.plan(geometry);
+      count_operands(one, memory.size() - kState);
       coefficients.push_back(rule->coefficients(at, one.compute, 0.1, memory.size() - 2));
       one.rule = &coefficients.back();
       work.push_back(one);

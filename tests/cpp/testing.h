@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/dtypes.h"
+#include "core/work.h"
 #include "cpu/dispatch.h"
 #include "rules/any_rule.h"
 
@@ -83,6 +84,13 @@ inline const std::vector<RuleCase>& rule_cases() {
   return cases;
 }
 
+// Says what the operands of work are: the parameter, its gradient, so many arrays of state; and so
+// many of an anchor.
+inline void count_operands(Work& work, std::size_t states, int of_anchor = 0) {
+  work.rule_operands = kState + static_cast<int>(states);
+  work.operands_read = work.rule_operands + of_anchor;
+}
+
 // Calls f(tier name) with each instruction set of this machine active.
 template <class Function>
 void for_each_tier(Function f) {
@@ -115,8 +123,8 @@ inline double read(const std::byte* at, DType dtype) {
       std::memcpy(&x, at, sizeof x);
       return to_float(x);
     }
+    default: return 0;  // no number
   }
-  return 0;
 }
 
 inline void write(std::byte* at, DType dtype, double value) {
@@ -140,6 +148,7 @@ inline void write(std::byte* at, DType dtype, double value) {
       std::memcpy(at, &x, sizeof x);
       return;
     }
+    default: return;
   }
 }
 

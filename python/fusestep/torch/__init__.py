@@ -10,6 +10,7 @@ from __future__ import annotations
 
 try:
     from .convert import convert
+    from .groups import decay_groups
     from .linear import FusedLinear, fuse_linear, unfuse_linear
     from .optimizer import Optimizer
     from .rules import NAG, SGD, Adagrad, Adam, AdamW, NAdam
@@ -30,6 +31,7 @@ __all__ = [
     "NAdam",
     "Optimizer",
     "convert",
+    "decay_groups",
     "fuse_linear",
     "unfuse_linear",
 ]

@@ -71,7 +71,7 @@ def of(entry: Mapping[str, Any]) -> Anchor | None:
 
 def entries(anchor: Anchor, parameter: Tensor, state_dtype: str | None) -> dict[str, Any]:
     """Return what an anchor adds to the state of a parameter: copies that a kernel can walk."""
-    dtype = _state.dtype_for(state_dtype, parameter)
+    dtype = _state.wide_dtype_for(state_dtype, parameter)
 
     def tensor(values: Any) -> Tensor:
         storable = torch.from_numpy(_penalties.storable(values, _name_of(dtype)))
@@ -118,7 +118,7 @@ def fitted(
     _penalties.check_target(where)
     _penalties.check_is_whole(where, anchor.strength, anchor.reference)
     non_negative(f"the strength for {label}", anchor.strength)
-    dtype = _state.dtype_for(state_dtype, parameter)
+    dtype = _state.wide_dtype_for(state_dtype, parameter)
     reference = _state.fitted(anchor.reference, f"the anchor of {label}", parameter, dtype)
     importance = anchor.importance
     if importance is not None:
@@ -133,7 +133,7 @@ def target(parameter: Tensor, label: str, state_dtype: str | None) -> _penalties
         parameter.detach(),
         tuple(parameter.shape),
         _refusal(parameter),
-        _name_of(_state.dtype_for(state_dtype, parameter)),
+        _name_of(_state.wide_dtype_for(state_dtype, parameter)),
     )
 
 

@@ -8,20 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._hyperparameters import check_seed, flag, max_norm, number
+from .._averages import ENTRY as AVERAGE
+from .._averages import check_decay
+from .._hyperparameters import check_seed, clip_value, flag, max_norm, number
+from .._state import Conversions
 from .._state_dict import BLOCK_ENTRIES, count, expect_keys, mapping, taken_missed_steps
-from . import _anchors, _selections, _state
+from . import _anchors, _masters, _selections, _state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from .optimizer import MissedSteps, Rule
+    from .optimizer import MissedSteps, Optimizer, Rule
 
 _EXTRAS: dict[str, Callable[[str, Any], Any]] = {
     "max_norm": max_norm,
+    "clip_value": clip_value,
     "skip_nonfinite": flag,
+    "stochastic_rounding": flag,
+    "ema_decay": lambda name, value: check_decay(name, number(name, value)),
     "skipped_steps": count,
     "steps": count,
     "seed": lambda _, value: check_seed(value),
@@ -56,23 +62,26 @@ def matched_groups(
 def fitted_state(
     saved: Mapping[Any, Any],
     places: Sequence[tuple[Any, Tensor, str, Rule]],
-    state_dtype: str | None,
-) -> defaultdict[Any, Any]:
-    """Return a copy of a saved state that fits an optimizer's parameters.
+    optimizer: Optimizer,
+) -> tuple[defaultdict[Any, Any], Conversions]:
+    """Return a copy of a saved state that fits an optimizer's parameters, and what it converts.
 
     `places` has, for each parameter, its key in `saved`, itself, what error messages call it, and
     its rule. What belongs to no parameter is taken over as it is.
     """
     state: defaultdict[Any, Any] = defaultdict(dict)
+    conversions = Conversions()
     for key, parameter, label, rule in places:
         if key in saved:
             entry = mapping(saved[key], f"the state of {label}")
-            fitted = _fitted_entry(entry, parameter, label, rule, state_dtype)
+            fitted = _fitted_entry(entry, parameter, label, rule, optimizer)
             if fitted or not entry:  # there may have been nothing but missed steps
                 state[parameter] = fitted
+            for name in fitted.keys() & rule.states:
+                conversions.note(entry[name].dtype, fitted[name].dtype, parameter.dtype)
     keys = {key for key, *_ in places}
     state.update({key: value for key, value in saved.items() if key not in keys})
-    return state
+    return state, conversions
 
 
 def missed_steps(
@@ -107,17 +116,23 @@ def block_counts(
 
 
 def _fitted_entry(
-    entry: Mapping[str, Any], parameter: Tensor, label: str, rule: Rule, state_dtype: str | None
+    entry: Mapping[str, Any], parameter: Tensor, label: str, rule: Rule, optimizer: Optimizer
 ) -> dict[str, Any]:
+    state_dtype = optimizer._state_dtype
     present = {
         name: value
         for name, value in entry.items()
         if value is not None and name not in ("missed_steps", "recent_steps", *BLOCK_ENTRIES)
     }
     anchor = _anchors.taken(present, parameter, label, state_dtype)
+    besides = _masters.loaded(optimizer, present, parameter, label)
+    average = present.pop(AVERAGE, None)
+    if average is not None and AVERAGE in optimizer._kept_besides(parameter):
+        wide = _state.wide_dtype_for(state_dtype, parameter)
+        besides[AVERAGE] = _state.loaded(average, f"the average of {label}", parameter, wide)
     needed = {*rule.scalars, *rule.states}
     if rule.scalars and (
-        present or anchor
+        present or anchor or besides
     ):  # a rule without scalars knows a first step by its lack of state
         expect_keys(present, f"the state of {label}", needed, {*present})
     elif present and needed and not needed & present.keys():
@@ -127,14 +142,14 @@ def _fitted_entry(
     for name, value in present.items():
         what = f"the {name} of {label}"
         if name in rule.states:
-            fitted[name] = _state.copied(_state.fitted(value, what, parameter, dtype))
+            fitted[name] = _state.loaded(value, what, parameter, dtype)
         elif name in rule.scalars:
             fitted[name] = torch.tensor(number(what, value), dtype=_state.scalar_dtype([value]))
         elif isinstance(value, torch.Tensor):
             fitted[name] = _state.copied(value.to(parameter.device))
         else:
             fitted[name] = deepcopy(value)
-    return {**fitted, **anchor}
+    return {**fitted, **anchor, **besides}
 
 
 def checked_extras(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The state of torch parameters: allocated, completed and widened, never rounded."""
+"""The state of torch parameters: allocated, completed and widened; rounded only when loaded."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ from .. import _cpu
 from .._hyperparameters import number
 from .._state import check_state_dtype
 from . import _tensors
-from ._tensors import DLPACK_DTYPES, is_plain
+from ._tensors import STATE_DTYPES, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
-_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+_COMPLEX = {
+    torch.float32: torch.complex64,
+    torch.float64: torch.complex128,
+    torch.bfloat16: torch.complex64,  # torch has none that is as narrow
+}
 
 
 def checked_dtype(value: Any) -> str | None:
-    """Return None, "float32" or "float64" for what a user gave as ``state_dtype``."""
-    return check_state_dtype(str(value)[6:] if isinstance(value, torch.dtype) else value)
+    """Return None or the name of a dtype for what a user gave as ``state_dtype``."""
+    name = check_state_dtype(str(value)[6:] if isinstance(value, torch.dtype) else value)
+    if name == "int8":
+        raise ValueError(
+            f"state_dtype is {value!r}; expected None, torch.float32, torch.float64 or "
+            "torch.bfloat16"
+        )
+    return name
 
 
 def dtype_for(state_dtype: str | None, parameter: Tensor) -> torch.dtype:
@@ -33,6 +43,11 @@ def dtype_for(state_dtype: str | None, parameter: Tensor) -> torch.dtype:
     default = torch.float64 if is_double else torch.float32
     real: torch.dtype = default if state_dtype is None else getattr(torch, state_dtype)
     return _COMPLEX[real] if parameter.is_complex() else real
+
+
+def wide_dtype_for(state_dtype: str | None, parameter: Tensor) -> torch.dtype:
+    """Return the dtype of what is kept besides the state, which is never narrower than float32."""
+    return dtype_for(None if state_dtype == "bfloat16" else state_dtype, parameter)
 
 
 def new(parameter: Tensor, dtype: torch.dtype, fill: float) -> Tensor:
@@ -51,7 +66,7 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
             return like(tensor)
     strides = like(tensor, device="meta").stride()
-    code, bits = DLPACK_DTYPES[dtype]
+    code, bits = STATE_DTYPES[dtype]
     return from_dlpack(_cpu.allocate_state(tensor.shape, strides, code, bits))
 
 
@@ -78,6 +93,12 @@ def fitted(value: Any, label: str, parameter: Tensor, dtype: torch.dtype) -> Ten
     # Sparse: the momentum of torch.optim.SGD, where the gradients have been.
     dense: Tensor = value.to_dense() if value.is_sparse else value
     return dense.to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype))
+
+
+def loaded(value: Any, label: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of what is being loaded, :func:`fitted`; rounded where `dtype` is bfloat16."""
+    tensor = fitted(value, label, parameter, dtype)
+    return copied(tensor.to(dtype) if dtype == torch.bfloat16 else tensor)
 
 
 def copied(tensor: Tensor) -> Tensor:

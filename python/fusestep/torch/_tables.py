@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _penalties
+from .._averages import ENTRY as AVERAGE
 from .._tables import check_count, check_init
-from . import _anchors, _state, _tensors
+from . import _anchors, _averages, _masters, _state, _tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,11 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
     table = _grown(parameter.detach(), parameter.detach().new_empty((count, *new_rows[1:])))
     table[parameter.shape[0] :] = values
     entry = {**optimizer.state.get(parameter, {})}
+    for name in (_masters.WIDE, _masters.LOWER_HALF):
+        if _state.is_there(entry.get(name)):
+            entry[name] = _grown(entry[name], _masters.fresh(table, name))
+    if _state.is_there(entry.get(AVERAGE)):
+        entry[AVERAGE] = _grown(entry[AVERAGE], _averages.fresh(optimizer, table, table))
     dtype = _state.dtype_for(optimizer._state_dtype, parameter)
     for name in states:
         if _state.is_there(entry.get(name)):
@@ -60,11 +66,7 @@ def _find(optimizer: Optimizer, parameter: Tensor) -> str:
     TypeError
         It is not a plain tensor on the CPU or an NVIDIA GPU.
     """
-    found = [label for each, label in optimizer._parameters() if each is parameter]
-    if not found:
-        what = type(parameter).__name__
-        raise KeyError(f"this {what} is not a parameter of this optimizer")
-    label = found[0]
+    label = optimizer._label_of(parameter)
     device = _tensors.device_of(parameter)
     if device.type not in ("cpu", "cuda"):
         raise TypeError(

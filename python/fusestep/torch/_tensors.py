@@ -21,7 +21,7 @@ __all__ = ["Parameter", "Tensor"]
 USE_EXCHANGE_TABLE = True
 """Whether to read tensors through torch's table of functions, where it has one (2.10)."""
 
-_FLOAT, _BFLOAT, _COMPLEX = 2, 4, 5  # DLPack's type codes
+_INTEGER, _FLOAT, _BFLOAT, _COMPLEX = 0, 2, 4, 5  # DLPack's type codes
 DLPACK_DTYPES = {
     torch.float64: (_FLOAT, 64),
     torch.float32: (_FLOAT, 32),
@@ -31,6 +31,8 @@ DLPACK_DTYPES = {
     torch.complex64: (_COMPLEX, 64),
     torch.complex32: (_COMPLEX, 32),
 }
+# What state may be of, besides.
+STATE_DTYPES = {**DLPACK_DTYPES, torch.int16: (_INTEGER, 16)}
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 
 
@@ -144,9 +146,9 @@ def describe(
     """
     device = device_of(tensor)
     is_readable = tensor.layout is torch.strided and not _device_problem(device)
-    if not is_readable or tensor.dtype not in DLPACK_DTYPES:
+    if not is_readable or tensor.dtype not in STATE_DTYPES:
         raise TypeError(refusal(tensor))
-    code, bits = DLPACK_DTYPES[tensor.dtype]
+    code, bits = STATE_DTYPES[tensor.dtype]
     place = _DLPACK_DEVICES[device.type], device.index or 0
     return (tensor.data_ptr(), *place, code, bits, tuple(tensor.shape), tensor.stride())
 

@@ -33,8 +33,8 @@ def convert(optimizer: torch.optim.Optimizer, **extras: Any) -> Optimizer:
     optimizer
         A ``torch.optim.SGD``, ``Adam``, ``AdamW``, ``NAdam`` or ``Adagrad``.
     **extras
-        Our own arguments: ``max_norm``, ``skip_nonfinite``, ``state_dtype``, ``rows``,
-        ``seed``.
+        Our own arguments: ``max_norm``, ``clip_value``, ``skip_nonfinite``, ``ema_decay``,
+        ``state_dtype``, ``stochastic_rounding``, ``master``, ``rows``, ``seed``.
 
     Returns
     -------

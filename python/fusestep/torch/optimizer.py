@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -15,13 +15,17 @@ from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
 from .. import _cpu
-from .._hyperparameters import check_seed, flag, max_norm, one_of
-from .._state_dict import block_entries
+from .._averages import ENTRY as AVERAGE
+from .._averages import check_decay
+from .._hyperparameters import check_seed, clip_value, flag, max_norm, one_of
+from .._state_dict import OUR_SETTINGS, block_entries
 from ..gradients import as_indices
 from . import (
     _anchors,
+    _averages,
     _distributed,
     _load,
+    _masters,
     _samples,
     _selections,
     _state,
@@ -31,7 +35,8 @@ from . import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from .. import Optimizer as ArrayOptimizer
 
@@ -41,7 +46,10 @@ _global_post_hooks = torch_optimizer._global_optimizer_post_hooks
 _not_compiled = torch._compile._disable_dynamo  # as torch's own optimizers do
 
 # Hyper-parameters that are not options of a rule.
-_OUTSIDE_THE_RULE = frozenset({"lr", "maximize", "max_norm", "skip_nonfinite"})
+_OUTSIDE_THE_RULE = frozenset({"lr", "maximize", *OUR_SETTINGS})
+
+# What our settings are where they are not in a state dict; the others are 0, or False.
+_DEFAULTS: Mapping[str, Any] = {"max_norm": None, "clip_value": None, "ema_decay": None}
 
 # Keys of a group that matter besides the rule's options.
 _WATCHED = frozenset({"maximize", "differentiable", "capturable", "fused"})
@@ -57,6 +65,9 @@ _META_AND_FUSED = (
 
 # A parameter, how many of its recent steps each row has missed, and what is known of these steps.
 MissedSteps: TypeAlias = tuple[Tensor, Any, list[list[float]]]
+
+# A number in [0, 1], or a callable from the number of steps taken to one; None: no averages.
+EmaDecay: TypeAlias = float | Callable[[int], float] | None
 
 
 class Rule(NamedTuple):
@@ -80,12 +91,35 @@ class Optimizer(torch.optim.Optimizer):
         Clip the L2 norm of all gradients of a step together, over all parameter groups and, for
         DTensor parameters, over all shards, as ``torch.nn.utils.clip_grad_norm_`` does. ``p.grad``
         is not changed.
+    clip_value
+        Bring each element of the gradients to within [-clip_value, clip_value], after `max_norm`,
+        as ``torch.nn.utils.clip_grad_value_`` does. ``p.grad`` is not changed.
     skip_nonfinite
         Leave out a step in which any gradient holds a NaN or an infinity: no parameter and no state
         changes; :attr:`skipped_steps` counts it.
+    ema_decay
+        Keep an exponential moving average of each parameter, in the same pass:
+        ``average = ema_decay * average + (1 - ema_decay) * parameter`` after each step. A number in
+        [0, 1], or a callable from the number of steps taken to one: :class:`fusestep.EmaWarmup`.
+        See :attr:`averages` and :meth:`swap_averages`. An average begins where its parameter is
+        before its first step; what a step does not move leaves its average as it is.
     state_dtype
         Dtype of new state: None (float64 for float64 parameters, float32 for all others),
-        ``torch.float32`` or ``torch.float64``.
+        ``torch.float32``, ``torch.float64`` or ``torch.bfloat16``. In bfloat16 it is rounded at
+        random, up or down, so that its mean is what float32 would have; that of complex parameters
+        stays wide.
+    stochastic_rounding
+        Round parameters in bfloat16 and float16 at random, too, so that updates count which are
+        less than half of the last place.
+    master
+        ``"float32"``: parameters in bfloat16 and float16 are the roundings of masters in float32,
+        which a step moves and averages; it writes the parameter in the same pass. Other parameters
+        have none. What others write to such a parameter becomes its master's value, as far as it is
+        not its rounding anyway; but what is written through ``p.data``, of which torch takes no
+        note, only after :meth:`refresh_masters`. Not for DTensors. ``"split"``: the same numbers,
+        to the bit but for ties, in half the memory: each parameter in bfloat16 has the 16 bits
+        besides that it lacks of a float32. Those in float16 have no master then. What others write
+        to a parameter, in whatever way, counts at once, to within half of its last place.
     rows
         What a step with a sparse gradient means for the rows that it does not have. ``"lazy"``:
         nothing, they and their state stay as they are, as with ``torch.optim.SparseAdam``.
@@ -95,7 +129,8 @@ class Optimizer(torch.optim.Optimizer):
         ``skip_nonfinite`` or a ``GradScaler`` each step waits for the GPU.
     seed
         Of every random choice, from 0 to 2**64 - 1: which blocks :class:`fusestep.RandomBlocks`
-        draws.
+        draws, and how numbers are rounded at random, which depends on the seed, on how many updates
+        the parameter has had and on its place among all parameters.
 
     Notes
     -----
@@ -121,7 +156,10 @@ class Optimizer(torch.optim.Optimizer):
     _scalars: _state.Scalars | None
     _rules: list[Rule]
     _counts_on_gpu: bool  # of parameters that are on one
-    _rows = "lazy"  # while torch's constructor adds the first groups
+    # While torch's constructor adds the first groups:
+    _rows = "lazy"
+    _master: str | None = None
+    _ema_decay: EmaDecay = None
     _native: _cpu.TorchOptimizer
     _histories: dict[Tensor, _cpu.RowHistory]
     _blocks: dict[Tensor, _cpu.BlockProgress]
@@ -194,6 +232,7 @@ class Optimizer(torch.optim.Optimizer):
         RuntimeError
             A CUDA graph is being captured, and its replays would not be steps; or a gradient on the
             GPU is sparse, ``rows`` is "exact", or samples have weights on the GPU or ``max_norm``.
+            The averages are in the parameters' place (:meth:`swap_averages`).
 
         Notes
         -----
@@ -442,6 +481,7 @@ class Optimizer(torch.optim.Optimizer):
         convolutional networks", equation 2 (L2-SP); Kirkpatrick et al. (2017), "Overcoming
         catastrophic forgetting in neural networks", equation 3 (EWC).
         """
+        self._check_not_swapped()
         self._native.exclusively(lambda: _anchors.add(self, strength, reference, importance))
 
     @_not_compiled
@@ -487,7 +527,146 @@ class Optimizer(torch.optim.Optimizer):
             It has more rows already, or no dimensions; `init` does not have the shape of the new
             rows. Nothing has been changed then.
         """
+        self._check_not_swapped()
         self._native.exclusively(lambda: _tables.resize(self, parameter, n_rows, init))
+
+    # ---- averages, and master weights -----------------------------------------------------------
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """The averages (``ema_decay``), in the order of the parameters in all groups.
+
+        Tensors of the parameters' shapes, float64 of float64 parameters, float32 of all others:
+        those that the next step updates, ``opt.state[p]["average"]``. Of a parameter that has not
+        moved yet, a copy of itself.
+        """
+        self._check_has_averages()
+        return [_averages.of(self, parameter) for parameter, _ in self._parameters()]
+
+    def average_of(self, parameter: Tensor) -> Tensor:
+        """Return the average of a parameter, as in :attr:`averages`.
+
+        Parameters
+        ----------
+        parameter
+            One of this optimizer's.
+
+        Raises
+        ------
+        AttributeError
+            There are no averages.
+        KeyError
+            It is not a parameter of this optimizer.
+        """
+        self._check_has_averages()
+        self._label_of(parameter)
+        return _averages.of(self, parameter)
+
+    def swap_averages(self) -> AbstractContextManager[None]:
+        """Put the averages in the parameters' place, to evaluate with them; and put them back.
+
+        Within the ``with`` block the parameters, which stay the same objects in the same memory,
+        hold the values of their averages, rounded where their dtype is narrower. Takes as much
+        memory as the parameters meanwhile. What is written to parameters within is lost.
+
+        Raises
+        ------
+        AttributeError
+            There are no averages.
+        RuntimeError
+            They are in the parameters' place already; or, within the block, a step is taken, or
+            state is saved, loaded or changed.
+
+        Examples
+        --------
+        >>> import torch, fusestep.torch
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> opt = fusestep.torch.SGD([w], lr=1.0, ema_decay=0.5)
+        >>> w.grad = torch.full((2,), -4.0)
+        >>> opt.step()
+        >>> with opt.swap_averages():
+        ...     print(w.tolist())
+        [2.0, 2.0]
+        >>> w.tolist()
+        [4.0, 4.0]
+        """
+        self._check_has_averages()
+        return _averages.in_place_of_parameters(self)
+
+    @property
+    def ema_decay(self) -> EmaDecay:
+        """Decay of the averages: a number, or a callable from the number of steps taken."""
+        return self._ema_decay
+
+    @ema_decay.setter
+    def ema_decay(self, value: EmaDecay) -> None:
+        checked = check_decay("ema_decay", value)
+        if (checked is None) != (self._ema_decay is None):
+            raise ValueError(
+                f"ema_decay is {value!r} where this optimizer was created with "
+                f"{self._ema_decay!r}; it decides whether there are averages: create a new "
+                "optimizer, and load this one's state_dict()"
+            )
+        self._check_schedule(checked)
+        self._set_ema_decay(checked)
+
+    def _set_ema_decay(self, checked: EmaDecay) -> None:
+        self._ema_decay = checked
+        if checked is not None:
+            self._native.set_ema_decay(checked)
+        self._count_steps_if_needed()
+
+    def _count_steps_if_needed(self) -> None:
+        """Have steps be counted, and saved, where a schedule of averages or rounding needs it."""
+        rounds = self.stochastic_rounding or self._state_dtype == "bfloat16"
+        if callable(self._ema_decay) or rounds:
+            _selections.count_steps(self)
+
+    def _check_schedule(self, ema_decay: EmaDecay) -> None:
+        """Raise ValueError for a callable that a CUDA graph would have to call."""
+        is_captured = any(group.get("capturable") for group in getattr(self, "param_groups", []))
+        if callable(ema_decay) and is_captured:
+            raise ValueError(
+                "ema_decay is a callable, which a CUDA graph cannot call: with capturable=True "
+                "give a number"
+            )
+
+    def _check_has_averages(self) -> None:
+        if self._ema_decay is None:
+            raise AttributeError(
+                "there are no averages: create the optimizer with ema_decay=0.999, say"
+            )
+
+    def _check_not_swapped(self) -> None:
+        if self._native.is_swapped:
+            raise RuntimeError(
+                "the averages are in the parameters' place: do this outside of "
+                "`with opt.swap_averages()`"
+            )
+
+    @property
+    def master(self) -> str | None:
+        """How masters of narrow parameters are kept: "float32", "split", or None."""
+        return self._master
+
+    def refresh_masters(self) -> None:
+        """Have masters follow parameters that somebody has written to through ``p.data``.
+
+        Of that torch takes no note; all else that is written to parameters a step finds out by
+        itself. Elements that are the rounding of their master leave it as it is; of all others the
+        master becomes what they are. Does nothing unless ``master`` is "float32".
+
+        Raises
+        ------
+        RuntimeError
+            The averages are in the parameters' place.
+        """
+        self._check_not_swapped()
+        self._native.exclusively(lambda: _masters.refresh(self))
+
+    def _kept_besides(self, parameter: Tensor) -> list[str]:
+        """Return the entries of a parameter's state that are neither the rule's nor an anchor's."""
+        return [*_masters.wanted(self, parameter), *_averages.wanted(self)]
 
     @property
     def rows(self) -> str:
@@ -662,17 +841,25 @@ class Optimizer(torch.optim.Optimizer):
         needs_state: bool,
     ) -> None:
         entry = self.state.get(parameter, {})
-        needed = [*rule.scalars, *rule.states]
+        needed, besides = [*rule.scalars, *rule.states], self._kept_besides(parameter)
         is_first = not all(_state.is_there(entry.get(name)) for name in needed)
-        is_ready = not is_first or needs_state
+        has_besides = all(_state.is_there(entry.get(name)) for name in besides)
+        # Rows that have missed steps may be asked for before there is a gradient.
+        is_ready = needs_state or (not is_first and (has_besides or self._rows == "exact"))
         anchor = _anchors.of(entry) if is_ready else None
-        if is_ready and (needed or anchor):
+        has_master = is_ready and _masters.WIDE in besides
+        version = parameter._version if has_master else 0
+        if is_ready and (needed or anchor or besides):
             if parameter.layout is not torch.strided:  # there would be no such state either
                 raise TypeError(f"{label} {_tensors.refusal(parameter)}")
+            masters = _masters.fitted(self, entry, parameter, label)
+            source = _masters.value(parameter, masters)
             complete = {
                 **scalars.completed(entry, column, label),
                 **self._completed_states(parameter, entry, label, rule),
                 **_anchors.fitted(entry, parameter, label, self._state_dtype),
+                **masters,
+                **_averages.fitted(self, entry, parameter, label, source),
             }
             rest = {name: value for name, value in entry.items() if name not in complete}
             entry = self._change(parameter, {**complete, **rest})
@@ -687,6 +874,9 @@ class Optimizer(torch.optim.Optimizer):
             self._history_of(parameter),
             _anchors.of(entry) if is_ready else None,
             self._blocks.get(parameter),
+            entry[AVERAGE] if is_ready and AVERAGE in besides else None,
+            (entry[_masters.WIDE], version) if has_master else None,
+            entry[_masters.LOWER_HALF] if is_ready and _masters.LOWER_HALF in besides else None,
         )
 
     def _completed_states(
@@ -715,6 +905,13 @@ class Optimizer(torch.optim.Optimizer):
         states = {name: _state.new(parameter, dtype, self._initial_state()) for name in rule.states}
         first = {**scalars, **states}
         return {name: x for name, x in first.items() if not _state.is_there(entry.get(name))}
+
+    def _label_of(self, parameter: Tensor) -> str:
+        """Return what error messages call a parameter; KeyError if it is not one of this one's."""
+        for each, label in self._parameters():
+            if each is parameter:
+                return label
+        raise KeyError(f"this {type(parameter).__name__} is not a parameter of this optimizer")
 
     def _rule_for(self, parameter: Tensor) -> Rule:
         """Return the rule by which one of the parameters moves."""
@@ -810,8 +1007,27 @@ class Optimizer(torch.optim.Optimizer):
         self._native.skip_nonfinite = flag("skip_nonfinite", value)
 
     @property
+    def clip_value(self) -> float | None:
+        """Largest magnitude of an element of the gradients; None does not clip."""
+        return self._native.clip_value
+
+    @clip_value.setter
+    def clip_value(self, value: float | None) -> None:
+        self._native.clip_value = clip_value("clip_value", value)
+
+    @property
+    def stochastic_rounding(self) -> bool:
+        """Whether parameters of 16 bits are rounded at random."""
+        return self._native.stochastic_rounding
+
+    @stochastic_rounding.setter
+    def stochastic_rounding(self, value: bool) -> None:
+        self._native.stochastic_rounding = flag("stochastic_rounding", value)
+        self._count_steps_if_needed()
+
+    @property
     def state_dtype(self) -> str | None:
-        """Dtype of new state: "float32", "float64", or None to go by the parameter."""
+        """Dtype of new state: "float32", "float64", "bfloat16", or None to go by the parameter."""
         return self._state_dtype
 
     # ---- groups and state -----------------------------------------------------------------------
@@ -828,14 +1044,15 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         TypeError, ValueError
-            As torch; and where it asks for ``differentiable`` or, on the CPU or with
-            ``rows="exact"``, ``capturable``.
+            As torch; and where it asks for ``differentiable`` or, on the CPU, with
+            ``rows="exact"`` or with a callable ``ema_decay``, ``capturable``; or has a DTensor that
+            would need a ``master``.
         """
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
             _refuse_capturable(self.param_groups[-1])
-            self._check_rows()
+            self._check_together()
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -849,7 +1066,13 @@ class Optimizer(torch.optim.Optimizer):
         (``missed_steps``, ``recent_steps``): it belongs to the parameters as they are now, not up
         to date. After :meth:`flush` there is no such entry, and the state is what ``torch.optim``
         would have.
+
+        Raises
+        ------
+        RuntimeError
+            The averages are in the parameters' place (:meth:`swap_averages`).
         """
+        self._check_not_swapped()
         self._drop_unused_state()
         # As a hook, so that hooks of others see it.
         hook: Any = Optimizer._add_progress
@@ -858,7 +1081,10 @@ class Optimizer(torch.optim.Optimizer):
             state_dict: dict[str, Any] = super().state_dict()
         finally:
             handle.remove()
-        if extras := self._extras():
+        extras = self._extras()
+        if callable(self._ema_decay):
+            del extras["ema_decay"]
+        if extras:
             state_dict["fusestep"] = extras
         return state_dict
 
@@ -884,9 +1110,15 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state dict of this class, or of the torch class of this name.
 
-        State is copied, and moved to its parameter's device. It is never rounded: bfloat16 and
-        float16 state, which torch keeps for parameters of these dtypes, becomes float32; float64
-        state stays what it is.
+        State is copied, and moved to its parameter's device. It is rounded, to nearest, only by
+        optimizers with ``state_dtype=torch.bfloat16``: to others, bfloat16 and float16 state, which
+        torch keeps for parameters of these dtypes, becomes float32; float64 state stays what it is.
+        A ``UserWarning`` tells of state that is rounded, and of state in bfloat16 that is widened,
+        unless the parameter is in bfloat16, too, as with torch's classes.
+
+        Averages and masters that are not in the state dict, since they were not kept or it is of a
+        torch class, begin anew at the parameters; those that this optimizer does not keep are left
+        out. ``ema_decay`` is taken over as ``max_norm`` is, where there are averages.
 
         Parameters
         ----------
@@ -897,7 +1129,10 @@ class Optimizer(torch.optim.Optimizer):
         ------
         TypeError, ValueError
             It does not belong to these parameters, or to this rule. Nothing has been changed then.
+        RuntimeError
+            The averages are in the parameters' place (:meth:`swap_averages`).
         """
+        self._check_not_swapped()
         loaded = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, loaded)
@@ -910,12 +1145,14 @@ class Optimizer(torch.optim.Optimizer):
             (key, parameter, label, rule)
             for key, (parameter, label), rule in zip(keys, _labelled(groups), rules, strict=True)
         ]
-        state = _load.fitted_state(loaded["state"], places, self._state_dtype)
+        state, conversions = _load.fitted_state(loaded["state"], places, self)
         rule = self._array_class._rule
         missed = _load.missed_steps(loaded["state"], places, rule, self._rows)
         histories = self._histories_of(groups, missed)
         blocks = _selections.restored(_load.block_counts(loaded["state"], places, self._rows))
         extras = _load.checked_extras(loaded)
+        ema_decay = extras.pop("ema_decay", self._ema_decay)
+        conversions.warn(stacklevel=5)  # before anything changes
         self.__setstate__({"state": state, "param_groups": groups})
         self._histories = histories
         self._blocks = blocks
@@ -924,15 +1161,18 @@ class Optimizer(torch.optim.Optimizer):
         self._has_selected = "steps" in extras
         for name, value in extras.items():
             setattr(self._native, name, value)
+        self._set_ema_decay(None if self._ema_decay is None else ema_decay)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     # ---- Python's own protocols -----------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_not_swapped()
         self._drop_unused_state()
         state: dict[str, Any] = super().__getstate__()
-        ours = {"state_dtype": self._state_dtype, "rows": self._rows, **self._extras()}
+        kinds = {"state_dtype": self._state_dtype, "rows": self._rows, "master": self._master}
+        ours = {**kinds, **self._extras()}
         return {
             **state,
             "fusestep": ours,
@@ -966,9 +1206,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _attach(
         self,
+        *,
         max_norm: float | None = None,
+        clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        ema_decay: EmaDecay = None,
         state_dtype: Any = None,
+        stochastic_rounding: bool = False,
+        master: str | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
         skipped_steps: int = 0,
@@ -978,7 +1223,9 @@ class Optimizer(torch.optim.Optimizer):
         _keep_compiler_out()
         self._state_dtype = _state.checked_dtype(state_dtype)
         self._rows = one_of("rows", rows, ("lazy", "exact"))
-        self._check_rows()
+        self._master = _masters.check_kind(master)
+        self._ema_decay = check_decay("ema_decay", ema_decay)
+        self._check_together()
         # By parameter: the native half is told anew whenever groups or state change, and what rows
         # have missed, and how far blocks have come, must outlast that.
         self._histories = {}
@@ -993,10 +1240,20 @@ class Optimizer(torch.optim.Optimizer):
         self._rules = []
         self._counts_on_gpu = False
         self.max_norm = max_norm
+        self.clip_value = clip_value
         self.skip_nonfinite = skip_nonfinite
+        self.stochastic_rounding = stochastic_rounding
+        self._set_ema_decay(self._ema_decay)
 
-    def _check_rows(self) -> None:
-        """Raise ValueError for rows that may miss steps in a CUDA graph."""
+    def _check_together(self) -> None:
+        """Raise ValueError for settings that do not go together, or with the parameters."""
+        _masters.check_parameters(self, self._parameters())
+        self._check_schedule(self._ema_decay)
+        if self._rows == "exact" and self._ema_decay is not None:
+            raise ValueError(
+                "rows='exact' makes up for missed steps in one move, of which an average would "
+                "have to see each: leave out ema_decay, or use rows='lazy'"
+            )
         is_captured = any(group.get("capturable") for group in getattr(self, "param_groups", []))
         if self._rows == "exact" and is_captured:
             raise ValueError(
@@ -1021,13 +1278,12 @@ class Optimizer(torch.optim.Optimizer):
     def _extras(self) -> dict[str, Any]:
         """Return our own settings that are not the default."""
         extras = {
-            "max_norm": self.max_norm,
-            "skip_nonfinite": self.skip_nonfinite,
+            **{name: getattr(self, name) for name in OUR_SETTINGS},
             "skipped_steps": self.skipped_steps,
             "seed": self.seed,
             "steps": self._native.steps if self._has_selected else 0,
         }
-        return {name: value for name, value in extras.items() if value}
+        return {x: value for x, value in extras.items() if value != _DEFAULTS.get(x, 0)}
 
     @classmethod
     def _taking_over(cls, other: torch.optim.Optimizer, **extras: Any) -> Optimizer:
@@ -1039,7 +1295,7 @@ class Optimizer(torch.optim.Optimizer):
         optimizer._attach(**extras)
         torch.optim.Optimizer.__init__(optimizer, [{"params": []}], dict(other.defaults))
         optimizer.__setstate__({"state": other.state, "param_groups": other.param_groups})
-        optimizer._check_rows()
+        optimizer._check_together()
         optimizer._follow_fused()
         return optimizer
 

@@ -15,7 +15,7 @@ import torch
 
 from .. import rules
 from . import _state
-from .optimizer import Optimizer
+from .optimizer import EmaDecay, Optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,8 +39,10 @@ class SGD(Optimizer, torch.optim.SGD):
         As in torch; shapes and dtypes of parameters are free.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows, seed
+    max_norm, clip_value, skip_nonfinite, ema_decay, state_dtype, stochastic_rounding
         See :class:`Optimizer`.
+    master, rows, seed
+        Likewise.
 
     Raises
     ------
@@ -69,8 +71,12 @@ class SGD(Optimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         max_norm: float | None = None,
+        clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        ema_decay: EmaDecay = None,
         state_dtype: Any = None,
+        stochastic_rounding: bool = False,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -86,7 +92,17 @@ class SGD(Optimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
+        self._attach(
+            max_norm=max_norm,
+            clip_value=clip_value,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            master=master,
+            rows=rows,
+            seed=seed,
+        )
 
 
 class NAG(SGD):
@@ -98,8 +114,10 @@ class NAG(SGD):
         As in :class:`SGD`.
     momentum
         Greater than 0.
-    max_norm, skip_nonfinite, state_dtype, rows, seed
+    max_norm, clip_value, skip_nonfinite, ema_decay, state_dtype, stochastic_rounding
         See :class:`Optimizer`.
+    master, rows, seed
+        Likewise.
 
     Raises
     ------
@@ -125,8 +143,12 @@ class NAG(SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         max_norm: float | None = None,
+        clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        ema_decay: EmaDecay = None,
         state_dtype: Any = None,
+        stochastic_rounding: bool = False,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -141,8 +163,12 @@ class NAG(SGD):
             differentiable=differentiable,
             fused=fused,
             max_norm=max_norm,
+            clip_value=clip_value,
             skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
             state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            master=master,
             rows=rows,
             seed=seed,
         )
@@ -168,8 +194,10 @@ class Adam(Optimizer, torch.optim.Adam):
         Refused when True for parameters on the CPU.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows, seed
+    max_norm, clip_value, skip_nonfinite, ema_decay, state_dtype, stochastic_rounding
         See :class:`Optimizer`.
+    master, rows, seed
+        Likewise.
 
     Raises
     ------
@@ -200,8 +228,12 @@ class Adam(Optimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         max_norm: float | None = None,
+        clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        ema_decay: EmaDecay = None,
         state_dtype: Any = None,
+        stochastic_rounding: bool = False,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -223,7 +255,17 @@ class Adam(Optimizer, torch.optim.Adam):
         if decoupled_weight_decay and not _ADAM_DECOUPLES:
             for options in (self.defaults, *self.param_groups):
                 options.setdefault("decoupled_weight_decay", True)
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
+        self._attach(
+            max_norm=max_norm,
+            clip_value=clip_value,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            master=master,
+            rows=rows,
+            seed=seed,
+        )
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
@@ -237,8 +279,10 @@ class AdamW(Optimizer, torch.optim.AdamW):
         Refused when True for parameters on the CPU.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows, seed
+    max_norm, clip_value, skip_nonfinite, ema_decay, state_dtype, stochastic_rounding
         See :class:`Optimizer`.
+    master, rows, seed
+        Likewise.
 
     Raises
     ------
@@ -268,8 +312,12 @@ class AdamW(Optimizer, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         max_norm: float | None = None,
+        clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        ema_decay: EmaDecay = None,
         state_dtype: Any = None,
+        stochastic_rounding: bool = False,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -286,7 +334,17 @@ class AdamW(Optimizer, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
+        self._attach(
+            max_norm=max_norm,
+            clip_value=clip_value,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            master=master,
+            rows=rows,
+            seed=seed,
+        )
 
 
 class NAdam(Optimizer, torch.optim.NAdam):
@@ -300,8 +358,10 @@ class NAdam(Optimizer, torch.optim.NAdam):
         Refused when True for parameters on the CPU.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows, seed
+    max_norm, clip_value, skip_nonfinite, ema_decay, state_dtype, stochastic_rounding
         See :class:`Optimizer`.
+    master, rows, seed
+        Likewise.
 
     Raises
     ------
@@ -330,8 +390,12 @@ class NAdam(Optimizer, torch.optim.NAdam):
         capturable: bool = False,
         differentiable: bool = False,
         max_norm: float | None = None,
+        clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        ema_decay: EmaDecay = None,
         state_dtype: Any = None,
+        stochastic_rounding: bool = False,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -348,7 +412,17 @@ class NAdam(Optimizer, torch.optim.NAdam):
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
+        self._attach(
+            max_norm=max_norm,
+            clip_value=clip_value,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            master=master,
+            rows=rows,
+            seed=seed,
+        )
 
 
 class Adagrad(Optimizer, torch.optim.Adagrad):
@@ -360,8 +434,10 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         As in torch.
     differentiable
         Refused when True.
-    max_norm, skip_nonfinite, state_dtype, rows, seed
+    max_norm, clip_value, skip_nonfinite, ema_decay, state_dtype, stochastic_rounding
         See :class:`Optimizer`.
+    master, rows, seed
+        Likewise.
 
     Raises
     ------
@@ -390,8 +466,12 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         max_norm: float | None = None,
+        clip_value: float | None = None,
         skip_nonfinite: bool = False,
+        ema_decay: EmaDecay = None,
         state_dtype: Any = None,
+        stochastic_rounding: bool = False,
+        master: Literal["float32", "split"] | None = None,
         rows: Literal["lazy", "exact"] = "lazy",
         seed: int = 0,
     ) -> None:
@@ -407,7 +487,17 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
-        self._attach(max_norm, skip_nonfinite, state_dtype, rows, seed)
+        self._attach(
+            max_norm=max_norm,
+            clip_value=clip_value,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            master=master,
+            rows=rows,
+            seed=seed,
+        )
         self._make_state_ours()
 
     def _make_state_ours(self) -> None:
