@@ -66,13 +66,20 @@ if(fusestep_choose_architectures)
 endif()
 message(STATUS "CUDA ${CUDAToolkit_VERSION}: kernels for ${CMAKE_CUDA_ARCHITECTURES}")
 
+# Drivers of CUDA 12.4 and later can read what is compressed for size.
+if(CUDAToolkit_VERSION VERSION_GREATER_EQUAL 13)
+  set(fusestep_compression --compress-mode=size)
+else()
+  set(fusestep_compression -Xfatbin=-compress-all)
+endif()
+
 add_library(fusestep_cuda STATIC ${fusestep_cuda_sources} csrc/cuda/runtime.cpp csrc/cuda/step.cu)
 set_target_properties(fusestep_cuda PROPERTIES
   CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden
   CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 target_compile_options(fusestep_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
   -fmad=false --prec-div=true --prec-sqrt=true --ftz=false
-  -Xfatbin=-compress-all --threads=0
+  ${fusestep_compression} --threads=0
   $<$<BOOL:${FUSESTEP_CUDA_STRICT}>:-Werror=all-warnings -Xptxas=-warn-spills -Xptxas=-Werror>>)
 string(REPLACE ";" " " architectures "${CMAKE_CUDA_ARCHITECTURES}")
 target_compile_definitions(fusestep_cuda PRIVATE FUSESTEP_CUDA_ARCHITECTURES="${architectures}")

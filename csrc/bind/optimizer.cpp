@@ -253,6 +253,9 @@ void register_optimizer(py::module_& module) {
             self.stepper.settings.clip_value = value;
           })
       .def_property(
+          "ema_decay", [](const Optimizer& self) { return self.stepper.settings.ema_decay; },
+          [](Optimizer& self, double value) { self.stepper.settings.ema_decay = value; })
+      .def_property(
           "stochastic_rounding",
           [](const Optimizer& self) { return self.stepper.settings.stochastic_rounding; },
           [](Optimizer& self, bool value) { self.stepper.settings.stochastic_rounding = value; })

@@ -23,7 +23,7 @@ template <class T>
 struct Run {
   std::int64_t size;
   T* parameter = nullptr;
-  gradients::Bounded<T> gradient{};
+  gradients::Dense<T> gradient{};
   T* state[kMaxStates] = {};
 
   // Where the parameter is anchored.
@@ -72,6 +72,10 @@ struct Kernels {
   // Of numbers that are kept in two halves (core/split.h); neither need be aligned.
   void (*join)(const void* upper, const void* lower, T* to, std::int64_t size);
   void (*split)(const T* from, void* upper, void* lower, std::int64_t size);
+
+  // Gradients that are brought to within a bound. Not a part of the rules' loops, of which those in
+  // the first two caches would be a quarter slower, whether there is a bound or not.
+  void (*bound)(gradients::Bounded<T> gradient, T* to, std::int64_t size);
 
   // Brings the average of parameters up to date.
   void (*average)(rules::MovingAverage<T> average, const T* parameter, T* averaged,

@@ -1,8 +1,10 @@
 // Calls a rule's loop on elements that lie in the type it computes in, whoever brought them there.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 
 #include "core/work.h"
 #include "cpu/kernels.h"
@@ -90,10 +92,9 @@ class Mover {
 
   Run<T> run_over(const std::array<T*, kMaxOperands>& at, std::int64_t size,
                   const gradients::Dense<T>& gradient, const rules::Anchor<T>& anchor) const {
-    const gradients::Bounded<T> bounded{gradient, bound_};
     return {size,
             at[kParameter],
-            bounded,
+            gradient,
             {at[kState], at[kState + 1], at[kState + 2]},
             anchor,
             at[work_.anchor.reference],
@@ -111,7 +112,23 @@ class Mover {
 
   void call_loop(const void* rule, const std::array<T*, kMaxOperands>& at, std::int64_t size,
                  T factor) const {
-    loop_(rule, run_over(at, size, {at[kGradient], factor}, anchor_));
+    if (!has_bound()) return loop_(rule, run_over(at, size, {at[kGradient], factor}, anchor_));
+    alignas(kCacheLine) T buffer[kTileSize];
+    for (std::array<T*, kMaxOperands> here = at; size > 0; size -= kTileSize) {
+      const std::int64_t some = std::min(size, kTileSize);
+      loop_(rule, run_over(here, some, bounded({here[kGradient], factor}, buffer, some), anchor_));
+      for (T*& elements : here) elements += kTileSize;
+    }
+  }
+
+  bool has_bound() const { return bound_ != std::numeric_limits<T>::infinity(); }
+
+  // Gradients, brought to within the bound if there is one.
+  gradients::Dense<T> bounded(const gradients::Dense<T>& gradient, T* buffer,
+                              std::int64_t size) const {
+    if (!has_bound()) return gradient;
+    kernels_.bound({gradient, bound_}, buffer, size);
+    return {buffer, T{1}};
   }
 
   // The same for a run that is worth starting at a cache line, so that no vector crosses one.

@@ -234,6 +234,12 @@ void split(const T* __restrict from, void* upper, void* lower, std::int64_t size
 }
 
 template <class T>
+void bound(const gradients::Bounded<T> gradient, T* to, std::int64_t size) {
+  FUSESTEP_DISJOINT_ARRAYS  // or one array
+      for (std::int64_t i = 0; i < size; ++i) to[i] = gradient(i);
+}
+
+template <class T>
 void average(const rules::MovingAverage<T> average, const T* __restrict parameter,
              T* __restrict averaged, std::int64_t size) {
   for (std::int64_t i = 0; i < size; ++i)
@@ -283,7 +289,7 @@ double sum_of_row([[maybe_unused]] const void* rule, [[maybe_unused]] const Run<
   if constexpr (rules::kIsRowwise<Rule>) {
     const Rule move = *static_cast<const Rule*>(rule);
     const T* const w = run.parameter;
-    const gradients::Bounded<T> gradient = run.gradient;
+    const gradients::Dense<T> gradient = run.gradient;
     return sum_in_lanes(run.size, [=](std::int64_t i) { return move.square(w[i], gradient(i)); });
   }
   return 0;
@@ -442,6 +448,7 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           {nullptr, nullptr, store_at_random<T, Float16>, store_at_random<T, BFloat16>},
           join<T>,
           split<T>,
+          bound<T>,
           average<T>,
           {condition_of<T, Loop>()...},
           {finish_of<T, Loop>()...},

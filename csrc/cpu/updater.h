@@ -205,7 +205,9 @@ class Updater : Mover<T> {
             has_gradient ? at.gradient(access_, buffer[kGradient]) : buffer[kGradient];
         if (!has_gradient) std::fill_n(buffer[kGradient], at.size(), T{0});
         const T factor = has_gradient ? factor_ : T{0};
-        visit(at, run_over(elements, at.size(), {elements[kGradient], factor}, anchor_at(lr)));
+        const auto gradient =
+            this->bounded({elements[kGradient], factor}, buffer[kGradient], at.size());
+        visit(at, run_over(elements, at.size(), gradient, anchor_at(lr)));
       }
     };
 

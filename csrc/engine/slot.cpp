@@ -553,6 +553,9 @@ void Slot::set_copy(Array copy) {
 }
 
 void Slot::set_lower_half(Array lower_half) {
+  if (is_on_gpu())
+    throw ValueError(name_ + " is on " + name_of(device()) +
+                     ", where numbers are not kept in two halves");
   if (parameter_.dtype != DType::bfloat16)
     throw TypeError(name_ + " has dtype " + name_of(parameter_.dtype) +
                     "; only bfloat16 has a lower half");

@@ -97,6 +97,7 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
   FollowedParameter& followed = parameters_.emplace_back(FollowedParameter{
       .tensor = parameter.tensor.ptr(),
       .anchor_strength = {},
+      .version = {},
       .slot = Slot(std::move(parameter.name), *group.group.rule),
       .scalars = {},
       .is_ready = parameter.is_ready,

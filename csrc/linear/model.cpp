@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <string>
 
 #include "core/errors.h"
@@ -409,7 +408,7 @@ cpu::Run<T> Model<T>::run_of(const Row& row, std::int64_t output, double factor)
     return row.columns ? gathered_.data() + (output * count + i) * row.size : array(i, output);
   };
   cpu::Run<T> run{.size = row.size, .parameter = start(0)};
-  run.gradient = {{row.values, narrowed<T>(factor)}, std::numeric_limits<T>::infinity()};
+  run.gradient = {row.values, narrowed<T>(factor)};
   for (std::int64_t i = 1; i < count; ++i) run.state[i - 1] = start(i);
   return run;
 }

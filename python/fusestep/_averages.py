@@ -89,9 +89,9 @@ def check_decay(name: str, value: Any) -> float | Callable[[int], float] | None:
     return _share(name, value)
 
 
-def decay_of(ema_decay: Any, steps: int) -> float | None:
+def decay_of(schedule: Callable[[int], float], steps: int) -> float:
     """Return the decay of the step after so many."""
-    return _share("ema_decay(step)", ema_decay(steps)) if callable(ema_decay) else ema_decay
+    return _share("ema_decay(step)", schedule(steps))
 
 
 # ---- the averages of an optimizer ----------------------------------------------------------------

@@ -28,6 +28,7 @@ class Optimizer:
     skip_nonfinite: bool
     max_norm: float | None
     clip_value: float | None
+    ema_decay: float
     stochastic_rounding: bool
     @property
     def steps(self) -> int: ...

@@ -157,6 +157,7 @@ class Optimizer:
         "_capturable",
         "_copies",
         "_decay_mask",
+        "_decay_schedule",
         "_growing",
         "_hyperparameters",
         "_native",
@@ -339,13 +340,14 @@ class Optimizer:
         rate = self._hyperparameters["lr"] if lr is None and not self._capturable else lr
         if callable(rate):
             rate = non_negative("lr(step)", rate(self._native.steps))
-        decay = self._hyperparameters["ema_decay"]
-        if callable(decay):
-            decay = _averages.decay_of(decay, self._native.steps)
         chosen = None
         if where is not None:
             chosen = selections.for_each(where, self._parameters, self._native.steps)
         gradients = self._parameters.in_order(grads)
+        if self._decay_schedule is None:
+            self._native.step(gradients, rate, grad_scale, zero_grad, chosen)
+            return
+        decay = _averages.decay_of(self._decay_schedule, self._native.steps)
         self._native.step(gradients, rate, grad_scale, zero_grad, chosen, decay)
 
     def catch_up(self, indices: Any) -> None:
@@ -806,6 +808,10 @@ class Optimizer:
         self._native.maximize = self._hyperparameters["maximize"]
         self._native.max_norm = self._hyperparameters["max_norm"]
         self._native.clip_value = self._hyperparameters["clip_value"]
+        decay = self._hyperparameters["ema_decay"]
+        self._decay_schedule = decay if callable(decay) else None
+        if decay is not None and not callable(decay):
+            self._native.ema_decay = decay
         self._native.skip_nonfinite = self._hyperparameters["skip_nonfinite"]
         self._native.stochastic_rounding = self._hyperparameters["stochastic_rounding"]
 

@@ -1,0 +1,135 @@
+"""Averages, masters and narrow state on GPUs: what they are on the CPU, to the bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import fusestep as fs
+
+torch = pytest.importorskip("torch")
+
+from test_torch_gpu import (  # noqa: E402
+    CLASSES,
+    SHAPES,
+    Machine,
+    Place,
+    assert_same_course,
+    give,
+    leaves,
+    machine,
+    new,
+    train,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["machine"]
+
+NARROW = [torch.bfloat16, torch.float16]
+KINDS = ["float32"]  # masters in two halves are for the CPU
+
+
+def standing(opt: Any, params: list[Any]) -> list[Any]:
+    averages = opt.averages if opt.ema_decay is not None else []
+    state = [dict(opt.state.get(p, {})) for p in params]
+    return [[p.detach() for p in params], state, averages]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "average": {"ema_decay": 0.9},
+    "schedule": {"ema_decay": fs.EmaWarmup(0.95)},
+    "clipped": {"clip_value": 0.3, "max_norm": 3.0},
+    "random": {"stochastic_rounding": True, "seed": 3},
+    "narrow state": {"state_dtype": "bfloat16", "seed": 4},
+    "wide": {"master": "float32", "ema_decay": 0.9},
+    "all": {
+        "master": "float32",
+        "ema_decay": 0.9,
+        "clip_value": 0.5,
+        "max_norm": 3.0,
+        "skip_nonfinite": True,
+        "state_dtype": "bfloat16",
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_as_on_the_cpu(machine: Machine, name: str, options: str, dtype: Any) -> None:
+    def course(place: Place) -> Any:
+        params = leaves(place, *SHAPES, dtype=dtype)
+        opt = new(name, params, **OPTIONS[options])
+        train(machine, opt, params, 6)
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+def swap(opt: Any, _: Any) -> None:
+    with opt.swap_averages():
+        pass
+
+
+EVENTS: dict[str, Callable[[Any, list[Any]], Any]] = {
+    "swap": swap,
+    "write": lambda _, params: params[0].detach().fill_(0.75),
+    "save": lambda opt, _: opt.load_state_dict(opt.state_dict()),
+    "anchor": lambda opt, _: opt.anchor(2.0),
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_events(machine: Machine, kind: str, event: str) -> None:
+    def course(place: Place) -> Any:
+        params = leaves(place, *SHAPES, dtype=torch.bfloat16)
+        opt = new("Adam", params, master=kind, ema_decay=0.75)
+        train(machine, opt, params, 3)
+        EVENTS[event](opt, params)
+        train(machine, opt, params, 3, start=3)
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", [fs.RandomBlocks(0.5, block=16), fs.CyclicBlocks(3)])
+def test_selections(machine: Machine, kind: str, where: Any) -> None:
+    def course(place: Place) -> Any:
+        params = leaves(place, *SHAPES, dtype=torch.bfloat16)
+        opt = new("Adam", params, master=kind, ema_decay=0.75, seed=5)
+        train(machine, opt, params, 5, where=where)
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+def test_a_graph_with_averages(machine: Machine) -> None:
+    """The decay is a constant of the graph; averages move with each replay."""
+
+    def course(place: Place) -> Any:
+        params = leaves(place, (300,), (5, 7), dtype=torch.bfloat16)
+        options = {"capturable": True} if place.is_gpu else {}
+        opt = new("Adam", params, master="float32", ema_decay=0.9, **options)
+        give(machine, params, 0)
+        with machine.beside():
+            opt.step()
+        graph = machine.record(opt.step) if place.is_gpu else None
+        for _ in range(4):
+            graph.replay() if graph else opt.step()
+        machine.finish()
+        return [[p.detach() for p in params], opt.averages]
+
+    assert_same_course(machine, course)
+
+
+def test_masters_in_two_halves_are_refused(machine: Machine) -> None:
+    (w,) = leaves(machine.gpu, (5, 7), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="use master='float32'"):
+        new("Adam", [w], master="split")
+    (v,) = leaves(machine.gpu, (5, 7))
+    new("Adam", [v], master="split")  # of which nothing has lost its bits
