@@ -2,7 +2,7 @@
 
 Trains two small models with several seeds in each configuration of `training.py`, and prints the
 final losses, mean ± standard deviation over the seeds, and how far they are from those of float32:
-the mean of the differences, seed by seed, ± its standard error. A minute and a half on one core.
+the mean of the differences, seed by seed, ± its standard error. A minute on one core.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 import fusestep as fs
-import fusestep.torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -246,20 +245,21 @@ def text_loss(configuration: Configuration, seed: int) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Transformer().to(getattr(torch, configuration.parameters))
-    opt = fusestep.torch.Adam(
-        model.parameters(), lr=TEXT_LR * configuration.pace, seed=seed, **configuration.options
-    )
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / TEXT_STEPS)
+    params = list(model.parameters())
+    lr = TEXT_LR * configuration.pace
+    # The arrays' class, which takes tensors: fusestep.torch has the same bits and no int8.
+    opt = fs.Adam(
+        [param.detach() for param in params],
+        lr=lambda step: lr * min(1, (step + 1) / WARM_UP) * (1 - step / TEXT_STEPS),
+        seed=seed,
+        **configuration.options,
     )
     rng = np.random.default_rng(seed)
     for _ in range(TEXT_STEPS):
         model.loss(windows(known, TEXT_BATCH, rng)).backward()
-        opt.step()
-        opt.zero_grad()
+        opt.step([param.grad for param in params], zero_grad=True)
         if configuration.after_step:
             configuration.after_step(opt)
-        rates.step()
     with torch.no_grad():
         return float(model.loss(windows(held_out, EVALUATED, np.random.default_rng(0))))
 
