@@ -96,10 +96,12 @@ class Optimizer:
         None: all.
     state_dtype
         Dtype of the state: None (float64 for float64 parameters, float32 for all others),
-        "float32", "float64" or "bfloat16". A parameter is computed in float64 if it or its state is
-        float64, in float32 otherwise. State in bfloat16 is rounded at random, up or down, so that
-        its mean is what float32 would have: moments move in steps far below its precision. A rule
-        with state of rows keeps it in float32 then.
+        "float32", "float64", "bfloat16" or "int8": 8 bits, of which 64 neighbours share a power of
+        two. A parameter is computed in float64 if it or its state is float64, in float32 otherwise.
+        State in bfloat16 and 8 bits is rounded at random, up or down, so that its mean is what
+        float32 would have: moments move in steps far below its precision. 8 bits are for parameters
+        on the CPU, and for steps that move whole blocks of 64 elements. A rule with state of rows
+        keeps it in float32 then.
     stochastic_rounding
         Round parameters in bfloat16 and float16 at random, too, so that updates count which are
         less than half of the last place.
@@ -129,7 +131,8 @@ class Optimizer:
         A hyper-parameter is out of range; an array is read-only, overlaps itself or another one;
         there are no parameters; a copy does not have its parameter's shape and device; with
         ``capturable``, a parameter is not on the GPU of the others, ``lr`` or ``ema_decay`` is a
-        callable, or ``rows`` is "exact"; with ``ema_decay``, ``rows`` is "exact".
+        callable, or ``rows`` is "exact"; with ``ema_decay`` or state in 8 bits, ``rows`` is
+        "exact"; with state in 8 bits, a parameter is on a GPU.
     RuntimeError
         A parameter is on a GPU that cannot be used; the message says why.
 
@@ -324,7 +327,8 @@ class Optimizer:
             are too few or too many; a name is unknown; with `zero_grad`, a gradient is read-only
             or shares memory with another; a mask has the wrong shape; `where` is given for a table
             with ``rows="exact"``, does not select whole rows for a rule with state of rows, or
-            comes with ``capturable=True``.
+            comes with ``capturable=True``; a part of a block of 64 elements would move whose state
+            is in 8 bits.
         IndexError
             :class:`fusestep.Rows` lists a row that the parameter does not have.
 
@@ -635,8 +639,9 @@ class Optimizer:
 
         Hyper-parameters are taken over, too; an ``lr`` of None leaves the present one (a callable)
         in place. Parameters are matched by name if both have names, by position otherwise. State
-        is converted to a wider dtype where the optimizer's is wider, never to a narrower one.
-        Anchors are those of the dictionary afterwards: none, where it has none.
+        is converted to the optimizer's dtype: to bfloat16 and 8 bits rounded to nearest, with a
+        UserWarning, but never from float64 to float32. Anchors are those of the dictionary
+        afterwards: none, where it has none.
 
         Parameters
         ----------
@@ -646,7 +651,7 @@ class Optimizer:
         Raises
         ------
         TypeError
-            An entry is not what it should be, or its dtype would have to be narrowed.
+            An entry is not what it should be, or float64 would have to be rounded to float32.
         ValueError
             Keys are missing or unknown, shapes differ, or it belongs to another rule. Nothing has
             been changed then.
