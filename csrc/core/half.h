@@ -68,11 +68,16 @@ FUSESTEP_HOST_DEVICE Float16 to_float16(float x) {
 // Rounded up or down at random, so that the mean is x: of 32 random bits, so many of the lowest are
 // added as there are to be dropped. (Gupta et al. 2015, "Deep learning with limited numerical
 // precision", section 3.) What is not finite, or beyond the largest number, is rounded to nearest.
+inline constexpr std::uint32_t kLargestBFloat16 = 0x7f7f0000u;
+
+// Of what is less than the largest number.
+FUSESTEP_HOST_DEVICE BFloat16 to_smaller_bfloat16(float x, std::uint32_t random) {
+  return {static_cast<std::uint16_t>((bit_cast<std::uint32_t>(x) + (random & 0xffffu)) >> 16)};
+}
+
 FUSESTEP_HOST_DEVICE BFloat16 to_bfloat16(float x, std::uint32_t random) {
-  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
-  const bool has_room = (bits & 0x7fffffffu) < 0x7f7f0000u;
-  const std::uint32_t rounded = (bits + (random & 0xffffu)) >> 16;
-  return {has_room ? static_cast<std::uint16_t>(rounded) : to_bfloat16(x).bits};
+  const bool has_room = (bit_cast<std::uint32_t>(x) & 0x7fffffffu) < kLargestBFloat16;
+  return {has_room ? to_smaller_bfloat16(x, random).bits : to_bfloat16(x).bits};
 }
 
 FUSESTEP_HOST_DEVICE Float16 to_float16(float x, std::uint32_t random) {

@@ -72,10 +72,15 @@ struct TileRandom {
   // a constant for a factor has 0.06, and a second round takes a tenth of a step of state in 8
   // bits.
   FUSESTEP_HOST_DEVICE std::uint32_t bits(std::uint32_t place) const {
-    std::uint32_t x = key + 0x9e3779b9u * place;
+    std::uint32_t x = at(place).key;
     x ^= x >> 15;
     x *= x | 1u;
     return x ^ (x >> 16);
+  }
+
+  // The same for places that are counted from this one.
+  FUSESTEP_HOST_DEVICE TileRandom at(std::uint32_t place) const {
+    return {key + 0x9e3779b9u * place};
   }
 };
 

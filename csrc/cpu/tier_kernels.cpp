@@ -150,6 +150,39 @@ void store_at_random(const T* __restrict from, void* to, std::int64_t size, Tile
   }
 }
 
+// In blocks, nearly all of which have nothing in them that is to be looked at one by one: three
+// times as fast. (Their length is a constant, and so are the places in them.)
+void store_bfloat16_at_random(const float* __restrict from, void* to, std::int64_t size,
+                              TileRandom random, std::uint32_t first) {
+  constexpr int kBlock = 64;
+  auto* bytes = static_cast<unsigned char*>(to);
+  for (; size >= kBlock; size -= kBlock) {
+    std::uint32_t largest = 0;
+    for (int i = 0; i < kBlock; ++i) largest = larger(largest, magnitude_bits(from[i]));
+    if (largest < kLargestBFloat16) {
+      const TileRandom here = random.at(first);
+      for (int i = 0; i < kBlock; ++i) {
+        const BFloat16 x = to_smaller_bfloat16(from[i], here.bits(static_cast<std::uint32_t>(i)));
+        memcpy(bytes + 2 * i, &x, sizeof x);
+      }
+    } else {
+      store_at_random<float, BFloat16>(from, bytes, kBlock, random, first);
+    }
+    from += kBlock;
+    bytes += 2 * kBlock;
+    first += kBlock;
+  }
+  store_at_random<float, BFloat16>(from, bytes, size, random, first);
+}
+
+template <class T>
+constexpr typename Kernels<T>::StoreAtRandom store_bfloat16() {
+  if constexpr (sizeof(T) == sizeof(float))
+    return store_bfloat16_at_random;
+  else
+    return store_at_random<T, BFloat16>;
+}
+
 // Whether a block has codes of infinities or NaN.
 template <bool is_signed>
 [[gnu::always_inline]] inline bool has_special(const std::uint8_t* code) {
@@ -199,9 +232,10 @@ void store_blocks(const float* __restrict from, void* codes, void* powers, std::
       const SharedPower shared = SharedPower::of<is_signed>(largest);
       *power = shared.field;
       const float inverse = shared.inverse();
-      for (std::int64_t i = 0; i < kBlockElements; ++i)
+      const TileRandom here = random.at(first);
+      for (int i = 0; i < kBlockElements; ++i)
         code[i] = SmallFloat<is_signed>::encode(from[i], inverse,
-                                                random.bits(first + static_cast<std::uint32_t>(i)));
+                                                here.bits(static_cast<std::uint32_t>(i)));
     }
     from += kBlockElements;
     code += kBlockElements;
@@ -445,7 +479,7 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           {rule_of_row<T, Loop>...},
           {load<T, float>, load<T, double>, load<T, Float16>, load<T, BFloat16>},
           {store<T, float>, store<T, double>, store<T, Float16>, store<T, BFloat16>},
-          {nullptr, nullptr, store_at_random<T, Float16>, store_at_random<T, BFloat16>},
+          {nullptr, nullptr, store_at_random<T, Float16>, store_bfloat16<T>()},
           join<T>,
           split<T>,
           bound<T>,
