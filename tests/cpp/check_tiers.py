@@ -20,10 +20,15 @@ VERDICT = re.compile(
     rf"{SOURCE}:(\d+):\d+: (optimized: loop vectorized|missed: couldn't vectorize)"
 )
 
-# Loops that may stay scalar. base: storing doubles in 16 bits, and asking whether a closed form
-# suits doubles; SSE2 cannot narrow the outcome of
-# comparing doubles to a choice between floats.
-SCALAR = {"base": 6}
+# Loops that may stay scalar. base: storing doubles in 16 bits, to nearest and at random, and asking
+# whether a closed form suits doubles; SSE2 cannot narrow the outcome of comparing doubles to a
+# choice between floats.
+SCALAR = {"base": 8}
+
+
+def walks_over_blocks(line: str) -> bool:
+    """Whether a loop at this line goes from block to block: those inside of it count."""
+    return line.lstrip().startswith("for (;")
 
 
 def commands(build: Path) -> list[dict[str, str]]:
@@ -47,7 +52,12 @@ def check(entry: dict[str, str]) -> list[str]:
     ).stderr
     verdicts = VERDICT.findall(report)
     vectorised = [line for line, verdict in verdicts if verdict.startswith("optimized")]
-    missed = sorted(line for line, verdict in verdicts if verdict.startswith("missed"))
+    text = Path(entry["file"]).read_text(encoding="utf-8").splitlines()
+    missed = sorted(
+        line
+        for line, verdict in verdicts
+        if verdict.startswith("missed") and not walks_over_blocks(text[int(line) - 1])
+    )
     problems = [f"{tier}: the loop at {SOURCE}:{line} is not vectorised" for line in missed]
     if len(missed) <= SCALAR.get(tier, 0):
         problems = []
