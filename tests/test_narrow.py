@@ -291,6 +291,21 @@ def test_blocks_that_are_not_selected_keep_their_bits(dtype: str, where: Any) ->
             assert same[~moved].all(), name
 
 
+@pytest.mark.parametrize("size", [0, 1, 63, 65, 1000])
+def test_all_of_a_short_parameter_may_be_one_block(size: int) -> None:
+    rng = np.random.default_rng(12)
+    w = draw(rng, size)
+    opt = fs.Adam({"w": w, "W": draw(rng, (30, 100))}, state_dtype="int8")
+    moved = []
+    for _ in range(30):
+        before = w.copy()
+        gradients = {"w": draw(rng, size), "W": draw(rng, (30, 100))}
+        opt.step(gradients, where=fs.RandomBlocks(0.3))
+        moved.append((before != w).mean() if size else 0.0)
+    assert all(share == 0 or share > 0.99 for share in moved)
+    assert size == 0 or (0 in moved and any(moved))
+
+
 def test_tracking_moves_all_state() -> None:
     rng = np.random.default_rng(5)
     w = draw(rng, 1000)

@@ -1198,3 +1198,45 @@ def test_decay_groups() -> None:
     for parameter, old in before.items():
         kept = parameter.ndim < 2
         assert torch.equal(parameter.detach(), old) == kept
+
+
+@pytest.mark.parametrize("kind", ["float32", "split"])
+def test_a_model_that_becomes_narrow_later_gets_masters(kind: str) -> None:
+    module = torch.nn.Linear(8, 8)
+    opt = fs.torch.AdamW(module.parameters(), lr=1e-4, weight_decay=0.0, master=kind)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+
+    def step() -> None:
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+
+    step()
+    module.to(torch.bfloat16)
+    for _ in range(100):
+        step()
+    assert torch.all((module.weight.float() - 0.99).abs() < 2**-8)
+    module.float()
+    for _ in range(3):
+        step()
+    assert module.weight.dtype == torch.float32
+    module.to(torch.bfloat16)
+    step()
+
+
+def test_averages_are_put_back_where_they_can_be() -> None:
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    opt = fs.torch.SGD(params, lr=0.1, ema_decay=0.5)
+    for p in params:
+        p.grad = torch.ones(4)
+    opt.step()
+    kept = params[0].detach().clone()
+    params[1].data = torch.ones(6)
+    with pytest.raises(ValueError, match="shape"), opt.swap_averages():
+        pass
+    assert torch.equal(params[0], kept)
+    params[1].data = torch.ones(4)
+    with opt.swap_averages():
+        assert not torch.equal(params[0], kept)
+    opt.step()

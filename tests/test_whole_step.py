@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -222,6 +225,45 @@ def test_swapping(dtype: np.dtype) -> None:
     opt.step({"w": draw(rng, (4, 5))})
 
 
+def test_what_can_be_put_back_is_put_back() -> None:
+    first, second = np.zeros(3, f32), np.zeros(3, f32)
+    opt = fs.SGD([first, second], lr=1.0, ema_decay=0.5)
+    opt.step([np.ones(3, f32)] * 2)
+    with pytest.raises(ValueError, match="read-only"), opt.swap_averages():  # noqa: PT012
+        np.testing.assert_array_equal(second, -0.5)
+        first.flags.writeable = False
+    np.testing.assert_array_equal(second, -1)
+    first.flags.writeable = True
+    opt.state_dict()  # nothing is swapped any more
+    second.flags.writeable = False
+    first[...] = -1
+    with pytest.raises(ValueError, match="read-only"), opt.swap_averages():
+        pass
+    np.testing.assert_array_equal(first, -1)
+
+
+def test_no_step_of_another_thread_meets_the_averages() -> None:
+    opt = fs.SGD([np.zeros(1, f32) for _ in range(50)], lr=1.0, ema_decay=0.5)
+    gradients = [np.ones(1, f32)] * 50
+    over = threading.Event()
+
+    def step() -> None:
+        while not over.is_set():
+            with contextlib.suppress(RuntimeError):
+                opt.step(gradients)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    for _ in range(100):
+        with opt.swap_averages():
+            before = [p.copy() for p in opt.params]
+            time.sleep(1e-4)
+            np.testing.assert_array_equal(opt.params, before)
+    over.set()
+    thread.join()
+    np.testing.assert_array_equal(opt.params, -float(opt.steps))
+
+
 def test_averages_are_part_of_the_state(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     w = draw(rng, (6, 3))
@@ -243,8 +285,8 @@ def test_averages_are_part_of_the_state(tmp_path: Path) -> None:
     plain.step(gradient)
     opt.load_state_dict(plain.state_dict())  # without averages: they begin anew
     np.testing.assert_array_equal(opt.averages["w"], w)
-    with pytest.raises(ValueError, match="ema_decay"):
-        plain.load_state_dict(opt.state_dict())
+    plain.load_state_dict(opt.state_dict())  # where there are none, they are left out
+    assert plain.ema_decay is None
     broken = opt.state_dict()
     broken["state"]["w"]["average"] = np.ones(3, f32)
     before = opt.state_dict()
@@ -342,6 +384,20 @@ def test_what_copies_refuse() -> None:
     with pytest.raises(ValueError, match="the copy of parameter 0 has been given"):
         opt.step([np.ones((3, 2), f32)])
     np.testing.assert_array_equal(w, 1)
+
+
+def test_copies_of_float64_are_rounded_once() -> None:
+    tie = 1 + 2.0**-8
+    w = np.array([tie + 2.0**-40, tie, np.nan, np.inf, 1e300, -tie + 2.0**-40])
+    copied = np.zeros(w.shape, bfloat16)
+    opt = fs.SGD(w, lr=0.0, copies=copied)
+    at_first = copied.copy()
+    opt.step(np.zeros(w.shape))
+    np.testing.assert_array_equal(at_first.astype(f64), copied.astype(f64))
+    assert at_first[0] == 1 + 2.0**-7
+    assert at_first[1] == 1
+    average = fs.SGD(w.copy(), ema_decay=0.5, state_dtype="float32").averages
+    assert average.dtype == f64
 
 
 # ---- clipped values -----------------------------------------------------------------------------

@@ -212,6 +212,7 @@ void register_optimizer(py::module_& module) {
       .def("block_progress", &block_progress_of, "index"_a)
       .def("set_block_progress", &set_block_progress, "index"_a, "block"_a, "steps"_a, "products"_a)
       .def_readwrite("seed", &Optimizer::seed)
+      .def_readwrite("is_swapped", &Optimizer::is_swapped)
       .def("set_missed_steps", &set_missed_steps, "index"_a, "missed"_a, "steps"_a)
       .def("make_capturable", &Optimizer::make_capturable)
       .def("set_rate", &Optimizer::set_rate, "lr"_a)

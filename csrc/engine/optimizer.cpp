@@ -1,6 +1,7 @@
 #include "engine/optimizer.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -103,6 +104,9 @@ OccupiedMemory& Optimizer::occupied_memory() {
 void Optimizer::step(PyObject* const* gradients, std::size_t count, std::optional<double> lr,
                      const StepArguments& arguments, const Choices& choices) {
   const Turnstile::Turn turn(turnstile);
+  if (is_swapped)
+    throw std::runtime_error(
+        "the averages are in the parameters' place: step after `with opt.swap_averages()`");
   const cpu::IeeeEnvironment ieee;  // coefficients depend on the rounding mode, too
   if (lr) check_rate(*lr);
   const RateForThisStep rate(group, without_decay_, lr);

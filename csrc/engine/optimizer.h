@@ -83,6 +83,8 @@ class Optimizer {
   std::int64_t skipped_steps();
   void set_counts(std::int64_t steps, std::int64_t skipped_steps);
 
+  bool is_swapped = false;  // averages are in the parameters' place: no steps meanwhile
+
   std::uint64_t seed = 0;  // of random selections
 
   Group group;

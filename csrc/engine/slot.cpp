@@ -356,7 +356,8 @@ void Slot::check_moves_whole_blocks() const {
   if (part_.tracks) return;  // all state sees the gradient
   std::int64_t granule = part_.top ? 1 : part_.selected.granule();
   if (part_.rows) granule = std::gcd(granule, row_size());
-  if (granule % kBlockElements == 0) return;
+  const bool is_all_or_nothing = !part_.rows && granule >= parameter_.size;
+  if (granule % kBlockElements == 0 || is_all_or_nothing) return;
   const std::string block = std::to_string(kBlockElements);
   throw ValueError("the state of " + name_ + " is in blocks of " + block +
                    " elements (state_dtype='int8'), of which a step would move a part: " +

@@ -515,6 +515,12 @@ bool TorchOptimizer::is_as_left(const FollowedParameter& parameter) const {
   return !parameter.version || tensors_.version_of(parameter.tensor) == *parameter.version;
 }
 
+bool TorchOptimizer::has_other_dtype(const FollowedParameter& parameter) {
+  const arrays::Array now = tensors_.view(parameter.tensor, {"", parameter.slot.name()},
+                                          arrays::Expected::complex_as_real);
+  return now.dtype != parameter.view().dtype;
+}
+
 // Tells the slot where a parameter, and all that belongs to it, lies now.
 void TorchOptimizer::bind(FollowedParameter& parameter) {
   Slot& slot = parameter.slot;
@@ -557,6 +563,10 @@ void TorchOptimizer::follow_memory(FollowedParameter& parameter) {
     return;
   }
   if (is_where_it_was(parameter)) return;
+  if (parameter.is_bound && has_other_dtype(parameter)) {  // for which there may be other state
+    is_outdated_ = true;
+    return;
+  }
   Slot& slot = parameter.slot;
   memory_.reset();
   const bool was_bound = std::exchange(parameter.is_bound, false);

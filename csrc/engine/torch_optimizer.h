@@ -264,6 +264,7 @@ class TorchOptimizer {
   void view_unusual_gradient(FollowedParameter& parameter, const pybind11::object& gradient,
                              Update& update);
   bool is_where_it_was(const FollowedParameter& parameter) const;
+  bool has_other_dtype(const FollowedParameter& parameter);
   bool is_as_left(const FollowedParameter& parameter) const;
   void bind(FollowedParameter& parameter);
   void follow_memory(FollowedParameter& parameter);

@@ -110,7 +110,7 @@ def fresh(optimizer: Optimizer, i: int) -> Any:
     array = optimizer._parameters.arrays[i]
     parameter = _anchors.described(optimizer, i)
     backend = _arrays.backend_for_state(array, parameter)
-    average = backend.new(parameter, _state.wide_dtype_for(optimizer._state_dtype, parameter), 0)
+    average = backend.new(parameter, _state.state_dtype_for(None, parameter), 0)
     _arrays.write(average, array)
     return average
 
@@ -140,19 +140,38 @@ def refresh_copies(optimizer: Optimizer) -> None:
 def swap_in(optimizer: Optimizer) -> list[Any]:
     """Put the averages in the parameters' place; return what was there."""
     arrays = optimizer._parameters.arrays
-    for array, label in zip(arrays, optimizer._parameters.labels, strict=True):
+    for array, label in optimizer._parameters.labelled():
         if not _arrays.has_backend(array):
             raise TypeError(
                 f"{label} is a {type(array).__name__}; only arrays of NumPy, CuPy and PyTorch can "
                 "be swapped with their averages"
             )
     kept = [backend_of(array).copy(array) for array in arrays]
-    swap_out(optimizer, optimizer._averages)
+    optimizer._native.is_swapped = True
+    try:
+        _put(optimizer, optimizer._averages)
+    except BaseException:
+        swap_out(optimizer, kept)
+        raise
     return kept
 
 
-def swap_out(optimizer: Optimizer, values: Sequence[Any]) -> None:
-    """Put values in the parameters' place, and in their copies'."""
-    for array, value in zip(optimizer._parameters.arrays, values, strict=True):
-        _arrays.write(array, value)
-    refresh_copies(optimizer)
+def swap_out(optimizer: Optimizer, kept: Sequence[Any]) -> None:
+    """Put back what was in the parameters' place, wherever that can be done."""
+    optimizer._native.is_swapped = False
+    _put(optimizer, kept)
+
+
+def _put(optimizer: Optimizer, values: Sequence[Any]) -> None:
+    """Write to the parameters and their copies: to all that can be written to."""
+    errors = []
+    arrays = optimizer._parameters.arrays
+    targets = list(zip(arrays, values, strict=True))
+    targets += [(copy, arrays[i]) for i, copy in optimizer._copies.items()]
+    for array, value in targets:
+        try:
+            _arrays.write(array, value)
+        except Exception as error:  # noqa: PERF203 - raised once the others have been written to
+            errors.append(error)
+    if errors:
+        raise errors[0]

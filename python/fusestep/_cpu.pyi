@@ -24,6 +24,7 @@ class BlockProgress:
 
 class Optimizer:
     seed: int
+    is_swapped: bool
     maximize: bool
     skip_nonfinite: bool
     max_norm: float | None

@@ -113,7 +113,7 @@ def memory(
             bytes_of_state += of_elements * elements * _BYTES[wanted or default]
         wide = wanted if wanted in ("float32", "float64") else default
         rows = shape[0] if shape else 0
-        bytes_of_state += (of_rows * rows + averages * elements) * _BYTES[wide]
+        bytes_of_state += of_rows * rows * _BYTES[wide] + averages * elements * _BYTES[default]
     return Memory(bytes_of_parameters, bytes_of_parameters if gradients else 0, bytes_of_state)
 
 

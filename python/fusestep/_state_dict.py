@@ -176,7 +176,7 @@ def check(optimizer: Optimizer, state_dict: Any) -> Plan:
         count("skipped_steps", counters.get("skipped_steps", 0)),
         check_seed(counters.get("seed", optimizer.seed)),
     )
-    conversions.warn(stacklevel=5)  # before anything changes
+    conversions.warn(stacklevel=7)  # before anything changes
     return plan
 
 
@@ -251,6 +251,8 @@ def _check_group(optimizer: Optimizer, group: Mapping[Any, Any], *, ours: bool) 
     for name in ("lr", "ema_decay"):
         if changes.get(name, 0) is None:  # a callable, or none at all
             del changes[name]
+    if optimizer.ema_decay is None:  # then averages are left out, too
+        changes.pop("ema_decay", None)
     return optimizer._checked_hyperparameters(changes)
 
 

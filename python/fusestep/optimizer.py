@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from ._penalties import Anchor
+
+
+_T = TypeVar("_T")
 
 
 class CommonOptions(TypedDict, total=False):
@@ -170,7 +173,6 @@ class Optimizer:
         "_state_dtype",
         "_state_names",
         "_state_signs",
-        "_swapped",
     )
 
     _rule: ClassVar[str]
@@ -256,7 +258,6 @@ class Optimizer:
         self._growing: dict[tuple[int, str | None], tuple[Any, Any]] = {}
         self._averages: list[Any] = []
         self._copies: dict[int, Any] = {}
-        self._swapped: list[Any] | None = None  # what the averages have taken the place of
         self._native = _cpu.Optimizer(
             self._rule,
             options,
@@ -337,10 +338,6 @@ class Optimizer:
         All arguments are checked before anything is written: a step that raises has changed
         nothing.
         """
-        if self._swapped is not None:
-            raise RuntimeError(
-                "the averages are in the parameters' place: step after `with opt.swap_averages()`"
-            )
         rate = self._hyperparameters["lr"] if lr is None and not self._capturable else lr
         if callable(rate):
             rate = non_negative("lr(step)", rate(self._native.steps))
@@ -428,8 +425,7 @@ class Optimizer:
         catastrophic forgetting in neural networks", equation 3 (EWC); Huszár (2018), "Note on the
         quadratic penalties in elastic weight consolidation" (one anchor for all tasks).
         """
-        self._check_not_swapped()
-        self._native.exclusively(lambda: _anchors.add(self, strength, reference, importance))
+        self._between_steps(lambda: _anchors.add(self, strength, reference, importance))
 
     def release_anchor(self) -> None:
         """Let all parameters go where their gradients lead."""
@@ -483,8 +479,7 @@ class Optimizer:
         >>> users.shape
         (12, 4)
         """
-        self._check_not_swapped()
-        return self._native.exclusively(lambda: _tables.resize(self, name, n_rows, init))
+        return self._between_steps(lambda: _tables.resize(self, name, n_rows, init))
 
     @property
     def averages(self) -> Any:
@@ -526,19 +521,11 @@ class Optimizer:
         array([4., 4.], dtype=float32)
         """
         self._check_has_averages()
-        self._native.exclusively(self._swap_in)
+        kept = self._between_steps(lambda: _averages.swap_in(self))
         try:
             yield
         finally:
-            self._native.exclusively(self._swap_out)
-
-    def _swap_in(self) -> None:
-        self._check_not_swapped()
-        self._swapped = _averages.swap_in(self)
-
-    def _swap_out(self) -> None:
-        kept, self._swapped = self._swapped, None
-        _averages.swap_out(self, kept or ())
+            self._native.exclusively(lambda: _averages.swap_out(self, kept))
 
     @property
     def copies(self) -> Any:
@@ -628,11 +615,10 @@ class Optimizer:
         to the parameters as they are now, not up to date. After :meth:`flush` there is no such
         entry, and the state is what ``torch.optim`` would have.
         """
-        self._check_not_swapped()
         dtype = _state.check_state_dtype(state_dtype)
         if dtype not in (None, "float32", "float64"):
             raise ValueError(f"state_dtype is {state_dtype!r}; expected None, float32 or float64")
-        return self._native.exclusively(lambda: _state_dict.export(self, copy=True, dtype=dtype))
+        return self._between_steps(lambda: _state_dict.export(self, copy=True, dtype=dtype))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict`, or the torch class of this name, returned.
@@ -656,10 +642,7 @@ class Optimizer:
             Keys are missing or unknown, shapes differ, or it belongs to another rule. Nothing has
             been changed then.
         """
-        self._check_not_swapped()
-        self._native.exclusively(
-            lambda: _state_dict.apply(self, _state_dict.check(self, state_dict))
-        )
+        self._between_steps(lambda: _state_dict.apply(self, _state_dict.check(self, state_dict)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, whole or not at all.
@@ -674,10 +657,7 @@ class Optimizer:
         OSError
             The file cannot be written.
         """
-        self._check_not_swapped()
-        self._native.exclusively(
-            lambda: checkpoint.write(path, _state_dict.export(self, copy=False))
-        )
+        self._between_steps(lambda: checkpoint.write(path, _state_dict.export(self, copy=False)))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continue from a file that :meth:`save` wrote.
@@ -826,12 +806,18 @@ class Optimizer:
                 "there are no averages: create the optimizer with ema_decay=0.999, say"
             )
 
-    def _check_not_swapped(self) -> None:
-        if self._swapped is not None:
-            raise RuntimeError(
-                "the averages are in the parameters' place: do this outside of "
-                "`with opt.swap_averages()`"
-            )
+    def _between_steps(self, function: Callable[[], _T]) -> _T:
+        """Call a function while no step is under way, with the parameters in their own place."""
+
+        def call() -> _T:
+            if self._native.is_swapped:
+                raise RuntimeError(
+                    "the averages are in the parameters' place: do this outside of "
+                    "`with opt.swap_averages()`"
+                )
+            return function()
+
+        return self._native.exclusively(call)
 
     def _new_state(self, array: Any, label: str, fill: float) -> dict[str, Any]:
         parameter = _arrays.ArrayDescription(*_cpu.describe_array(array, label))

@@ -33,15 +33,15 @@ def fitted(
     if not wanted(optimizer):
         return {}
     if not _state.is_there(entry.get(ENTRY)):
-        return {ENTRY: fresh(optimizer, parameter, source)}
-    dtype = _state.wide_dtype_for(optimizer._state_dtype, parameter)
+        return {ENTRY: fresh(parameter, source)}
+    dtype = _state.dtype_for(None, parameter)
     average = _state.fitted(entry[ENTRY], f"the average of {label}", parameter, dtype)
     return {ENTRY: average}
 
 
-def fresh(optimizer: Optimizer, parameter: Tensor, source: Tensor) -> Tensor:
+def fresh(parameter: Tensor, source: Tensor) -> Tensor:
     """Return an average that begins with these values."""
-    dtype = _state.wide_dtype_for(optimizer._state_dtype, parameter)
+    dtype = _state.dtype_for(None, parameter)
     return _state.new(parameter, dtype, 0.0).copy_(source.detach())
 
 
@@ -49,7 +49,7 @@ def of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
     """Return the average of a parameter; where it has none yet, a copy of itself."""
     average = optimizer.state.get(parameter, {}).get(ENTRY)
     if not _state.is_there(average):
-        return fresh(optimizer, parameter, parameter)
+        return fresh(parameter, parameter)
     return average  # type: ignore[no-any-return]
 
 
@@ -67,12 +67,16 @@ def in_place_of_parameters(optimizer: Optimizer) -> Iterator[None]:
         entries = ((p, optimizer.state.get(p, {}).get(ENTRY)) for p, _ in optimizer._parameters())
         averages = {p: average for p, average in entries if _state.is_there(average)}
         kept.update({p: p.detach().clone() for p in averages})
-        _write(averages)
         native.is_swapped = True
+        try:
+            _write(averages)
+        except BaseException:
+            put_back()
+            raise
 
     def put_back() -> None:
-        _write(kept)
         native.is_swapped = False
+        _write(kept)
 
     native.exclusively(put_in)
     try:
@@ -82,6 +86,18 @@ def in_place_of_parameters(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _write(values: Mapping[Tensor, Tensor]) -> None:
+    """Write to all parameters that can be written to."""
+    errors = []
     with torch.no_grad():
         for parameter, tensor in values.items():
-            parameter.copy_(tensor)
+            try:
+                if parameter.shape != tensor.shape:
+                    raise ValueError(
+                        f"a parameter has been given shape {tuple(parameter.shape)}; expected "
+                        f"{tuple(tensor.shape)}"
+                    )
+                parameter.copy_(tensor)
+            except Exception as error:  # noqa: PERF203 - raised once the others are written to
+                errors.append(error)
+    if errors:
+        raise errors[0]

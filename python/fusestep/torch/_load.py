@@ -128,7 +128,7 @@ def _fitted_entry(
     besides = _masters.loaded(optimizer, present, parameter, label)
     average = present.pop(AVERAGE, None)
     if average is not None and AVERAGE in optimizer._kept_besides(parameter):
-        wide = _state.wide_dtype_for(state_dtype, parameter)
+        wide = _state.dtype_for(None, parameter)
         besides[AVERAGE] = _state.loaded(average, f"the average of {label}", parameter, wide)
     needed = {*rule.scalars, *rule.states}
     if rule.scalars and (

@@ -35,7 +35,7 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
         if _state.is_there(entry.get(name)):
             entry[name] = _grown(entry[name], _masters.fresh(table, name))
     if _state.is_there(entry.get(AVERAGE)):
-        entry[AVERAGE] = _grown(entry[AVERAGE], _averages.fresh(optimizer, table, table))
+        entry[AVERAGE] = _grown(entry[AVERAGE], _averages.fresh(table, table))
     dtype = _state.dtype_for(optimizer._state_dtype, parameter)
     for name in states:
         if _state.is_there(entry.get(name)):

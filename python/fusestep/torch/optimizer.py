@@ -1283,7 +1283,10 @@ class Optimizer(torch.optim.Optimizer):
             "seed": self.seed,
             "steps": self._native.steps if self._has_selected else 0,
         }
-        return {x: value for x, value in extras.items() if value != _DEFAULTS.get(x, 0)}
+        kept = {x: value for x, value in extras.items() if value != _DEFAULTS.get(x, 0)}
+        if self.stochastic_rounding or self._state_dtype == "bfloat16":
+            kept["seed"] = self.seed  # 0, too, says how to go on with the same bits
+        return kept
 
     @classmethod
     def _taking_over(cls, other: torch.optim.Optimizer, **extras: Any) -> Optimizer:
