@@ -2,11 +2,15 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "arrays/rows.h"
 #include "arrays/samples.h"
 #include "bind/register.h"
 #include "core/blocks.h"
 #include "core/errors.h"
+#include "core/half.h"
 #include "cpu/state_blocks.h"
 
 namespace py = pybind11;
@@ -52,6 +56,14 @@ Floats decode_state(const Bytes& codes, const Bytes& powers, bool is_signed) {
   return values;
 }
 
+// float32 numbers whose rounding to 16 bits is that of these.
+Floats round_to_odd(const py::array_t<double, py::array::c_style>& values) {
+  Floats rounded(std::vector<py::ssize_t>(values.shape(), values.shape() + values.ndim()));
+  std::transform(values.data(), values.data() + values.size(), rounded.mutable_data(),
+                 [](double x) { return fusestep::round_to_odd(x); });
+  return rounded;
+}
+
 }  // namespace
 
 void register_arrays(py::module_& module) {
@@ -67,6 +79,7 @@ void register_arrays(py::module_& module) {
   module.def("encode_state", &encode_state, py::arg("values"), py::arg("is_signed"));
   module.def("decode_state", &decode_state, py::arg("codes"), py::arg("powers"),
              py::arg("is_signed"));
+  module.def("round_to_odd", &round_to_odd, py::arg("values"));
   module.attr("elements_of_block") = kBlockElements;
   module.def("describe_array", &describe, py::arg("array"), py::arg("name"));
   module.def(

@@ -6,9 +6,12 @@
 // code. The numbers of a block with a larger power are among those of a block with a smaller one:
 // what has been decoded is encoded to the same value again.
 //
-//     code of 4 bits (of 5)     0 ... 7       8 (0) ... 119 (247)     120 (248)   126 (254)   127
-//     (255) magnitude                 subnormal     (1 + m / 8) 2^(e - 15)  1           infinity
-//     NaN
+// Codes of magnitudes, with 4 bits of exponent; in brackets, with 5:
+//
+//       0 ... 7           subnormal: m 2^-17             (there are none)
+//       8 ... 119         (1 + m / 8) 2^(e - 15)         (0 ... 247: (1 + m / 8) 2^(e - 31))
+//       120               1                              (248)
+//       126, 127          infinity, NaN                  (254, 255)
 //
 // So the least step of a moment, 2^-17 of the largest one, and the root of the least mean square,
 // 2^-15.5, are about the same: no element is divided by a root that has been rounded to nothing,

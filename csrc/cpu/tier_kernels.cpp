@@ -276,8 +276,7 @@ void bound(const gradients::Bounded<T> gradient, T* to, std::int64_t size) {
 template <class T>
 void average(const rules::MovingAverage<T> average, const T* __restrict parameter,
              T* __restrict averaged, std::int64_t size) {
-  for (std::int64_t i = 0; i < size; ++i)
-    averaged[i] = average(averaged[i], average.one_minus_beta * parameter[i]);
+  for (std::int64_t i = 0; i < size; ++i) averaged[i] = average.of(averaged[i], parameter[i]);
 }
 
 template <class T>

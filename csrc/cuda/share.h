@@ -119,7 +119,7 @@ class Followers<T, Item, Elements, first> {
     if (item_.has_average) {
       const DType dtype = wide(item_.operand(kAverage).dtype);
       const T before = average_.get(k, dtype).template as<T>(dtype);
-      average_.set(k, dtype, Bits::of(dtype, moving_(before, moving_.one_minus_beta * w)));
+      average_.set(k, dtype, Bits::of(dtype, moving_.of(before, w)));
     }
     if (item_.has_copy) {
       const DType dtype = item_.operand(kCopy).dtype;

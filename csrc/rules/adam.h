@@ -55,7 +55,7 @@ struct Moments {
     average_square(g, v);
   }
 
-  FUSESTEP_HOST_DEVICE void average(T g, T& m) const { m = first(m, first.one_minus_beta * g); }
+  FUSESTEP_HOST_DEVICE void average(T g, T& m) const { m = first.of(m, g); }
 
   FUSESTEP_HOST_DEVICE void average_square(T g, T& v) const {
     // ((1 - beta2) g) g, because g^2 would overflow earlier; a v that has overflowed stays infinite

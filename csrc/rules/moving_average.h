@@ -19,6 +19,9 @@ struct MovingAverage {
   FUSESTEP_HOST_DEVICE T operator()(T a, T share) const {
     return beta >= T{0.5} ? a + (share - one_minus_beta * a) : beta * a + share;
   }
+
+  // Of x itself, where its share need not be worked out in another order.
+  FUSESTEP_HOST_DEVICE T of(T a, T x) const { return (*this)(a, one_minus_beta * x); }
 };
 
 }  // namespace fusestep::rules

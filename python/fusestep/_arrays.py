@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from . import _cpu
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -219,23 +221,11 @@ def write(target: Any, source: Any) -> None:
     """
     backend, other = backend_of(target), backend_of(source)
     if "bfloat16" in str(target.dtype) and "float64" in str(source.dtype):
-        source, other = _rounded_to_odd(np.asarray(other.to_numpy(source))), _NUMPY
+        # Libraries round to float32 first, and then once more.
+        source, other = _cpu.round_to_odd(np.asarray(other.to_numpy(source))), _NUMPY
     if backend is not other:
         source = backend.from_numpy(np.asarray(other.to_numpy(source)), target)
     backend.assign(target, source)
-
-
-def _rounded_to_odd(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return float32 whose rounding to bfloat16 is that of float64 (``csrc/core/half.h``).
-
-    Libraries round to float32 first, and then once more.
-    """
-    with np.errstate(over="ignore"):
-        nearest = np.array(values, np.float32)
-    bits = nearest.view(np.uint32)
-    bits -= (np.abs(nearest) > np.abs(values)).astype(np.uint32)  # towards zero
-    bits |= (nearest.astype(np.float64) != values) & ~np.isnan(values)
-    return nearest
 
 
 def on_host(array: Any) -> npt.NDArray[Any]:

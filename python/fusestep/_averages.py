@@ -125,11 +125,6 @@ def attach_copies(optimizer: Optimizer, copies: Sequence[Any]) -> None:
             optimizer._native.set_copy(i, copy)
     optimizer._native.check_memory()
     optimizer._copies = {i: copy for i, copy in enumerate(copies) if copy is not None}
-    refresh_copies(optimizer)
-
-
-def refresh_copies(optimizer: Optimizer) -> None:
-    """Make copies what the parameters are now."""
     for i, copy in optimizer._copies.items():
         _arrays.write(copy, optimizer._parameters.arrays[i])
 
