@@ -71,7 +71,7 @@ struct Work {
 
     // For an operand and one of its tiles.
     TileRandom of(int operand, std::int64_t tile) const {
-      return TileRandom::of(stream.of_operand(operand), tile);
+      return TileRandom::of(stream, operand, tile);
     }
   };
   Rounding rounding;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include "core/dtypes.h"
@@ -118,6 +119,14 @@ struct Kernels {
   double (*sum_of_squares)(const T* x, std::int64_t size, double prescale);
 };
 
+// A piece of a run's state that is stored in less than 32 bits, from the run's first element on,
+// and the random bits by which it is rounded.
+struct NarrowState {
+  std::byte* data = nullptr;
+  std::uint8_t* powers = nullptr;  // of state in 8 bits
+  TileRandom random{};
+};
+
 struct KernelTable {
   Kernels<float> float32;
   Kernels<double> float64;
@@ -129,6 +138,11 @@ struct KernelTable {
                                TileRandom random, std::uint32_t first);
   std::array<LoadBlocks, 2> load_blocks;
   std::array<StoreBlocks, 2> store_blocks;
+
+  // The update of free parameters, at most kTileSize elements, where all of the state is stored in
+  // bfloat16, or all of it in 8 bits: that of `run` is not looked at. Null where a rule has none.
+  using UpdateNarrow = void (*)(const void* rule, const Run<float>& run, const NarrowState* state);
+  std::array<UpdateNarrow, rules::Loops::size> update_bfloat16, update_blocks;
 
   template <class T>
   const Kernels<T>& of() const {

@@ -35,7 +35,8 @@ class Mover {
         anchor_(anchor_at(work.anchor.lr)),
         factor_(static_cast<T>(work.gradient_factor * options.gradient_factor)),
         bound_(static_cast<T>(options.gradient_bound)),
-        average_(work.followers.decay) {}
+        average_(work.followers.decay),
+        narrow_loop_(narrow_loop(kernels)) {}
 
   bool is_anchored() const { return work_.anchor.reference != 0; }
 
@@ -121,6 +122,45 @@ class Mover {
     }
   }
 
+  // ---- state of less than 32 bits, in one pass ----
+
+  bool is_state(int operand) const { return operand >= kState && operand < work_.rule_operands; }
+
+  template <class BlockOf>
+  bool moves_in_one_pass(BlockOf block_of) const {
+    if (!narrow_loop_) return false;
+    for (int i = kState; i < work_.rule_operands; ++i)
+      if (!block_of(i).contiguous()) return false;
+    return true;
+  }
+
+  // Of elements of a tile, from its first on.
+  template <class BlockOf>
+  void move_in_one_pass(const std::array<T*, kMaxOperands>& at, BlockOf block_of,
+                        std::int64_t tile) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      std::array<NarrowState, kMaxStates> state;
+      for (int i = kState; i < work_.rule_operands; ++i) {
+        const Block& block = block_of(i);
+        state[i - kState] = {block.data, reinterpret_cast<std::uint8_t*>(block.powers),
+                             work_.rounding.of(i, tile)};
+      }
+      alignas(kCacheLine) T buffer[kTileSize];
+      const std::int64_t size = block_of(kState).columns;
+      const auto gradient = bounded({at[kGradient], factor_}, buffer, size);
+      narrow_loop_(rule_, run_over(at, size, gradient, anchor_), state.data());
+    }
+  }
+
+  // Null where there is none.
+  KernelTable::UpdateNarrow narrow_loop(const KernelTable& kernels) const {
+    if (sizeof(T) != sizeof(float) || is_anchored() || !work_.rounding.is_random_in_state)
+      return nullptr;
+    const DType stored = work_.iteration.operand[kState].dtype;
+    if (stored == DType::bfloat16) return kernels.update_bfloat16[loop_number_];
+    return is_in_blocks(stored) ? kernels.update_blocks[loop_number_] : nullptr;
+  }
+
   bool has_bound() const { return bound_ != std::numeric_limits<T>::infinity(); }
 
   // Gradients, brought to within the bound if there is one.
@@ -158,6 +198,7 @@ class Mover {
   rules::Anchor<T> anchor_;
   T factor_, bound_;
   rules::MovingAverage<T> average_;
+  KernelTable::UpdateNarrow narrow_loop_;
 };
 
 }  // namespace fusestep::cpu

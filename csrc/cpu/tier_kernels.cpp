@@ -9,70 +9,16 @@
 #include <cstring>
 #include <utility>
 
-#include "core/blocks.h"
 #include "core/reduction.h"
 #include "core/split.h"
-#include "cpu/any_block.h"
 #include "cpu/kernels.h"
+#include "cpu/loops.h"
+#include "cpu/narrow_loops.h"
 #include "cpu/outer_block.h"
 #include "gradients/sum_of_samples.h"
 
-// Before a loop: its arrays do not overlap. The caller has checked it.
-#if defined(__clang__)
-#define FUSESTEP_DISJOINT_ARRAYS _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FUSESTEP_DISJOINT_ARRAYS _Pragma("GCC ivdep")
-#endif
-
 namespace fusestep::cpu {
 namespace {
-
-// Where a weight goes after the rule has moved it.
-template <class T>
-struct Free {
-  explicit Free(const Run<T>&) {}
-  [[gnu::always_inline]] T operator()(std::int64_t, T w) const { return w; }
-};
-
-template <class T>
-struct Tied {
-  rules::Anchor<T> anchor;
-  const T *reference, *importance;
-  explicit Tied(const Run<T>& run)
-      : anchor(run.anchor), reference(run.reference), importance(run.importance) {}
-  [[gnu::always_inline]] T operator()(std::int64_t i, T w) const {
-    return anchor(w, reference[i], importance[i]);
-  }
-};
-
-// Moves `size` elements: one loop for every rule, every kind of gradient and anchor, and every
-// number of state arrays. The rule works on copies, so that its branches become selects rather than
-// conditional stores, which are not vectorised.
-template <class T, class Rule, class Gradient, class Pull, class... State>
-void move(const Rule rule, std::int64_t size, T* parameter, const Gradient gradient,
-          const Pull pull, State*... state) {
-  FUSESTEP_DISJOINT_ARRAYS
-  for (std::int64_t i = 0; i < size; ++i) {
-    const auto move_one = [&](T w, State... s) {
-      rule(w, gradient(i), s...);
-      parameter[i] = pull(i, w);
-      ((state[i] = s), ...);
-    };
-    move_one(parameter[i], state[i]...);
-  }
-}
-
-template <class T, class Rule, class Pull, std::size_t... S>
-void update(const void* rule, const Run<T>& run, std::index_sequence<S...>) {
-  move(*static_cast<const Rule*>(rule), run.size, run.parameter, run.gradient, Pull(run),
-       run.state[S]...);
-}
-
-template <class T, class Loop, class Pull>
-void update(const void* rule, const Run<T>& run) {
-  update<T, typename Loop::template Of<T>, Pull>(rule, run,
-                                                 std::make_index_sequence<Loop::kStates>{});
-}
 
 template <class T, class Move, class... State>
 bool suits(const Move move, std::int64_t size, const T* parameter, const State*... state) {
@@ -117,131 +63,6 @@ void catch_up(const void* idle, const Run<T>& run, std::index_sequence<S...>) {
 template <class T, class Loop>
 void catch_up(const void* idle, const Run<T>& run) {
   catch_up<T, Loop>(idle, run, std::make_index_sequence<Loop::kStates>{});
-}
-
-// memcpy, because an array of a packed record may start anywhere; it costs nothing.
-template <class T, class Stored>
-void load(const void* from, T* __restrict to, std::int64_t size) {
-  const auto* bytes = static_cast<const unsigned char*>(from);
-  for (std::int64_t i = 0; i < size; ++i) {
-    Stored x;
-    memcpy(&x, bytes + i * static_cast<std::int64_t>(sizeof x), sizeof x);
-    to[i] = cast<T>(x);
-  }
-}
-
-template <class T, class Stored>
-void store(const T* __restrict from, void* to, std::int64_t size) {
-  auto* bytes = static_cast<unsigned char*>(to);
-  for (std::int64_t i = 0; i < size; ++i) {
-    const Stored x = cast<Stored>(from[i]);
-    memcpy(bytes + i * static_cast<std::int64_t>(sizeof x), &x, sizeof x);
-  }
-}
-
-template <class T, class Stored>
-void store_at_random(const T* __restrict from, void* to, std::int64_t size, TileRandom random,
-                     std::uint32_t first) {
-  auto* bytes = static_cast<unsigned char*>(to);
-  for (std::int64_t i = 0; i < size; ++i) {
-    const Stored x =
-        cast_at_random<Stored>(from[i], random.bits(first + static_cast<std::uint32_t>(i)));
-    memcpy(bytes + i * static_cast<std::int64_t>(sizeof x), &x, sizeof x);
-  }
-}
-
-// In blocks, nearly all of which have nothing in them that is to be looked at one by one: three
-// times as fast. (Their length is a constant, and so are the places in them.)
-void store_bfloat16_at_random(const float* __restrict from, void* to, std::int64_t size,
-                              TileRandom random, std::uint32_t first) {
-  constexpr int kBlock = 64;
-  auto* bytes = static_cast<unsigned char*>(to);
-  for (; size >= kBlock; size -= kBlock) {
-    std::uint32_t largest = 0;
-    for (int i = 0; i < kBlock; ++i) largest = larger(largest, magnitude_bits(from[i]));
-    if (largest < kLargestBFloat16) {
-      const TileRandom here = random.at(first);
-      for (int i = 0; i < kBlock; ++i) {
-        const BFloat16 x = to_smaller_bfloat16(from[i], here.bits(static_cast<std::uint32_t>(i)));
-        memcpy(bytes + 2 * i, &x, sizeof x);
-      }
-    } else {
-      store_at_random<float, BFloat16>(from, bytes, kBlock, random, first);
-    }
-    from += kBlock;
-    bytes += 2 * kBlock;
-    first += kBlock;
-  }
-  store_at_random<float, BFloat16>(from, bytes, size, random, first);
-}
-
-template <class T>
-constexpr typename Kernels<T>::StoreAtRandom store_bfloat16() {
-  if constexpr (sizeof(T) == sizeof(float))
-    return store_bfloat16_at_random;
-  else
-    return store_at_random<T, BFloat16>;
-}
-
-// Whether a block has codes of infinities or NaN.
-template <bool is_signed>
-[[gnu::always_inline]] inline bool has_special(const std::uint8_t* code) {
-  using Code = SmallFloat<is_signed>;
-  std::uint8_t top = 0;
-  for (std::int64_t i = 0; i < kBlockElements; ++i) {
-    const std::uint8_t magnitude = code[i] & static_cast<std::uint8_t>(Code::kNan);
-    top = top < magnitude ? magnitude : top;
-  }
-  return top >= Code::kInfinity;
-}
-
-template <bool is_signed>
-void load_blocks(const void* codes, const void* powers, float* __restrict to, std::int64_t size) {
-  const auto *code = static_cast<const std::uint8_t*>(codes),
-             *power = static_cast<const std::uint8_t*>(powers);
-  for (; size > 0; size -= kBlockElements) {
-    if (size < kBlockElements || has_special<is_signed>(code)) {
-      load_any_block<is_signed>(code, {*power}, to, size < kBlockElements ? size : kBlockElements);
-    } else {
-      const float shared = SharedPower{*power}.value();
-      for (std::int64_t i = 0; i < kBlockElements; ++i)
-        to[i] = SmallFloat<is_signed>::decode(code[i], shared);
-    }
-    code += kBlockElements;
-    to += kBlockElements;
-    ++power;
-  }
-}
-
-template <bool is_signed>
-void store_blocks(const float* __restrict from, void* codes, void* powers, std::int64_t size,
-                  TileRandom random, std::uint32_t first) {
-  auto* __restrict code = static_cast<std::uint8_t*>(codes);
-  auto* __restrict power = static_cast<std::uint8_t*>(powers);
-  for (; size > 0; size -= kBlockElements) {
-    std::uint32_t largest = SharedPower::kHuge;
-    if (size >= kBlockElements) {
-      largest = 0;
-      for (std::int64_t i = 0; i < kBlockElements; ++i)
-        largest = larger(largest, magnitude_bits(from[i]));
-    }
-    if (largest >= SharedPower::kHuge) {
-      store_any_block<is_signed>(from, code, power, size < kBlockElements ? size : kBlockElements,
-                                 &random, first);
-    } else {
-      const SharedPower shared = SharedPower::of<is_signed>(largest);
-      *power = shared.field;
-      const float inverse = shared.inverse();
-      const TileRandom here = random.at(first);
-      for (int i = 0; i < kBlockElements; ++i)
-        code[i] = SmallFloat<is_signed>::encode(from[i], inverse,
-                                                here.bits(static_cast<std::uint32_t>(i)));
-    }
-    from += kBlockElements;
-    code += kBlockElements;
-    first += static_cast<std::uint32_t>(kBlockElements);
-    ++power;
-  }
 }
 
 template <class T>
@@ -495,12 +316,19 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
           sum_of_squares<T>};
 }
 
+template <class... Loop>
+constexpr KernelTable tables(rules::LoopList<Loop...> loops) {
+  return {table<float>(loops),
+          table<double>(loops),
+          {load_in_blocks<InSmallFloats<false>>, load_in_blocks<InSmallFloats<true>>},
+          {store_in_blocks<InSmallFloats<false>>, store_in_blocks<InSmallFloats<true>>},
+          {update_narrow<AsBFloat16, Loop>()...},
+          {update_narrow<AsSmallFloats, Loop>()...}};
+}
+
 }  // namespace
 
 extern const KernelTable FUSESTEP_TIER_TABLE;
-const KernelTable FUSESTEP_TIER_TABLE = {table<float>(rules::Loops{}),
-                                         table<double>(rules::Loops{}),
-                                         {load_blocks<false>, load_blocks<true>},
-                                         {store_blocks<false>, store_blocks<true>}};
+const KernelTable FUSESTEP_TIER_TABLE = tables(rules::Loops{});
 
 }  // namespace fusestep::cpu

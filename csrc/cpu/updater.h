@@ -39,7 +39,8 @@ class Updater : Mover<T> {
       Mover<T>::loop_, Mover<T>::rule_, Mover<T>::anchor_, Mover<T>::factor_;
   using Mover<T>::is_anchored, Mover<T>::anchor_at, Mover<T>::is_moved, Mover<T>::run_over,
       Mover<T>::call_loop, Mover<T>::call_loop_from_line, Mover<T>::read, Mover<T>::store,
-      Mover<T>::store_nearest, Mover<T>::follow;
+      Mover<T>::store_nearest, Mover<T>::follow, Mover<T>::is_state, Mover<T>::moves_in_one_pass,
+      Mover<T>::move_in_one_pass;
 
   // True where the rule's loop can go straight through the arrays' own memory.
   bool is_one_run(std::int64_t first, std::int64_t last) const {
@@ -82,12 +83,17 @@ class Updater : Mover<T> {
     std::array<T*, kMaxOperands> at{};
     for (int i = 0; i < iteration_.operands; ++i) block[i] = iteration_.block(i, tile);
     const auto block_of = [&](int i) -> const Block& { return block[i]; };
-    const bool asks = has_next && asks_ahead();
+    const bool in_one_pass = moves_in_one_pass(block_of);  // and then asks ahead
+    const bool asks = has_next && !in_one_pass && asks_ahead();
     for (int i = 0; i < work_.operands_read; ++i) {
+      if (in_one_pass && is_state(i)) continue;
       at[i] = read(i, block_of, buffer[i]);
       if (asks) ask_for(i, tile + 1);
     }
-    call_loop(at, block[kParameter].size());
+    if (in_one_pass)
+      move_in_one_pass(at, block_of, tile);
+    else
+      call_loop(at, block[kParameter].size());
     for (int i = 0; i < work_.rule_operands; ++i)
       if (is_moved(i) && at[i] == buffer[i]) store(i, buffer[i], block_of, tile, 0);
     follow_stored(at[kParameter], buffer[kParameter], block_of);

@@ -74,18 +74,18 @@ class Rounding<T, Item, Elements> {
   FUSESTEP_HOST_DEVICE Bits operator()(int operand, int k, DType dtype, T value) const {
     const bool is_random = operand == kParameter ? item_.rounds_parameter : item_.rounds_state;
     if (!is_random || item_size(dtype) != 2) return Bits::of(dtype, value);
-    return Bits::at_random(dtype, value, random(stream_.of_operand(operand), k));
+    return Bits::at_random(dtype, value, random(operand, k));
   }
 
  private:
   FUSESTEP_HOST_DEVICE std::int64_t tile_of(int k) const { return elements_.number(k) / kTileSize; }
 
   // Nearly always elements are of one tile: then its key is worked out once.
-  FUSESTEP_HOST_DEVICE std::uint32_t random(const RandomStream& stream, int k) const {
+  FUSESTEP_HOST_DEVICE std::uint32_t random(int operand, int k) const {
     const auto place = static_cast<std::uint32_t>(elements_.number(k) % kTileSize);
     const std::int64_t tile = tile_of(k);
-    if (tile == tile_) return TileRandom::of(stream, tile_).bits(place);
-    return TileRandom::of(stream, tile).bits(place);
+    if (tile == tile_) return TileRandom::of(stream_, operand, tile_).bits(place);
+    return TileRandom::of(stream_, operand, tile).bits(place);
   }
 
   const Item& item_;

@@ -50,6 +50,8 @@ struct Moments {
 
   FUSESTEP_HOST_DEVICE Moments(double beta1, double beta2) : first(beta1), second(beta2) {}
 
+  FUSESTEP_HOST_DEVICE bool are_long() const { return first.is_long() && second.is_long(); }
+
   FUSESTEP_HOST_DEVICE void operator()(T g, T& m, T& v) const {
     average(g, m);
     average_square(g, v);
@@ -92,6 +94,8 @@ struct Adam {
     w -= conditioned(m, m, v_max);
   }
 
+  FUSESTEP_HOST_DEVICE bool is_usual() const { return !decay.is_coupled() && moments.are_long(); }
+
   // For linear models, too, see rules/rule.h: the moving average passes all of a gradient on.
   FUSESTEP_HOST_DEVICE void observe(T g, T&, T& v) const { moments.average_square(g, v); }
   FUSESTEP_HOST_DEVICE T conditioned(T g, T, T v) const {
@@ -114,7 +118,7 @@ struct Adam {
   }
   static std::vector<std::string_view> scalar_names() { return {"step"}; }
   static double initial_state(const Options&) { return 0; }
-  static bool is_signed(std::size_t state) { return state == 0; }
+  static constexpr bool is_signed(std::size_t state) { return state == 0; }
   FUSESTEP_HOST_DEVICE static Progress advance(const Options&, Progress progress) {
     return next_step(progress);
   }

@@ -16,8 +16,10 @@ struct MovingAverage {
   FUSESTEP_HOST_DEVICE explicit MovingAverage(double beta)
       : beta(static_cast<T>(beta)), one_minus_beta(static_cast<T>(1 - beta)) {}
 
+  FUSESTEP_HOST_DEVICE bool is_long() const { return beta >= T{0.5}; }
+
   FUSESTEP_HOST_DEVICE T operator()(T a, T share) const {
-    return beta >= T{0.5} ? a + (share - one_minus_beta * a) : beta * a + share;
+    return is_long() ? a + (share - one_minus_beta * a) : beta * a + share;
   }
 
   // Of x itself, where its share need not be worked out in another order.

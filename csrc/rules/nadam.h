@@ -64,6 +64,8 @@ struct NAdam {
     w -= (gradient_weight * g + momentum_weight * m) / (square_root(v) + scaled_eps);
   }
 
+  FUSESTEP_HOST_DEVICE bool is_usual() const { return !decay.is_coupled() && moments.are_long(); }
+
   FUSESTEP_HOST_DEVICE static double momentum(const Options& o, std::int64_t step) {
     constexpr double kLog096 = -0.040821994520255166;  // ln 0.96
     return o.beta1 *
@@ -81,7 +83,7 @@ struct NAdam {
   }
   static std::vector<std::string_view> scalar_names() { return {"step", "mu_product"}; }
   static double initial_state(const Options&) { return 0; }
-  static bool is_signed(std::size_t state) { return state == 0; }
+  static constexpr bool is_signed(std::size_t state) { return state == 0; }
   FUSESTEP_HOST_DEVICE static Progress advance(const Options& o, Progress progress) {
     progress = next_step(progress);
     progress.momentum_product *= momentum(o, progress.step);

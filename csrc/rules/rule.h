@@ -14,6 +14,11 @@
 //     is_signed(state)            whether a piece of state may be negative, in that order
 //     advance(options, progress)  what a step does to the parameter's scalars
 //
+// Where it tests its options much, a rule may say
+//
+//     is_usual()                  they are those that most people choose: a loop that cannot test
+//                                 them once for all elements is for these alone
+//
 // A rule that linear models use has its step in pieces, too. For an importance-aware step
 // (linear/losses.h) the length of the move depends on the metric that the rule will apply:
 //

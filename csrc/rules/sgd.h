@@ -89,6 +89,8 @@ struct Sgd {
     advance(w, g, b);
   }
 
+  FUSESTEP_HOST_DEVICE bool is_usual() const { return first == T{0}; }
+
   // For linear models, see rules/rule.h. What momentum carries on is 1 / (1 - mu) times the
   // gradient.
   FUSESTEP_HOST_DEVICE void observe(T) const {}
@@ -118,7 +120,7 @@ struct Sgd {
   }
   static std::vector<std::string_view> scalar_names() { return {}; }
   static double initial_state(const Options&) { return 0; }
-  static bool is_signed(std::size_t) { return true; }
+  static constexpr bool is_signed(std::size_t) { return true; }
   FUSESTEP_HOST_DEVICE static Progress advance(const Options&, Progress progress) {
     return next_step(progress);
   }

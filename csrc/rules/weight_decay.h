@@ -21,12 +21,14 @@ struct WeightDecay {
     return decoupled ? WeightDecay{T{0}, static_cast<T>(lr * lambda)} : l2(lambda);
   }
 
+  FUSESTEP_HOST_DEVICE bool is_coupled() const { return coupled != T{0}; }
+
   // Shrinks w where the decay is decoupled; returns the gradient with the decay that is coupled.
   //
   // Tests, not multiplications by zero: 0 * Inf would turn an infinite weight into NaN. And
   // w - shrink w, not (1 - shrink) w: rounding 1 - shrink to float32 errs the same way every step.
   FUSESTEP_HOST_DEVICE T operator()(T& w, T g) const {
-    const T decayed = coupled != T{0} ? g + coupled * w : g;
+    const T decayed = is_coupled() ? g + coupled * w : g;
     w = shrink != T{0} ? w - shrink * w : w;
     return decayed;
   }
