@@ -173,6 +173,31 @@ def test_the_same_bits_over_tiers_threads_and_layouts(rule: Rule, dtype: str) ->
     assert len(found) == 1
 
 
+STRANGE = [0.0, 1e-42, 1e-30, 1e18, 1e38, np.inf, -np.inf, np.nan]
+
+
+@pytest.mark.parametrize("rule", WITH_STATE, ids=str)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("more", [{}, {"clip_value": 0.5}, {"ema_decay": 0.9}], ids=str)
+def test_one_pass_over_state_gives_the_bits_of_three(
+    rule: Rule, dtype: str, more: dict[str, Any], tier: str
+) -> None:
+    """Rows are made into floats, moved and stored one after the other; what is dense at once."""
+    rng = np.random.default_rng(11)
+    table = draw(rng, (12, 1024))
+    whole = table.copy()
+    rows = rule.cls(table, **rule.options, state_dtype=dtype, **more)
+    dense = rule.cls(whole, **rule.options, state_dtype=dtype, **more)
+    for step in range(4):
+        gradient = draw(rng, table.shape)
+        gradient *= 10.0 ** rng.integers(-12, 6, gradient.shape).astype(f32)
+        for row, value in enumerate(STRANGE[: 8 if step else 3], start=1):
+            gradient[row, rng.integers(0, 1024, 5)] = value
+        rows.step(fs.Rows(np.arange(12), gradient))
+        dense.step(gradient)
+        assert digest(rows) == digest(dense)
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 def test_any_layout(dtype: str) -> None:
     rng = np.random.default_rng(2)

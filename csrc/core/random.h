@@ -84,10 +84,9 @@ struct TileRandom {
     x ^= x >> 15;
     x *= x | 1u;
     x ^= x >> 16;
-    return is_second ? turned(x) : x;
-  }
-  FUSESTEP_HOST_DEVICE static std::uint32_t turned(std::uint32_t bits) {
-    return bits << 16 | bits >> 16;
+    // A mask, since a long loop that has to ask does not become vectors.
+    const std::uint32_t turned = x << 16 | x >> 16, mask = is_second ? ~0u : 0u;
+    return x ^ ((x ^ turned) & mask);
   }
 
   // The same for places that are counted from this one.

@@ -17,7 +17,8 @@ from pathlib import Path
 
 SOURCE = "csrc/cpu/tier_kernels.cpp"
 VERDICT = re.compile(
-    rf"{SOURCE}:(\d+):\d+: (optimized: loop vectorized|missed: couldn't vectorize)"
+    rf"({SOURCE}|csrc/cpu/(?:narrow_)?loops\.h):(\d+):\d+: "
+    r"(optimized: loop vectorized|missed: couldn't vectorize)"
 )
 
 # Loops that may stay scalar. base: storing doubles in 16 bits, to nearest and at random, and asking
@@ -26,9 +27,10 @@ VERDICT = re.compile(
 SCALAR = {"base": 8}
 
 
-def walks_over_blocks(line: str) -> bool:
+def walks_over_blocks(root: Path, file: str, line: str) -> bool:
     """Whether a loop at this line goes from block to block: those inside of it count."""
-    return line.lstrip().startswith("for (;")
+    text = (root / file).read_text(encoding="utf-8").splitlines()
+    return text[int(line) - 1].lstrip().startswith("for (;")
 
 
 def commands(build: Path) -> list[dict[str, str]]:
@@ -51,14 +53,14 @@ def check(entry: dict[str, str]) -> list[str]:
         check=True,
     ).stderr
     verdicts = VERDICT.findall(report)
-    vectorised = [line for line, verdict in verdicts if verdict.startswith("optimized")]
-    text = Path(entry["file"]).read_text(encoding="utf-8").splitlines()
+    vectorised = [line for _, line, verdict in verdicts if verdict.startswith("optimized")]
+    root = Path(entry["file"].removesuffix(SOURCE))
     missed = sorted(
-        line
-        for line, verdict in verdicts
-        if verdict.startswith("missed") and not walks_over_blocks(text[int(line) - 1])
+        f"{file}:{line}"
+        for file, line, verdict in verdicts
+        if verdict.startswith("missed") and not walks_over_blocks(root, file, line)
     )
-    problems = [f"{tier}: the loop at {SOURCE}:{line} is not vectorised" for line in missed]
+    problems = [f"{tier}: the loop at {where} is not vectorised" for where in missed]
     if len(missed) <= SCALAR.get(tier, 0):
         problems = []
     if not vectorised:
