@@ -31,6 +31,10 @@ struct Run {
   rules::Anchor<T> anchor{};
   const T* reference = nullptr;
   const T* importance = nullptr;
+
+  // What follows the parameter, where its average does.
+  rules::MovingAverage<T> average{0};
+  T* averaged = nullptr;
 };
 
 // A block of a sum of outer products, as large as registers allow, and what it is made from: for
@@ -51,6 +55,11 @@ struct Kernels {
 
   // Of parameters that are free, and of those that are anchored.
   std::array<std::array<Update, rules::Loops::size>, 2> update;
+
+  // Of parameters that are free and followed by their average, which is brought up to date in the
+  // same pass: memory serves one loop better than two in turn. Null for float64, which is not worth
+  // the machine code, and for rules that move whole rows.
+  std::array<Update, rules::Loops::size> update_averaged;
 
   // Makes up for idle steps (rules/idle.h) where it suits all elements. Reads no gradient.
   std::array<Suits, rules::Loops::size> suits;

@@ -42,6 +42,18 @@ struct Tied {
   }
 };
 
+// Followed by its average.
+template <class T>
+struct Averaged {
+  rules::MovingAverage<T> average;
+  T* averaged;
+  explicit Averaged(const Run<T>& run) : average(run.average), averaged(run.averaged) {}
+  [[gnu::always_inline]] T operator()(std::int64_t i, T w) const {
+    averaged[i] = average.of(averaged[i], w);
+    return w;
+  }
+};
+
 // Moves `size` elements: one loop for every rule, every kind of gradient and anchor, and every
 // number of state arrays. The rule works on copies, so that its branches become selects rather than
 // conditional stores, which are not vectorised.
@@ -69,6 +81,41 @@ template <class T, class Loop, class Pull>
 void update(const void* rule, const Run<T>& run) {
   update<T, typename Loop::template Of<T>, Pull>(rule, run,
                                                  std::make_index_sequence<Loop::kStates>{});
+}
+
+template <class T>
+void average(const rules::MovingAverage<T> average, const T* __restrict parameter,
+             T* __restrict averaged, std::int64_t size) {
+  for (std::int64_t i = 0; i < size; ++i) averaged[i] = average.of(averaged[i], parameter[i]);
+}
+
+// Whether the options of a rule are those for which there are loops that cannot test them once.
+template <class Rule>
+[[gnu::always_inline]] inline bool is_usual([[maybe_unused]] const Rule& rule) {
+  if constexpr (requires { rule.is_usual(); })
+    return rule.is_usual();
+  else
+    return true;
+}
+
+template <class T, class Loop, std::size_t... S>
+[[gnu::always_inline]] inline void update_averaged(const typename Loop::template Of<T> rule,
+                                                   const Run<T>& run, std::index_sequence<S...>) {
+  if (is_usual(rule) && run.average.is_long())  // of which the compiler makes one loop, not sixteen
+    return move(rule, run.size, run.parameter, run.gradient, Averaged<T>(run), run.state[S]...);
+  update<T, Loop, Free<T>>(&rule, run);
+  average(run.average, run.parameter, run.averaged, run.size);
+}
+
+template <class T, class Loop>
+constexpr typename Kernels<T>::Update update_averaged() {
+  using Rule = typename Loop::template Of<T>;
+  if constexpr (sizeof(T) == sizeof(float) && !rules::kIsRowwise<Rule>)
+    return [](const void* rule, const Run<T>& run) {
+      update_averaged<T, Loop>(*static_cast<const Rule*>(rule), run,
+                               std::make_index_sequence<Loop::kStates>{});
+    };
+  return nullptr;
 }
 
 // memcpy, because an array of a packed record may start anywhere; it costs nothing.

@@ -99,8 +99,12 @@ class Mover {
             {at[kState], at[kState + 1], at[kState + 2]},
             anchor,
             at[work_.anchor.reference],
-            work_.anchor.importance ? at[work_.anchor.importance] : kOnes<T>.data()};
+            work_.anchor.importance ? at[work_.anchor.importance] : kOnes<T>.data(),
+            average_,
+            at[work_.followers.average]};
   }
+
+  using Update = typename Kernels<T>::Update;
 
   void call_loop(const std::array<T*, kMaxOperands>& at, std::int64_t size) const {
     call_loop(rule_, at, size);
@@ -113,11 +117,16 @@ class Mover {
 
   void call_loop(const void* rule, const std::array<T*, kMaxOperands>& at, std::int64_t size,
                  T factor) const {
-    if (!has_bound()) return loop_(rule, run_over(at, size, {at[kGradient], factor}, anchor_));
+    call_loop(loop_, rule, at, size, factor);
+  }
+
+  void call_loop(Update loop, const void* rule, const std::array<T*, kMaxOperands>& at,
+                 std::int64_t size, T factor) const {
+    if (!has_bound()) return loop(rule, run_over(at, size, {at[kGradient], factor}, anchor_));
     alignas(kCacheLine) T buffer[kTileSize];
     for (std::array<T*, kMaxOperands> here = at; size > 0; size -= kTileSize) {
       const std::int64_t some = std::min(size, kTileSize);
-      loop_(rule, run_over(here, some, bounded({here[kGradient], factor}, buffer, some), anchor_));
+      loop(rule, run_over(here, some, bounded({here[kGradient], factor}, buffer, some), anchor_));
       for (T*& elements : here) elements += kTileSize;
     }
   }
@@ -172,28 +181,33 @@ class Mover {
   }
 
   // The same for a run that is worth starting at a cache line, so that no vector crosses one.
-  void call_loop_from_line(const void* rule, std::array<T*, kMaxOperands> at,
+  void call_loop_from_line(const void* rule, const std::array<T*, kMaxOperands>& at,
                            std::int64_t size) const {
-    call_loop_from_line(rule, at, size, factor_);
+    call_loop_from_line(loop_, rule, at, size, factor_);
   }
 
-  void call_loop_from_line(const void* rule, std::array<T*, kMaxOperands> at, std::int64_t size,
-                           T factor) const {
+  void call_loop_from_line(const void* rule, const std::array<T*, kMaxOperands>& at,
+                           std::int64_t size, T factor) const {
+    call_loop_from_line(loop_, rule, at, size, factor);
+  }
+
+  void call_loop_from_line(Update loop, const void* rule, std::array<T*, kMaxOperands> at,
+                           std::int64_t size, T factor) const {
     const auto past_line = reinterpret_cast<std::uintptr_t>(at[kParameter]) % kCacheLine;
     if (past_line != 0) {
       const auto head = static_cast<std::int64_t>((kCacheLine - past_line) / sizeof(T));
-      call_loop(rule, at, head, factor);
+      call_loop(loop, rule, at, head, factor);
       for (T*& operand : at) operand += head;
       size -= head;
     }
-    call_loop(rule, at, size, factor);
+    call_loop(loop, rule, at, size, factor);
   }
 
   const Kernels<T>& kernels_;
   TileAccess<T> access_;
   const Work& work_;
   std::size_t loop_number_;
-  typename Kernels<T>::Update loop_;
+  Update loop_;
   const void* rule_;
   rules::Anchor<T> anchor_;
   T factor_, bound_;

@@ -223,14 +223,6 @@ class NarrowLoop {
     if (begin < run.size) update_in_three(begin, run.size - begin);
   }
 
-  // What a rule tests of its options is tested for each element here.
-  static bool is_usual([[maybe_unused]] const Rule& rule) {
-    if constexpr (requires { rule.is_usual(); })
-      return rule.is_usual();
-    else
-      return true;
-  }
-
   // From one of its blocks on.
   template <class F>
   [[gnu::always_inline]] static NarrowState from(const NarrowState& state, std::int64_t begin) {

@@ -95,12 +95,6 @@ void bound(const gradients::Bounded<T> gradient, T* to, std::int64_t size) {
 }
 
 template <class T>
-void average(const rules::MovingAverage<T> average, const T* __restrict parameter,
-             T* __restrict averaged, std::int64_t size) {
-  for (std::int64_t i = 0; i < size; ++i) averaged[i] = average.of(averaged[i], parameter[i]);
-}
-
-template <class T>
 void select(const unsigned char* meant, const T* from, T* to, std::int64_t size) {
   FUSESTEP_DISJOINT_ARRAYS
   for (std::int64_t i = 0; i < size; ++i) {
@@ -293,6 +287,7 @@ constexpr Kernels<T> table(rules::LoopList<Loop...>) {
               {update<T, Loop, Free<T>>...},
               {update<T, Loop, Tied<T>>...},
           }},
+          {update_averaged<T, Loop>()...},
           {suits<T, Loop>...},
           {catch_up<T, Loop>...},
           {sum_of_row<T, Loop>...},

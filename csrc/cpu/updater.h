@@ -20,6 +20,9 @@ namespace fusestep::cpu {
 // From this size on a run is worth starting at a cache line.
 inline constexpr std::int64_t kAlignedRun = 4096;
 
+// So many elements of a gradient are cleared at once, after the step that has read them.
+inline constexpr std::int64_t kClearedAtOnce = 4096;
+
 template <class T>
 class Updater : Mover<T> {
  public:
@@ -30,7 +33,7 @@ class Updater : Mover<T> {
 
   void operator()(std::int64_t first, std::int64_t last) const {
     if (work_.rows) return update_rows(first, last);
-    if (is_one_run(first, last)) return update_run(first, last);
+    if (is_one_run()) return update_run(first, last);
     for (std::int64_t tile = first; tile < last; ++tile) update_tile(tile, tile + 1 < last);
   }
 
@@ -43,38 +46,52 @@ class Updater : Mover<T> {
       Mover<T>::move_in_one_pass;
 
   // True where the rule's loop can go straight through the arrays' own memory.
-  bool is_one_run(std::int64_t first, std::int64_t last) const {
-    if (iteration_.layout || (clear_ && last - first > 1)) return false;
+  bool is_one_run() const {
+    if (iteration_.layout || work_.followers.copy) return false;
     for (int i = 0; i < work_.operands_read; ++i)
-      if (!TileAccess<T>::in_place(iteration_.dense(i, 0, 1))) return false;
-    return true;
+      if (!is_in_place(i)) return false;
+    return !work_.followers.average || is_in_place(work_.followers.average);
+  }
+
+  bool is_in_place(int operand) const {
+    return TileAccess<T>::in_place(iteration_.dense(operand, 0, 1));
   }
 
   void update_run(std::int64_t first, std::int64_t last) const {
-    const std::int64_t begin = first * kTileSize;
-    const std::int64_t size = std::min(last * kTileSize, iteration_.size) - begin;
+    std::int64_t begin = first * kTileSize;
+    const std::int64_t end = std::min(last * kTileSize, iteration_.size);
     std::array<T*, kMaxOperands> at{};
-    for (int i = 0; i < work_.operands_read; ++i)
+    for (int i = 0; i < iteration_.operands; ++i)
       at[i] = reinterpret_cast<T*>(iteration_.operand[i].data) + begin;
 
-    const bool has_ones = is_anchored() && work_.anchor.importance == 0;  // as many as a tile has
-    if (has_ones || work_.followers.any())
-      update_in_tiles(at, begin, size);
-    else if (size >= kAlignedRun)
-      call_loop_from_line(rule_, at, size);
-    else
-      call_loop(at, size);
-    if (clear_) access_.clear(iteration_.dense(kGradient, begin, size));
+    for (const std::int64_t stretch = stretch_of_run(end - begin); begin < end; begin += stretch) {
+      const std::int64_t some = std::min(stretch, end - begin);
+      update_stretch(at, begin, some);
+      if (clear_) access_.clear(iteration_.dense(kGradient, begin, some));
+      for (T*& elements : at) elements += stretch;
+    }
   }
 
-  void update_in_tiles(std::array<T*, kMaxOperands> at, std::int64_t begin,
-                       std::int64_t size) const {
-    for (const std::int64_t end = begin + size; begin < end; begin += kTileSize) {
-      const std::int64_t some = std::min(end - begin, kTileSize);
-      call_loop(at, some);
-      follow(at[kParameter], [&](int i) { return iteration_.dense(i, begin, some); });
-      for (int i = 0; i < work_.operands_read; ++i) at[i] += kTileSize;
-    }
+  // What comes after a stretch has moved finds it in the first or second cache.
+  std::int64_t stretch_of_run(std::int64_t size) const {
+    const bool has_ones = is_anchored() && work_.anchor.importance == 0;  // as many as a tile has
+    if (has_ones || (work_.followers.average && !averages_in_loop())) return kTileSize;
+    return clear_ ? kClearedAtOnce : size;
+  }
+
+  bool averages_in_loop() const {
+    return work_.followers.average && !is_anchored() && kernels_.update_averaged[loop_number_];
+  }
+
+  void update_stretch(const std::array<T*, kMaxOperands>& at, std::int64_t begin,
+                      std::int64_t size) const {
+    const auto loop = averages_in_loop() ? kernels_.update_averaged[loop_number_] : loop_;
+    if (size >= kAlignedRun)
+      call_loop_from_line(loop, rule_, at, size, factor_);
+    else
+      call_loop(loop, rule_, at, size, factor_);
+    if (!averages_in_loop())
+      follow(at[kParameter], [&](int i) { return iteration_.dense(i, begin, size); });
   }
 
   void update_tile(std::int64_t tile, bool has_next) const {
