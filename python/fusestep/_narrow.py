@@ -17,10 +17,13 @@ _SUFFIX = "_powers"
 
 
 class Blocks(NamedTuple):
-    """Codes, of the parameter's shape and in C order, and the exponents of their powers of two."""
+    """Codes, of the parameter's shape and in C order, and the exponents of their powers of two.
 
-    codes: npt.NDArray[np.uint8]
-    powers: npt.NDArray[np.uint8]
+    Arrays of uint8; in :mod:`fusestep.torch`, tensors.
+    """
+
+    codes: Any
+    powers: Any
 
 
 def powers_name(state: str) -> str:

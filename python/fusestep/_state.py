@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from ._arrays import ArrayDescription, Backend
 
 
-_NARROW = ("bfloat16", _narrow.DTYPE)
+NARROW = ("bfloat16", _narrow.DTYPE)
+"""State that is rounded at random."""
+
 _STATE_DTYPES = ("float32", "float64", "bfloat16", _narrow.DTYPE)
 
 
@@ -44,6 +47,23 @@ def check_state_dtype(value: Any) -> str | None:
         return name
     expected = ", ".join(map(repr, _STATE_DTYPES))
     raise ValueError(f"state_dtype is {value!r}; expected None, {expected}")
+
+
+def check_wide_dtype(value: Any) -> str | None:
+    """Return None or the name of a dtype that state of less than 32 bits may be widened to."""
+    dtype = check_state_dtype(value)
+    if dtype in NARROW:
+        raise ValueError(f"state_dtype is {value!r}; expected None, float32 or float64")
+    return dtype
+
+
+def check_rows(state_dtype: str | None, rows: str) -> None:
+    """Raise ValueError for state that does not go with what is done about rows."""
+    if state_dtype == _narrow.DTYPE and rows == "exact":
+        raise ValueError(
+            "rows='exact' rounds state whenever rows are read, which 8 bits are too few for: "
+            "use state_dtype='bfloat16'"
+        )
 
 
 def new(
@@ -115,7 +135,7 @@ class Conversions(set[tuple[str, str]]):
         torch keeps state in the parameter's `own` dtype.
         """
         old, new = _name(found), _name(wanted)
-        if old not in ("", new) and (new in _NARROW or (old in _NARROW and old != _name(own))):
+        if old not in ("", new) and (new in NARROW or (old in NARROW and old != _name(own))):
             self.add((old, new))
 
     def warn(self, stacklevel: int) -> None:
@@ -142,7 +162,7 @@ def fitting(
     """
     is_narrow = isinstance(like, _narrow.Blocks)
     if isinstance(value, _narrow.Blocks):
-        blocks = _checked(value, label, like.codes if is_narrow else like)
+        blocks = _copied_blocks(value, label, like.codes if is_narrow else like)
         if is_narrow:
             return blocks
         conversions.note(_narrow.DTYPE, like.dtype, own)
@@ -161,20 +181,34 @@ def _name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def _checked(blocks: _narrow.Blocks, label: str, like: Any) -> _narrow.Blocks:
-    codes, powers = (np.array(backend_of(array).to_numpy(array)) for array in blocks)
-    if codes.dtype != np.uint8 or powers.dtype != np.uint8:
+def _copied_blocks(blocks: _narrow.Blocks, label: str, like: Any) -> _narrow.Blocks:
+    copies = _narrow.Blocks(*(np.array(backend_of(array).to_numpy(array)) for array in blocks))
+    check_blocks(copies, label, tuple(like.shape))
+    return copies
+
+
+def check_blocks(blocks: _narrow.Blocks, label: str, shape: tuple[int, ...]) -> None:
+    """Check that state in 8 bits is that of a parameter of this shape.
+
+    Raises
+    ------
+    TypeError
+        Codes or powers are not of uint8.
+    ValueError
+        Codes have another shape; or there are not as many powers as blocks.
+    """
+    dtypes = [_name(array.dtype) for array in blocks]
+    if dtypes != ["uint8", "uint8"]:
         raise TypeError(
-            f"{label} has dtypes {codes.dtype} and {powers.dtype}; expected uint8 for state in "
-            "8 bits"
+            f"{label} has dtypes {dtypes[0]} and {dtypes[1]}; expected uint8 for state in 8 bits"
         )
-    count = -(-codes.size // _cpu.elements_of_block)
-    if codes.shape != tuple(like.shape) or powers.shape != (count,):
+    expected = (shape, (-(-math.prod(shape) // _cpu.elements_of_block),))
+    found = tuple(tuple(array.shape) for array in blocks)
+    if found != expected:
         raise ValueError(
-            f"{label} has shapes {codes.shape} and {powers.shape}; expected {tuple(like.shape)} "
-            f"and ({count},)"
+            f"{label} has shapes {found[0]} and {found[1]}; expected {expected[0]} and "
+            f"{expected[1]}"
         )
-    return _narrow.Blocks(codes, powers)
 
 
 def as_state(value: Any, label: str, like: Any, *, narrows: bool = False) -> Any:
