@@ -40,11 +40,11 @@ def encode(values: npt.NDArray[Any], is_signed: bool) -> Blocks:
 
 def decode(blocks: Blocks, is_signed: bool) -> npt.NDArray[np.float32]:
     """Return what codes stand for."""
-    codes = np.ascontiguousarray(blocks.codes)
+    codes = np.ascontiguousarray(blocks.codes).reshape(-1)
     values: npt.NDArray[np.float32] = _cpu.decode_state(
-        codes.reshape(-1), np.ascontiguousarray(blocks.powers), is_signed
+        codes, np.ascontiguousarray(blocks.powers), is_signed
     )
-    return values.reshape(codes.shape)
+    return values.reshape(blocks.codes.shape)
 
 
 def grown(blocks: Blocks, rows: npt.NDArray[Any], is_signed: bool) -> Blocks:
