@@ -232,8 +232,9 @@ class Optimizer(torch.optim.Optimizer):
             Shapes differ, two parameters share memory, a gradient shares memory with a parameter or
             state, a gradient is on another device than its parameter, or an option of a group has a
             value that is out of range; there are no samples where they are asked for, or not of all
-            parameters with a gradient, or of a DTensor; or `where` is given for parameters on a GPU
-            in a group that is capturable.
+            parameters with a gradient, or of a DTensor; `where` is given for parameters on a GPU in
+            a group that is capturable; or a part of a block of 64 elements would move whose state
+            is in 8 bits.
         RuntimeError
             A CUDA graph is being captured, and its replays would not be steps; or a gradient on the
             GPU is sparse, ``rows`` is "exact", or samples have weights on the GPU or ``max_norm``.
@@ -1060,7 +1061,7 @@ class Optimizer(torch.optim.Optimizer):
         TypeError, ValueError
             As torch; and where it asks for ``differentiable`` or, on the CPU, with
             ``rows="exact"`` or with a callable ``ema_decay``, ``capturable``; or has a DTensor that
-            would need a ``master``.
+            would need a ``master`` or state in 8 bits.
         """
         super().add_param_group(param_group)
         try:
