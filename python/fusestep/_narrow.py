@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,14 @@ def powers_name(state: str) -> str:
     return state + _SUFFIX
 
 
+def filled(shape: tuple[int, ...], fill: float, is_signed: bool) -> Blocks:
+    """Return the codes of an array of one number."""
+    if fill == 0:
+        powers = np.zeros(blocks_of(math.prod(shape)), np.uint8)
+        return Blocks(np.zeros(shape, np.uint8), powers)
+    return encode(np.full(shape, fill, np.float32), is_signed)
+
+
 def encode(values: npt.NDArray[Any], is_signed: bool) -> Blocks:
     """Return the nearest codes of an array of floats."""
     floats = np.ascontiguousarray(values, np.float32)
@@ -57,6 +66,11 @@ def grown(blocks: Blocks, rows: npt.NDArray[Any], is_signed: bool) -> Blocks:
     return result
 
 
+def blocks_of(elements: int) -> int:
+    """Return how many blocks so many elements are in."""
+    return -(-elements // _cpu.elements_of_block)
+
+
 def bytes_of(elements: int) -> int:
     """Return how many bytes so many elements take."""
-    return elements + -(-elements // _cpu.elements_of_block)
+    return elements + blocks_of(elements)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _cpu, _narrow
+from . import _narrow
 from ._arrays import backend_of
 
 if TYPE_CHECKING:
@@ -77,11 +77,7 @@ def new(
             f"state_dtype='int8' is for parameters on the CPU; one is on {parameter.device}: use "
             "state_dtype='bfloat16'"
         )
-    if fill == 0:
-        size = int(np.prod(parameter.shape, dtype=np.int64))
-        powers = np.zeros(-(-size // _cpu.elements_of_block), np.uint8)
-        return _narrow.Blocks(np.zeros(parameter.shape, np.uint8), powers)
-    return _narrow.encode(np.full(parameter.shape, fill, np.float32), is_signed)
+    return _narrow.filled(parameter.shape, fill, is_signed)
 
 
 def entries(name: str, value: Any) -> dict[str, Any]:
@@ -202,7 +198,7 @@ def check_blocks(blocks: _narrow.Blocks, label: str, shape: tuple[int, ...]) -> 
         raise TypeError(
             f"{label} has dtypes {dtypes[0]} and {dtypes[1]}; expected uint8 for state in 8 bits"
         )
-    expected = (shape, (-(-math.prod(shape) // _cpu.elements_of_block),))
+    expected = (shape, (_narrow.blocks_of(math.prod(shape)),))
     found = tuple(tuple(array.shape) for array in blocks)
     if found != expected:
         raise ValueError(

@@ -58,8 +58,7 @@ def dtype_of(piece: Piece) -> torch.dtype:
 def new(parameter: Tensor, dtype: torch.dtype, fill: float, *, is_signed: bool) -> Piece:
     """Return a new piece of state."""
     if dtype == IN_BLOCKS:
-        values = np.full(tuple(parameter.shape), fill, np.float32)
-        return _as_tensors(_narrow.encode(values, is_signed), parameter.device)
+        return _as_tensors(_narrow.filled(tuple(parameter.shape), fill, is_signed), parameter)
     return _state.new(parameter, dtype, fill)
 
 
@@ -102,17 +101,14 @@ def fitted(
     ValueError
         It has another shape than the parameter, or another number of powers than blocks.
     """
-    blocks = None
     if isinstance(piece, Blocks):
         blocks = _checked(piece, label, parameter)
+        if dtype == IN_BLOCKS:
+            return blocks
+        piece = _decoded(blocks, is_signed)
     if dtype != IN_BLOCKS:
-        floats = piece if blocks is None else _decoded(blocks, is_signed)
-        return _state.fitted(floats, label, parameter, dtype)
-    if blocks is not None:
-        return blocks
-    values = _state.fitted(piece, label, parameter, torch.float32).detach()
-    floats = values.to("cpu", torch.float32).numpy()
-    return _as_tensors(_narrow.encode(floats, is_signed), parameter.device)
+        return _state.fitted(piece, label, parameter, dtype)
+    return _encoded(_state.fitted(piece, label, parameter, torch.float32), is_signed)
 
 
 def loaded(
@@ -147,7 +143,7 @@ def grown(blocks: Blocks, n_rows: int, fill: float, *, is_signed: bool) -> Block
     shape = tuple(blocks.codes.shape)
     rows = np.full((n_rows - shape[0], *shape[1:]), fill, np.float32)
     result = _narrow.grown(_as_arrays(blocks), rows, is_signed)
-    return _as_tensors(result, blocks.codes.device)
+    return _as_tensors(result, blocks.codes)
 
 
 def _checked(blocks: Blocks, label: str, parameter: Tensor) -> Blocks:
@@ -155,17 +151,27 @@ def _checked(blocks: Blocks, label: str, parameter: Tensor) -> Blocks:
         if not isinstance(part, Tensor):
             raise TypeError(f"{label} is a {type(part).__name__}; expected a tensor")
     check_blocks(blocks, label, tuple(parameter.shape))
-    return Blocks(*(part.to(parameter.device).contiguous() for part in blocks))
+    return Blocks(*(_beside(parameter, part).contiguous() for part in blocks))
+
+
+def _encoded(floats: Tensor, is_signed: bool) -> Blocks:
+    array = floats.detach().to("cpu", torch.float32).numpy()
+    return _as_tensors(_narrow.encode(array, is_signed), floats)
 
 
 def _decoded(blocks: Blocks, is_signed: bool) -> Tensor:
     floats = _narrow.decode(_as_arrays(blocks), is_signed)
-    return torch.from_numpy(floats).to(blocks.codes.device)
+    return _beside(blocks.codes, torch.from_numpy(floats))
 
 
 def _as_arrays(blocks: Blocks) -> Blocks:
     return Blocks(*(part.detach().cpu().numpy() for part in blocks))
 
 
-def _as_tensors(blocks: Blocks, device: torch.device) -> Blocks:
-    return Blocks(*(_state.copied(torch.from_numpy(part).to(device)) for part in blocks))
+def _as_tensors(blocks: Blocks, like: Tensor) -> Blocks:
+    tensors = (_beside(like, torch.from_numpy(part)) for part in blocks)
+    return Blocks(*map(_state.copied, tensors))
+
+
+def _beside(like: Tensor, tensor: Tensor) -> Tensor:
+    return _tensors.moved(tensor, _tensors.device_of(like))
