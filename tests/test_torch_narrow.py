@@ -537,6 +537,18 @@ def test_another_seed_draws_anew() -> None:
     assert not torch.equal(states[0][4], states[2][4])
 
 
+def test_seed_0_is_saved_too() -> None:
+    params, opt = trained("Adam", seed=0)
+    others = copies_of(params)
+    other = make("Adam", others, seed=5)
+    other.load_state_dict(opt.state_dict())
+    assert other.seed == 0
+    for each, one in ((params, opt), (others, other)):
+        give(each, 3)
+        one.step()
+    assert_same(bits(others, other), bits(params, opt))
+
+
 @pytest.mark.parametrize("source", [None, "bfloat16", "int8", "float64"])
 @pytest.mark.parametrize("target", [None, "bfloat16", "int8", "float64"])
 def test_loading_other_dtypes(source: str | None, target: str | None) -> None:

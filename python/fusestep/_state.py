@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 NARROW = ("bfloat16", _narrow.DTYPE)
-"""State that is rounded at random."""
+"""Dtypes of state that is rounded at random."""
 
 _STATE_DTYPES = ("float32", "float64", "bfloat16", _narrow.DTYPE)
 

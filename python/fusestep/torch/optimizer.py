@@ -628,6 +628,7 @@ class Optimizer(torch.optim.Optimizer):
             _selections.count_steps(self)
 
     def _rounds_at_random(self) -> bool:
+        """Return whether what a step rounds depends on the seed."""
         return self.stochastic_rounding or self._state_dtype in NARROW
 
     def _check_schedule(self, ema_decay: EmaDecay) -> None:
@@ -1077,17 +1078,17 @@ class Optimizer(torch.optim.Optimizer):
 
         What is ours is added under ``"fusestep"`` where it is not the default.
 
+        Where rows have missed steps (``rows="exact"``), the state says which and what
+        (``missed_steps``, ``recent_steps``): it belongs to the parameters as they are now, not up
+        to date. After :meth:`flush` there is no such entry, and the state is what ``torch.optim``
+        would have.
+
         Parameters
         ----------
         state_dtype
             ``torch.float32`` or ``torch.float64``: state that is narrower is widened to it, which
             is exact. ``torch.optim`` does not know 8 bits. None: state as it is, from which a step
             goes on with the same bits.
-
-        Where rows have missed steps (``rows="exact"``), the state says which and what
-        (``missed_steps``, ``recent_steps``): it belongs to the parameters as they are now, not up
-        to date. After :meth:`flush` there is no such entry, and the state is what ``torch.optim``
-        would have.
 
         Raises
         ------
