@@ -109,6 +109,13 @@ def test_round_trips(data: st.DataObject) -> None:
     np.testing.assert_array_equal(again, decoded)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (7, 11)])
+def test_round_trips_keep_the_shape(shape: tuple[int, ...]) -> None:
+    blocks = _narrow.encode(np.ones(shape, f32), True)
+    assert blocks.codes.shape == shape
+    np.testing.assert_array_equal(_narrow.decode(blocks, True), np.ones(shape))
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 2"):
         _cpu.decode_state(np.zeros(65, np.uint8), np.zeros(1, np.uint8), True)

@@ -599,7 +599,7 @@ def test_state_of_an_optimizer_that_has_not_stepped(ranks: Ranks, name: str) -> 
 # ---- ZeroRedundancyOptimizer ---------------------------------------------------------------------
 
 
-def zero(name: str, params: Iterable[Any], bucket_views: bool = False) -> Any:
+def zero(name: str, params: Iterable[Any], bucket_views: bool = False, **extra: Any) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     import fusestep.torch
@@ -608,7 +608,7 @@ def zero(name: str, params: Iterable[Any], bucket_views: bool = False) -> Any:
         params,
         optimizer_class=getattr(fusestep.torch, name),
         parameters_as_bucket_view=bucket_views,
-        **OPTIONS[name],
+        **OPTIONS[name] | extra,
     )
 
 
@@ -657,6 +657,31 @@ def test_zero_redundancy_goes_on_from_a_checkpoint(ranks: Ranks, name: str) -> N
     expected = train_alone(name)
     for trained in ranks.run(train_zero_from_consolidated, name):
         assert_same(trained, expected)
+
+
+def train_zero_in_8_bits(rank: int, name: str) -> Any:
+    """Train with ZeRO and state in 8 bits: without a break, and over a checkpoint."""
+    results = []
+    for is_broken in (False, True):
+        model = nn.parallel.DistributedDataParallel(network())
+        optimizer = zero(name, model.parameters(), state_dtype="int8")
+        train(model, optimizer, of(rank), FIRST)
+        if is_broken:
+            states = []
+            for to in range(WORLD):
+                optimizer.consolidate_state_dict(to=to)
+                states.append(optimizer.state_dict() if rank == to else None)
+            optimizer = zero(name, model.parameters(), state_dtype="int8")
+            optimizer.load_state_dict(states[rank])
+        results.append(train(model, optimizer, of(rank), SECOND))
+        dtypes = {e["exp_avg"].dtype for e in optimizer.optim.state.values()}
+        assert dtypes == {torch.uint8}
+    return results
+
+
+def test_zero_redundancy_with_state_in_8_bits(ranks: Ranks) -> None:
+    for whole_training, in_two_parts in ranks.run(train_zero_in_8_bits, "Adam"):
+        assert_same(in_two_parts, whole_training, atol=0)
 
 
 # ---- distributed tensors as such -----------------------------------------------------------------

@@ -658,7 +658,7 @@ def test_state_in_bfloat16(name: str, given: Any) -> None:
     assert_close(params, others, 0.1)
 
 
-@pytest.mark.parametrize("bad", ["int8", torch.int8, torch.float16, "half"])
+@pytest.mark.parametrize("bad", ["uint8", torch.uint8, torch.float16, "half"])
 def test_state_in_other_dtypes(bad: Any) -> None:
     with pytest.raises(ValueError, match="state_dtype is"):
         make("Adam", parameters(), state_dtype=bad)

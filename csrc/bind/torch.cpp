@@ -87,14 +87,15 @@ TorchOptimizer::GroupOptions group_options(const py::dict& group, const std::str
   return {group, make_rule(rule, options), maximize, watched, is_mutable};
 }
 
-// `states` are a list of tensors, or None where the parameter lacks state that it will need; an
-// anchor is its strength, reference, and importance or None; a master has with it the version that
-// the parameter had when it was its rounding.
+// `states` are a list of tensors, or None where the parameter lacks state that it will need, and
+// `powers` one for each of them where they are in 8 bits; an anchor is its strength, reference, and
+// importance or None; a master has with it the version that the parameter had when it was its
+// rounding.
 using Anchor = std::tuple<double, py::object, py::object>;
 using Master = std::tuple<py::object, std::int64_t>;
 void add_parameter(TorchOptimizer& self, const py::object& tensor, std::string name,
                    const std::optional<std::vector<py::object>>& states,
-                   const std::vector<py::object>& scalars,
+                   const std::vector<py::object>& powers, const std::vector<py::object>& scalars,
                    const std::vector<std::pair<py::object, std::size_t>>& places, bool is_first,
                    bool is_sharded, std::shared_ptr<rules::RowHistory> history,
                    const std::optional<Anchor>& anchor,
@@ -104,8 +105,8 @@ void add_parameter(TorchOptimizer& self, const py::object& tensor, std::string n
   if (anchor) std::apply([&](auto... parts) { pull = TorchOptimizer::Anchor{parts...}; }, *anchor);
   std::optional<TorchOptimizer::Master> wide;
   if (master) wide = {std::get<0>(*master), std::get<1>(*master)};
-  self.add_parameter({tensor, std::move(name), states.value_or(std::vector<py::object>{}), scalars,
-                      places, states.has_value(), is_first, is_sharded, std::move(history),
+  self.add_parameter({tensor, std::move(name), states.value_or(std::vector<py::object>{}), powers,
+                      scalars, places, states.has_value(), is_first, is_sharded, std::move(history),
                       std::move(pull), std::move(block_progress), average, std::move(wide),
                       lower_half});
 }
@@ -142,9 +143,9 @@ void register_torch(py::module_& module) {
                              group_options(group, rule, options, maximize, watched, is_mutable));
           },
           "index"_a, "group"_a, "rule"_a, "options"_a, "maximize"_a, "watched"_a, "is_mutable"_a)
-      .def("add_parameter", &add_parameter, "tensor"_a, "name"_a, "states"_a, "scalars"_a,
-           "places"_a, "is_first"_a, "is_sharded"_a, "history"_a, "anchor"_a, "block_progress"_a,
-           "average"_a, "master"_a, "lower_half"_a)
+      .def("add_parameter", &add_parameter, "tensor"_a, "name"_a, "states"_a, "powers"_a,
+           "scalars"_a, "places"_a, "is_first"_a, "is_sharded"_a, "history"_a, "anchor"_a,
+           "block_progress"_a, "average"_a, "master"_a, "lower_half"_a)
       .def("catch_up", &catch_up, "optimizer"_a, "indices"_a)
       .def_property("steps", &TorchOptimizer::steps,
                     [](TorchOptimizer& self, std::int64_t steps) {

@@ -42,6 +42,7 @@ class Slot {
   const std::string& state_label(std::size_t i) const { return state_labels_.at(i); }
   const arrays::Array& parameter() const { return parameter_; }
   const arrays::Array& state(std::size_t i) const { return states_[i]; }
+  const arrays::Array& powers(std::size_t i) const { return powers_[i]; }
 
   // Adds the parameter and its state to the memory that gradients must not touch.
   void occupy(OccupiedMemory& memory) const;

@@ -108,7 +108,9 @@ void TorchOptimizer::add_parameter(Parameter parameter) {
   if (parameter.states.size() > kMaxStates)
     throw ValueError(followed.slot.name() + " has too many state tensors");
   followed.state_count = parameter.states.size();
-  for (const py::object& state : parameter.states) followed.add(Role::state, state);
+  const Role role = parameter.powers.empty() ? Role::state : Role::codes;
+  for (const py::object& state : parameter.states) followed.add(role, state);
+  for (const py::object& powers : parameter.powers) followed.add(Role::powers, powers);
   if (parameter.anchor) {
     followed.anchor_strength = parameter.anchor->strength;
     followed.add(Role::anchor, parameter.anchor->reference);
@@ -149,18 +151,22 @@ void TorchOptimizer::seal(const py::dict& state) {
   std::vector<std::string_view> names{"anchor", "anchor_importance", "average", "master",
                                       "master_low"};
   std::vector<std::string_view> scalar_names;
+  std::vector<std::string> names_of_powers;
   for (const FollowedGroup& followed : groups_) {
-    for (const auto name : followed.group.rule->state_names()) names.push_back(name);
+    for (const auto name : followed.group.rule->state_names()) {
+      names.push_back(name);
+      names_of_powers.push_back(std::string(name) + "_powers");
+    }
     for (const auto name : followed.group.rule->scalar_names()) scalar_names.push_back(name);
   }
-  const auto is_among = [](PyObject* key, const std::vector<std::string_view>& list) {
+  const auto is_among = [](PyObject* key, const auto& list) {
     return std::ranges::any_of(list, [&](std::string_view name) { return is_text(key, name); });
   };
   const auto watch = [&](PyObject* key) {
     // A scalar's tensor is not asked for its address: it is told apart for certain.
     if (is_among(key, scalar_names)) return Watch::kept_value;
     if (is_text(key, "anchor_strength")) return Watch::kept_value;
-    return is_among(key, names) ? Watch::value : Watch::key;
+    return is_among(key, names) || is_among(key, names_of_powers) ? Watch::value : Watch::key;
   };
   Py_ssize_t position = 0;
   PyObject *key, *value;
@@ -496,7 +502,9 @@ bool TorchOptimizer::is_where_it_was(const FollowedParameter& parameter) const {
 
 const arrays::Array& TorchOptimizer::FollowedParameter::view(std::size_t i) const {
   switch (roles[i]) {
-    case Role::state: return slot.state(i);
+    case Role::state:
+    case Role::codes: return slot.state(i);
+    case Role::powers: return slot.powers(i - state_count);
     case Role::anchor: return slot.anchor_reference();
     case Role::importance: return slot.anchor_importance();
     case Role::average: return slot.average();
@@ -531,12 +539,16 @@ void TorchOptimizer::bind(FollowedParameter& parameter) {
     array.pin();
     return array;
   };
-  std::vector<arrays::Array> states;
+  std::vector<arrays::Array> states, powers;
   std::optional<arrays::Array> anchor, importance, average, master, lower_half;
   for (std::size_t i = 0; i < parameter.tensor_count; ++i) {
     PyObject* const tensor = parameter.tensors[i];
     switch (parameter.roles[i]) {
       case Role::state: states.push_back(view(tensor, slot.state_label(i))); break;
+      case Role::codes: states.push_back(view(tensor, slot.state_label(i), Expected::bits)); break;
+      case Role::powers:
+        powers.push_back(view(tensor, slot.state_label(powers.size()), Expected::bits));
+        break;
       case Role::anchor: anchor = view(tensor, "the anchor of " + slot.name()); break;
       case Role::importance: importance = view(tensor, "the anchor of " + slot.name()); break;
       case Role::average: average = view(tensor, "the average of " + slot.name()); break;
@@ -547,7 +559,7 @@ void TorchOptimizer::bind(FollowedParameter& parameter) {
     }
   }
   arrays::Array itself = view(parameter.tensor, slot.name());
-  slot.bind(std::move(master ? *master : itself), std::move(states));
+  slot.bind(std::move(master ? *master : itself), std::move(states), std::move(powers));
   if (anchor)
     slot.set_anchor(*parameter.anchor_strength, std::move(*anchor), std::move(importance));
   if (average) slot.set_average(std::move(*average));

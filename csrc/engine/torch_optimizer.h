@@ -136,7 +136,8 @@ class TorchOptimizer {
     pybind11::object tensor;
     std::string name;
     std::vector<pybind11::object> states;   // in the order of the rule's names
-    std::vector<pybind11::object> scalars;  // likewise
+    std::vector<pybind11::object> powers;   // of each, where state is in 8 bits
+    std::vector<pybind11::object> scalars;  // in the order of the rule's names
     // Where the scalars are: elements of tensors of which they are views, or of their own.
     std::vector<std::pair<pybind11::object, std::size_t>> places;
     bool is_ready;    // has all the state that it needs
@@ -202,9 +203,9 @@ class TorchOptimizer {
   struct ScalarPlace {
     std::size_t tensor, element;  // in scalars_
   };
-  // What a tensor in the state of a parameter is to it.
-  enum class Role { state, anchor, importance, average, master, lower_half };
-  static constexpr std::size_t kMostTensors = kMaxStates + 4;
+  // What a tensor in the state of a parameter is to it. In 8 bits, its state is codes and powers.
+  enum class Role { state, codes, powers, anchor, importance, average, master, lower_half };
+  static constexpr std::size_t kMostTensors = 2 * kMaxStates + 4;
   struct FollowedParameter {
     PyObject* tensor;
     // Its state, and then what else it has, each once.

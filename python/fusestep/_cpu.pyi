@@ -136,6 +136,7 @@ class TorchOptimizer:
         tensor: Any,
         name: str,
         states: list[Any] | None,
+        powers: list[Any],
         scalars: list[Any],
         places: list[tuple[Any, int]],
         is_first: bool,

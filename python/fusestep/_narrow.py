@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,15 +18,26 @@ _SUFFIX = "_powers"
 
 
 class Blocks(NamedTuple):
-    """Codes, of the parameter's shape and in C order, and the exponents of their powers of two."""
+    """Codes, of the parameter's shape and in C order, and the exponents of their powers of two.
 
-    codes: npt.NDArray[np.uint8]
-    powers: npt.NDArray[np.uint8]
+    Arrays of uint8; in :mod:`fusestep.torch`, tensors.
+    """
+
+    codes: Any
+    powers: Any
 
 
 def powers_name(state: str) -> str:
     """Return how the powers of a piece of state are called in a state dict."""
     return state + _SUFFIX
+
+
+def filled(shape: tuple[int, ...], fill: float, is_signed: bool) -> Blocks:
+    """Return the codes of an array of one number."""
+    if fill == 0:
+        powers = np.zeros(blocks_of(math.prod(shape)), np.uint8)
+        return Blocks(np.zeros(shape, np.uint8), powers)
+    return encode(np.full(shape, fill, np.float32), is_signed)
 
 
 def encode(values: npt.NDArray[Any], is_signed: bool) -> Blocks:
@@ -37,11 +49,11 @@ def encode(values: npt.NDArray[Any], is_signed: bool) -> Blocks:
 
 def decode(blocks: Blocks, is_signed: bool) -> npt.NDArray[np.float32]:
     """Return what codes stand for."""
-    codes = np.ascontiguousarray(blocks.codes)
+    codes = np.ascontiguousarray(blocks.codes).reshape(-1)
     values: npt.NDArray[np.float32] = _cpu.decode_state(
-        codes.reshape(-1), np.ascontiguousarray(blocks.powers), is_signed
+        codes, np.ascontiguousarray(blocks.powers), is_signed
     )
-    return values.reshape(codes.shape)
+    return values.reshape(blocks.codes.shape)
 
 
 def grown(blocks: Blocks, rows: npt.NDArray[Any], is_signed: bool) -> Blocks:
@@ -54,6 +66,11 @@ def grown(blocks: Blocks, rows: npt.NDArray[Any], is_signed: bool) -> Blocks:
     return result
 
 
+def blocks_of(elements: int) -> int:
+    """Return how many blocks so many elements are in."""
+    return -(-elements // _cpu.elements_of_block)
+
+
 def bytes_of(elements: int) -> int:
     """Return how many bytes so many elements take."""
-    return elements + -(-elements // _cpu.elements_of_block)
+    return elements + blocks_of(elements)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _cpu, _narrow
+from . import _narrow
 from ._arrays import backend_of
 
 if TYPE_CHECKING:
     from ._arrays import ArrayDescription, Backend
 
 
-_NARROW = ("bfloat16", _narrow.DTYPE)
+NARROW = ("bfloat16", _narrow.DTYPE)
+"""Dtypes of state that is rounded at random."""
+
 _STATE_DTYPES = ("float32", "float64", "bfloat16", _narrow.DTYPE)
 
 
@@ -46,6 +49,23 @@ def check_state_dtype(value: Any) -> str | None:
     raise ValueError(f"state_dtype is {value!r}; expected None, {expected}")
 
 
+def check_wide_dtype(value: Any) -> str | None:
+    """Return None or the name of a dtype that state of less than 32 bits may be widened to."""
+    dtype = check_state_dtype(value)
+    if dtype in NARROW:
+        raise ValueError(f"state_dtype is {value!r}; expected None, float32 or float64")
+    return dtype
+
+
+def check_rows(state_dtype: str | None, rows: str) -> None:
+    """Raise ValueError for state that does not go with what is done about rows."""
+    if state_dtype == _narrow.DTYPE and rows == "exact":
+        raise ValueError(
+            "rows='exact' rounds state whenever rows are read, which 8 bits are too few for: "
+            "use state_dtype='bfloat16'"
+        )
+
+
 def new(
     parameter: ArrayDescription, backend: Backend, dtype: str, fill: float, *, is_signed: bool
 ) -> Any:
@@ -57,11 +77,7 @@ def new(
             f"state_dtype='int8' is for parameters on the CPU; one is on {parameter.device}: use "
             "state_dtype='bfloat16'"
         )
-    if fill == 0:
-        size = int(np.prod(parameter.shape, dtype=np.int64))
-        powers = np.zeros(-(-size // _cpu.elements_of_block), np.uint8)
-        return _narrow.Blocks(np.zeros(parameter.shape, np.uint8), powers)
-    return _narrow.encode(np.full(parameter.shape, fill, np.float32), is_signed)
+    return _narrow.filled(parameter.shape, fill, is_signed)
 
 
 def entries(name: str, value: Any) -> dict[str, Any]:
@@ -115,7 +131,7 @@ class Conversions(set[tuple[str, str]]):
         torch keeps state in the parameter's `own` dtype.
         """
         old, new = _name(found), _name(wanted)
-        if old not in ("", new) and (new in _NARROW or (old in _NARROW and old != _name(own))):
+        if old not in ("", new) and (new in NARROW or (old in NARROW and old != _name(own))):
             self.add((old, new))
 
     def warn(self, stacklevel: int) -> None:
@@ -142,7 +158,7 @@ def fitting(
     """
     is_narrow = isinstance(like, _narrow.Blocks)
     if isinstance(value, _narrow.Blocks):
-        blocks = _checked(value, label, like.codes if is_narrow else like)
+        blocks = _copied_blocks(value, label, like.codes if is_narrow else like)
         if is_narrow:
             return blocks
         conversions.note(_narrow.DTYPE, like.dtype, own)
@@ -161,20 +177,34 @@ def _name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def _checked(blocks: _narrow.Blocks, label: str, like: Any) -> _narrow.Blocks:
-    codes, powers = (np.array(backend_of(array).to_numpy(array)) for array in blocks)
-    if codes.dtype != np.uint8 or powers.dtype != np.uint8:
+def _copied_blocks(blocks: _narrow.Blocks, label: str, like: Any) -> _narrow.Blocks:
+    copies = _narrow.Blocks(*(np.array(backend_of(array).to_numpy(array)) for array in blocks))
+    check_blocks(copies, label, tuple(like.shape))
+    return copies
+
+
+def check_blocks(blocks: _narrow.Blocks, label: str, shape: tuple[int, ...]) -> None:
+    """Check that state in 8 bits is that of a parameter of this shape.
+
+    Raises
+    ------
+    TypeError
+        Codes or powers are not of uint8.
+    ValueError
+        Codes have another shape; or there are not as many powers as blocks.
+    """
+    dtypes = [_name(array.dtype) for array in blocks]
+    if dtypes != ["uint8", "uint8"]:
         raise TypeError(
-            f"{label} has dtypes {codes.dtype} and {powers.dtype}; expected uint8 for state in "
-            "8 bits"
+            f"{label} has dtypes {dtypes[0]} and {dtypes[1]}; expected uint8 for state in 8 bits"
         )
-    count = -(-codes.size // _cpu.elements_of_block)
-    if codes.shape != tuple(like.shape) or powers.shape != (count,):
+    expected = (shape, (_narrow.blocks_of(math.prod(shape)),))
+    found = tuple(tuple(array.shape) for array in blocks)
+    if found != expected:
         raise ValueError(
-            f"{label} has shapes {codes.shape} and {powers.shape}; expected {tuple(like.shape)} "
-            f"and ({count},)"
+            f"{label} has shapes {found[0]} and {found[1]}; expected {expected[0]} and "
+            f"{expected[1]}"
         )
-    return _narrow.Blocks(codes, powers)
 
 
 def as_state(value: Any, label: str, like: Any, *, narrows: bool = False) -> Any:

@@ -231,11 +231,7 @@ class Optimizer:
                 "they do not reach, what rows have missed: leave out one of them"
             )
 
-        if self._state_dtype == "int8" and self._rows == "exact":
-            raise ValueError(
-                "rows='exact' rounds state whenever rows are read, which 8 bits are too few for: "
-                "use state_dtype='bfloat16'"
-            )
+        _state.check_rows(self._state_dtype, self._rows)
         if ema_decay is not None and self._rows == "exact":
             raise ValueError(
                 "rows='exact' makes up for missed steps in one move, of which an average would "
@@ -615,9 +611,7 @@ class Optimizer:
         to the parameters as they are now, not up to date. After :meth:`flush` there is no such
         entry, and the state is what ``torch.optim`` would have.
         """
-        dtype = _state.check_state_dtype(state_dtype)
-        if dtype not in (None, "float32", "float64"):
-            raise ValueError(f"state_dtype is {state_dtype!r}; expected None, float32 or float64")
+        dtype = _state.check_wide_dtype(state_dtype)
         return self._between_steps(lambda: _state_dict.export(self, copy=True, dtype=dtype))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -11,9 +11,10 @@ import torch
 from .._averages import ENTRY as AVERAGE
 from .._averages import check_decay
 from .._hyperparameters import check_seed, clip_value, flag, max_norm, number
-from .._state import Conversions
+from .._narrow import powers_name
+from .._state import Conversions, entries
 from .._state_dict import BLOCK_ENTRIES, count, expect_keys, mapping, taken_missed_steps
-from . import _anchors, _masters, _selections, _state
+from . import _anchors, _masters, _pieces, _selections, _state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -74,11 +75,9 @@ def fitted_state(
     for key, parameter, label, rule in places:
         if key in saved:
             entry = mapping(saved[key], f"the state of {label}")
-            fitted = _fitted_entry(entry, parameter, label, rule, optimizer)
+            fitted = _fitted_entry(entry, parameter, label, rule, optimizer, conversions)
             if fitted or not entry:  # there may have been nothing but missed steps
                 state[parameter] = fitted
-            for name in fitted.keys() & rule.states:
-                conversions.note(entry[name].dtype, fitted[name].dtype, parameter.dtype)
     keys = {key for key, *_ in places}
     state.update({key: value for key, value in saved.items() if key not in keys})
     return state, conversions
@@ -116,7 +115,12 @@ def block_counts(
 
 
 def _fitted_entry(
-    entry: Mapping[str, Any], parameter: Tensor, label: str, rule: Rule, optimizer: Optimizer
+    entry: Mapping[str, Any],
+    parameter: Tensor,
+    label: str,
+    rule: Rule,
+    optimizer: Optimizer,
+    conversions: Conversions,
 ) -> dict[str, Any]:
     state_dtype = optimizer._state_dtype
     present = {
@@ -138,11 +142,18 @@ def _fitted_entry(
     elif present and needed and not needed & present.keys():
         expect_keys(present, f"the state of {label}", needed, set())
     dtype = _state.dtype_for(state_dtype, parameter)
+    pieces = {name: _pieces.of(present, name) for name in rule.states if name in present}
+    for name in pieces:
+        present.pop(powers_name(name), None)
     fitted: dict[str, Any] = {}
     for name, value in present.items():
         what = f"the {name} of {label}"
-        if name in rule.states:
-            fitted[name] = _state.loaded(value, what, parameter, dtype)
+        if name in pieces:
+            is_signed = rule.states[name]
+            piece = _pieces.loaded(pieces[name], what, parameter, dtype, is_signed=is_signed)
+            old, new = _pieces.dtype_of(pieces[name]), _pieces.dtype_of(piece)
+            conversions.note(old, new, parameter.dtype)
+            fitted.update(entries(name, piece))
         elif name in rule.scalars:
             fitted[name] = torch.tensor(number(what, value), dtype=_state.scalar_dtype([value]))
         elif isinstance(value, torch.Tensor):

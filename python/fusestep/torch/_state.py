@@ -10,7 +10,7 @@ from torch.utils.dlpack import from_dlpack
 
 from .. import _cpu
 from .._hyperparameters import number
-from .._state import check_state_dtype
+from .._state import NARROW
 from . import _tensors
 from ._tensors import STATE_DTYPES, is_plain
 
@@ -23,22 +23,15 @@ _COMPLEX = {
     torch.float32: torch.complex64,
     torch.float64: torch.complex128,
     torch.bfloat16: torch.complex64,  # torch has none that is as narrow
+    torch.int8: torch.complex64,
 }
 
 
-def checked_dtype(value: Any) -> str | None:
-    """Return None or the name of a dtype for what a user gave as ``state_dtype``."""
-    name = check_state_dtype(str(value)[6:] if isinstance(value, torch.dtype) else value)
-    if name == "int8":
-        raise ValueError(
-            f"state_dtype is {value!r}; expected None, torch.float32, torch.float64 or "
-            "torch.bfloat16"
-        )
-    return name
-
-
 def dtype_for(state_dtype: str | None, parameter: Tensor) -> torch.dtype:
-    """Return the dtype of a parameter's state: complex where the parameter is."""
+    """Return the dtype of a parameter's state: complex where the parameter is.
+
+    ``torch.int8`` stands for state in 8 bits; see ``_pieces.py``.
+    """
     is_double = parameter.dtype in (torch.float64, torch.complex128)
     default = torch.float64 if is_double else torch.float32
     real: torch.dtype = default if state_dtype is None else getattr(torch, state_dtype)
@@ -47,7 +40,7 @@ def dtype_for(state_dtype: str | None, parameter: Tensor) -> torch.dtype:
 
 def wide_dtype_for(state_dtype: str | None, parameter: Tensor) -> torch.dtype:
     """Return the dtype of what is kept besides the state, which is never narrower than float32."""
-    return dtype_for(None if state_dtype == "bfloat16" else state_dtype, parameter)
+    return dtype_for(None if state_dtype in NARROW else state_dtype, parameter)
 
 
 def new(parameter: Tensor, dtype: torch.dtype, fill: float) -> Tensor:

@@ -8,12 +8,15 @@ import torch
 
 from .. import _penalties
 from .._averages import ENTRY as AVERAGE
+from .._narrow import Blocks
+from .._state import entries
 from .._tables import check_count, check_init
-from . import _anchors, _averages, _masters, _state, _tensors
+from . import _anchors, _averages, _masters, _pieces, _state, _tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ._pieces import Piece
     from .optimizer import Optimizer
 
 
@@ -37,10 +40,13 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
     if _state.is_there(entry.get(AVERAGE)):
         entry[AVERAGE] = _grown(entry[AVERAGE], _averages.fresh(table, table))
     dtype = _state.dtype_for(optimizer._state_dtype, parameter)
-    for name in states:
-        if _state.is_there(entry.get(name)):
-            old = _state.fitted(entry[name], f"the {name} of {label}", parameter, dtype)
-            entry[name] = _grown(old, _state.new(table, old.dtype, optimizer._initial_state()))
+    fill = optimizer._initial_state()
+    for name, is_signed in states.items():
+        piece = _pieces.of(entry, name)
+        if _pieces.is_there(piece):
+            what = f"the {name} of {label}"
+            old = _pieces.fitted(piece, what, parameter, dtype, is_signed=is_signed)
+            entry.update(entries(name, _grown_piece(old, table, fill, is_signed=is_signed)))
     if anchor is not None:
         grown = _penalties.grown(anchor, new_rows)
         entry.update(_anchors.entries(grown, table, optimizer._state_dtype))
@@ -83,6 +89,13 @@ def _grown(old: Tensor, new: Tensor) -> Tensor:
     """Return `new`, which has more rows, with the old ones at its beginning."""
     new[: old.shape[0]] = old
     return new
+
+
+def _grown_piece(old: Piece, table: Tensor, fill: float, *, is_signed: bool) -> Piece:
+    """Return a piece of state with as many rows as a table: the old ones, and new ones."""
+    if isinstance(old, Blocks):
+        return _pieces.grown(old, len(table), fill, is_signed=is_signed)
+    return _grown(old, _state.new(table, old.dtype, fill))
 
 
 def _grown_gradient(gradient: Tensor | None, table: Tensor) -> Tensor | None:

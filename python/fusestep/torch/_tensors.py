@@ -21,7 +21,7 @@ __all__ = ["Parameter", "Tensor"]
 USE_EXCHANGE_TABLE = True
 """Whether to read tensors through torch's table of functions, where it has one (2.10)."""
 
-_INTEGER, _FLOAT, _BFLOAT, _COMPLEX = 0, 2, 4, 5  # DLPack's type codes
+_INTEGER, _UNSIGNED, _FLOAT, _BFLOAT, _COMPLEX = 0, 1, 2, 4, 5  # DLPack's type codes
 DLPACK_DTYPES = {
     torch.float64: (_FLOAT, 64),
     torch.float32: (_FLOAT, 32),
@@ -32,7 +32,7 @@ DLPACK_DTYPES = {
     torch.complex32: (_COMPLEX, 32),
 }
 # What state may be of, besides.
-STATE_DTYPES = {**DLPACK_DTYPES, torch.int16: (_INTEGER, 16)}
+STATE_DTYPES = {**DLPACK_DTYPES, torch.int16: (_INTEGER, 16), torch.uint8: (_UNSIGNED, 8)}
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 
 

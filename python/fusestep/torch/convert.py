@@ -25,8 +25,8 @@ def convert(optimizer: torch.optim.Optimizer, **extras: Any) -> Optimizer:
 
     It takes over the parameter groups (the very dicts, with learning rates, ``initial_lr`` and
     whatever else they hold, so that a scheduler which drives the old optimizer drives this one) and
-    the state (the very tensors, where their dtype is one that we keep). Step only the new one from
-    here on.
+    the state (the very tensors, where their dtype is one that we keep; with ``state_dtype="int8"``
+    the first step rounds it to nearest). Step only the new one from here on.
 
     Parameters
     ----------

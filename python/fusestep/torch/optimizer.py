@@ -18,6 +18,7 @@ from .. import _cpu
 from .._averages import ENTRY as AVERAGE
 from .._averages import check_decay
 from .._hyperparameters import check_seed, clip_value, flag, max_norm, one_of
+from .._state import NARROW, check_rows, check_state_dtype, check_wide_dtype
 from .._state_dict import OUR_SETTINGS, block_entries
 from ..gradients import as_indices
 from . import (
@@ -26,6 +27,7 @@ from . import (
     _distributed,
     _load,
     _masters,
+    _pieces,
     _samples,
     _selections,
     _state,
@@ -76,7 +78,7 @@ class Rule(NamedTuple):
     # The kernels' options, maximize, the keys of the group that say so, and whether a value may
     # change without being replaced: what the native half is told of a group.
     told: tuple[dict[str, float], bool, set[str], bool]
-    states: list[str]
+    states: dict[str, bool]  # by name: whether it is signed
     scalars: list[str]
 
 
@@ -105,9 +107,11 @@ class Optimizer(torch.optim.Optimizer):
         before its first step; what a step does not move leaves its average as it is.
     state_dtype
         Dtype of new state: None (float64 for float64 parameters, float32 for all others),
-        ``torch.float32``, ``torch.float64`` or ``torch.bfloat16``. In bfloat16 it is rounded at
-        random, up or down, so that its mean is what float32 would have; that of complex parameters
-        stays wide.
+        ``torch.float32``, ``torch.float64``, ``torch.bfloat16``, or ``torch.int8`` or ``"int8"``:
+        8 bits, of which 64 neighbours share a power of two, for parameters on the CPU that are not
+        DTensors; a step then moves whole blocks of 64 elements, or all of a parameter. In bfloat16
+        and 8 bits it is rounded at random, up or down, so that its mean is what float32 would have;
+        that of complex parameters stays wide.
     stochastic_rounding
         Round parameters in bfloat16 and float16 at random, too, so that updates count which are
         less than half of the last place.
@@ -158,6 +162,7 @@ class Optimizer(torch.optim.Optimizer):
     _counts_on_gpu: bool  # of parameters that are on one
     # While torch's constructor adds the first groups:
     _rows = "lazy"
+    _state_dtype: str | None = None
     _master: str | None = None
     _ema_decay: EmaDecay = None
     _native: _cpu.TorchOptimizer
@@ -227,8 +232,9 @@ class Optimizer(torch.optim.Optimizer):
             Shapes differ, two parameters share memory, a gradient shares memory with a parameter or
             state, a gradient is on another device than its parameter, or an option of a group has a
             value that is out of range; there are no samples where they are asked for, or not of all
-            parameters with a gradient, or of a DTensor; or `where` is given for parameters on a GPU
-            in a group that is capturable.
+            parameters with a gradient, or of a DTensor; `where` is given for parameters on a GPU in
+            a group that is capturable; or a part of a block of 64 elements would move whose state
+            is in 8 bits.
         RuntimeError
             A CUDA graph is being captured, and its replays would not be steps; or a gradient on the
             GPU is sparse, ``rows`` is "exact", or samples have weights on the GPU or ``max_norm``.
@@ -618,9 +624,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def _count_steps_if_needed(self) -> None:
         """Have steps be counted, and saved, where a schedule of averages or rounding needs it."""
-        rounds = self.stochastic_rounding or self._state_dtype == "bfloat16"
-        if callable(self._ema_decay) or rounds:
+        if callable(self._ema_decay) or self._rounds_at_random():
             _selections.count_steps(self)
+
+    def _rounds_at_random(self) -> bool:
+        """Return whether what a step rounds depends on the seed."""
+        return self.stochastic_rounding or self._state_dtype in NARROW
 
     def _check_schedule(self, ema_decay: EmaDecay) -> None:
         """Raise ValueError for a callable that a CUDA graph would have to call."""
@@ -867,6 +876,7 @@ class Optimizer(torch.optim.Optimizer):
             parameter,
             label,
             [entry[name] for name in rule.states] if is_ready else None,
+            self._powers_of(parameter, entry, rule) if is_ready else [],
             [entry[name] for name in rule.scalars] if is_ready else [],
             scalars.places(entry) if is_ready else [],
             is_first,
@@ -882,14 +892,15 @@ class Optimizer(torch.optim.Optimizer):
     def _completed_states(
         self, parameter: Tensor, entry: dict[str, Any], label: str, rule: Rule
     ) -> dict[str, Tensor]:
-        """Return the tensors that a rule needs: those there are, widened, or new ones."""
+        """Return the tensors that a rule needs: those there are, fitted, or new ones."""
         dtype = _state.dtype_for(self._state_dtype, parameter)
-        return {
-            name: _state.fitted(entry[name], f"the {name} of {label}", parameter, dtype)
-            if _state.is_there(entry.get(name))
-            else _state.new(parameter, dtype, self._initial_state())
-            for name in rule.states
-        }
+        fill = self._initial_state()
+        return _pieces.completed(entry, parameter, label, rule.states, dtype, fill)
+
+    def _powers_of(self, parameter: Tensor, entry: dict[str, Any], rule: Rule) -> list[Tensor]:
+        """Return the powers of a state in 8 bits; nothing of another one."""
+        dtype = _state.dtype_for(self._state_dtype, parameter)
+        return _pieces.powers_of(entry, rule.states, dtype)
 
     def _first_state(self, parameter: Tensor) -> dict[str, Any]:
         """Return what the state of a parameter lacks, as it is before the first step.
@@ -899,10 +910,9 @@ class Optimizer(torch.optim.Optimizer):
         rule, entry = self._rule_for(parameter), self.state.get(parameter, {})
         if not rule.scalars:
             return {}
-        dtype = _state.dtype_for(self._state_dtype, parameter)
         count = functools.partial(torch.tensor, dtype=_state.scalar_dtype())
         scalars = {name: count(_state.initial_scalar(name)) for name in rule.scalars}
-        states = {name: _state.new(parameter, dtype, self._initial_state()) for name in rule.states}
+        states = self._completed_states(parameter, {}, self._label_of(parameter), rule)
         first = {**scalars, **states}
         return {name: x for name, x in first.items() if not _state.is_there(entry.get(name))}
 
@@ -977,14 +987,20 @@ class Optimizer(torch.optim.Optimizer):
         given = {name: group[name] for name in fields if name in group}
         checked = {name: fields[name].checked(value) for name, value in given.items()}
         options = cls._array_class._native_options({**cls._implied, **checked})
-        states, scalars, _ = _cpu.describe_rule(cls._array_class._rule, options)
+        names, scalars, _ = _cpu.describe_rule(cls._array_class._rule, options)
+        signs = _cpu.state_signs(cls._array_class._rule, options)
         told = (
             options,
             bool(group.get("maximize", False)),
             {*given, *cls._array_class._fixed, *_WATCHED},
             not all(map(_is_immutable, given.values())),
         )
-        return Rule(told, states, scalars)
+        return Rule(told, dict(zip(names, signs, strict=True)), scalars)
+
+    @classmethod
+    def _rules_in(cls, groups: Iterable[Mapping[str, Any]]) -> list[Rule]:
+        """Return the rule of each parameter in some groups."""
+        return [rule for group in groups for rule in [cls._rule_of(group)] * len(group["params"])]
 
     # ---- our own hyper-parameters ---------------------------------------------------------------
 
@@ -1027,7 +1043,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def state_dtype(self) -> str | None:
-        """Dtype of new state: "float32", "float64", "bfloat16", or None to go by the parameter."""
+        """Dtype of state: "float32", "float64", "bfloat16", "int8"; None: by the parameter."""
         return self._state_dtype
 
     # ---- groups and state -----------------------------------------------------------------------
@@ -1046,7 +1062,7 @@ class Optimizer(torch.optim.Optimizer):
         TypeError, ValueError
             As torch; and where it asks for ``differentiable`` or, on the CPU, with
             ``rows="exact"`` or with a callable ``ema_decay``, ``capturable``; or has a DTensor that
-            would need a ``master``.
+            would need a ``master`` or state in 8 bits.
         """
         super().add_param_group(param_group)
         try:
@@ -1057,7 +1073,7 @@ class Optimizer(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, state_dtype: Any = None) -> dict[str, Any]:
         """Return the state and the groups in torch's form; see ``torch.optim.Optimizer``.
 
         What is ours is added under ``"fusestep"`` where it is not the default.
@@ -1067,15 +1083,25 @@ class Optimizer(torch.optim.Optimizer):
         to date. After :meth:`flush` there is no such entry, and the state is what ``torch.optim``
         would have.
 
+        Parameters
+        ----------
+        state_dtype
+            ``torch.float32`` or ``torch.float64``: state that is narrower is widened to it, which
+            is exact. ``torch.optim`` does not know 8 bits. None: state as it is, from which a step
+            goes on with the same bits.
+
         Raises
         ------
+        ValueError
+            `state_dtype` is another dtype.
         RuntimeError
             The averages are in the parameters' place (:meth:`swap_averages`).
         """
+        wide = check_wide_dtype(state_dtype)
         self._check_not_swapped()
         self._drop_unused_state()
         # As a hook, so that hooks of others see it.
-        hook: Any = Optimizer._add_progress
+        hook: Any = functools.partial(Optimizer._complete, state_dtype=wide)
         handle = self.register_state_dict_post_hook(hook, prepend=True)
         try:
             state_dict: dict[str, Any] = super().state_dict()
@@ -1088,11 +1114,13 @@ class Optimizer(torch.optim.Optimizer):
             state_dict["fusestep"] = extras
         return state_dict
 
-    def _add_progress(self, state_dict: dict[str, Any]) -> None:
-        """Add what rows have missed, and how far blocks have come."""
+    def _complete(self, state_dict: dict[str, Any], state_dtype: str | None) -> None:
+        """Widen state, and add what rows have missed, and how far blocks have come."""
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         key_of = {id(p): key for (p, _), key in zip(self._parameters(), keys, strict=True)}
         state = state_dict["state"]
+        if state_dtype is not None:
+            self._widen(state, keys, getattr(torch, state_dtype))
         for parameter, rows, steps in self._missed_steps():
             key = key_of[id(parameter)]
             state[key] = {  # a copy: it is the optimizer's own
@@ -1106,15 +1134,22 @@ class Optimizer(torch.optim.Optimizer):
             tensors = {x: torch.from_numpy(a) if hasattr(a, "shape") else a for x, a in entries}
             state[key] = {**state.get(key, {}), **tensors}
 
+    def _widen(self, state: dict[Any, Any], keys: Sequence[Any], dtype: torch.dtype) -> None:
+        """Bring state, under the keys of all parameters, to at least a dtype."""
+        for key, rule in zip(keys, self._rules_in(self.param_groups), strict=True):
+            if key in state:  # a copy: it is the optimizer's own
+                state[key] = _pieces.all_widened(state[key], rule.states, dtype)
+
     @_not_compiled
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state dict of this class, or of the torch class of this name.
 
         State is copied, and moved to its parameter's device. It is rounded, to nearest, only by
-        optimizers with ``state_dtype=torch.bfloat16``: to others, bfloat16 and float16 state, which
-        torch keeps for parameters of these dtypes, becomes float32; float64 state stays what it is.
-        A ``UserWarning`` tells of state that is rounded, and of state in bfloat16 that is widened,
-        unless the parameter is in bfloat16, too, as with torch's classes.
+        optimizers with state in bfloat16 or 8 bits: to others, bfloat16 and float16 state, which
+        torch keeps for parameters of these dtypes, becomes float32, as does state in 8 bits;
+        float64 state stays what it is. A ``UserWarning`` tells of state that is rounded, and of
+        state in bfloat16 or 8 bits that is widened, unless the parameter is in bfloat16, too, as
+        with torch's classes.
 
         Averages and masters that are not in the state dict, since they were not kept or it is of a
         torch class, begin anew at the parameters; those that this optimizer does not keep are left
@@ -1140,7 +1175,7 @@ class Optimizer(torch.optim.Optimizer):
                 loaded = result
         groups = _load.matched_groups(self.param_groups, loaded["param_groups"])
         keys = [key for group in loaded["param_groups"] for key in group["params"]]
-        rules = [rule for group in groups for rule in [self._rule_of(group)] * len(group["params"])]
+        rules = self._rules_in(groups)
         places = [
             (key, parameter, label, rule)
             for key, (parameter, label), rule in zip(keys, _labelled(groups), rules, strict=True)
@@ -1221,7 +1256,7 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         """Create what is neither torch's nor pickled."""
         _keep_compiler_out()
-        self._state_dtype = _state.checked_dtype(state_dtype)
+        self._state_dtype = check_state_dtype(state_dtype)
         self._rows = one_of("rows", rows, ("lazy", "exact"))
         self._master = _masters.check_kind(master)
         self._ema_decay = check_decay("ema_decay", ema_decay)
@@ -1247,8 +1282,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_together(self) -> None:
         """Raise ValueError for settings that do not go together, or with the parameters."""
-        _masters.check_parameters(self, self._parameters())
+        parameters = self._parameters()
+        _masters.check_parameters(self, parameters)
+        for parameter, label in parameters:
+            dtype = _state.dtype_for(self._state_dtype, parameter)
+            _pieces.check_parameter(parameter, label, dtype)
         self._check_schedule(self._ema_decay)
+        check_rows(self._state_dtype, self._rows)
         if self._rows == "exact" and self._ema_decay is not None:
             raise ValueError(
                 "rows='exact' makes up for missed steps in one move, of which an average would "
@@ -1284,7 +1324,7 @@ class Optimizer(torch.optim.Optimizer):
             "steps": self._native.steps if self._has_selected else 0,
         }
         kept = {x: value for x, value in extras.items() if value != _DEFAULTS.get(x, 0)}
-        if self.stochastic_rounding or self._state_dtype == "bfloat16":
+        if self._rounds_at_random():
             kept["seed"] = self.seed  # 0, too, says how to go on with the same bits
         return kept
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from .. import rules
-from . import _state
 from .optimizer import EmaDecay, Optimizer
 
 if TYPE_CHECKING:
@@ -502,9 +501,9 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
 
     def _make_state_ours(self) -> None:
         """Have the state that torch's constructor has made in our dtype and places."""
-        for parameter, entry in self.state.items():
-            dtype = _state.dtype_for(self._state_dtype, parameter)
-            entry["sum"] = _state.new(parameter, dtype, self._initial_state())
+        rule = self._rule_of({})
+        for parameter, label in self._parameters():
+            self.state[parameter].update(self._completed_states(parameter, {}, label, rule))
         self._adopt_scalars()
 
     def _initial_state(self) -> float:
