@@ -28,6 +28,9 @@ static_assert(kThreads * kPerThread == kTileSize, "a block moves one tile");
 
 inline constexpr int kDTypeBits = 2;
 
+// Of integers that stand for parts of floats, which are known by their places: one of their size.
+constexpr DType stored(DType dtype) { return is_float(dtype) ? dtype : DType::bfloat16; }
+
 // Anchors and averages are float32 or float64, and so is most state: to say so saves a quarter of
 // the machine code. No state is float16.
 FUSESTEP_HOST_DEVICE DType wide(DType dtype) {
@@ -80,17 +83,17 @@ using AnchoredItem = AnchoredItemOf<>;
 template <class Item>
 inline constexpr bool kMayBeAnchored = requires(const Item& item) { item.is_anchored; };
 
-// The same with room for all that a step can do: an average and a copy of the parameter, which are
-// the operands after those of an anchor; rounding at random; state of 16 bits; and a bound for
-// gradients, which is the launch's. These have kernels of their own, because each kernel takes the
-// registers of all that it can do.
+// The same with room for all that a step can do: an average and a copy of the parameter and the
+// lower half of its bits, which are the operands after those of an anchor; rounding at random;
+// state of 16 bits; and a bound for gradients, which is the launch's. These have kernels of their
+// own, because each kernel takes the registers of all that it can do.
 template <class Number = std::uint32_t>
-struct FullItemOf : AnchoredItemOf<Number, kRuleOperands + 4> {
+struct FullItemOf : AnchoredItemOf<Number, kRuleOperands + 5> {
   double decay;                // of the average
   RandomStream rounding;       // the stream is in the table where there is one
   std::int64_t first_number;   // of elements, as in Work::Numbers
   bool is_numbered_by_stride;  // by those of an operand that comes last: kNumbers
-  bool has_average, has_copy;
+  bool has_average, has_copy, has_lower_half;
   bool rounds_parameter, rounds_state;  // at random
 
   FUSESTEP_HOST_DEVICE Operand operand(int i) const { return this->any_operand(i); }

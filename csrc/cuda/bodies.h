@@ -147,11 +147,9 @@ struct UpdateWholeRows : Moves<Loop, T, ItemList> {
 
   FUSESTEP_HOST_DEVICE double sum_of_tile(int thread, const Row<Table>& row, std::uint32_t tile,
                                           const Orders<Rule, T>& orders) const {
-    const DType dtype = row.item.operand(kParameter).dtype;
-    const std::int64_t size = item_size(dtype);
     const StridedPlace place(this->list, row.item, tile);
     return sum_in_warp<place.kUnroll>(thread, place.count(), [&](int i) {
-      const T w = Bits::load(place.at(kParameter, i, size), size).template as<T>(dtype);
+      const T w = parameter_at<T, Loop::kStates>(row.item, place, i);
       const T gradient = gradient_at<T>(row.item, place, row.sources, i);
       return orders.rule.square(w, scaled<Table>(&gradient, 0, orders));
     });

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/split.h"
 #include "cuda/elements.h"
 #include "cuda/rows.h"
 #include "gradients/dense.h"
@@ -94,13 +95,96 @@ class Rounding<T, Item, Elements> {
   std::int64_t tile_;
 };
 
+// A parameter that is one float.
+template <class T, class Item, class Elements>
+class WholeParameter {
+ public:
+  FUSESTEP_HOST_DEVICE WholeParameter(const Item& item, const Elements& elements)
+      : item_(item), elements_(elements), values_(elements.load(kParameter)) {}
+
+  FUSESTEP_HOST_DEVICE T get(int k) const { return bits(k).template as<T>(dtype()); }
+
+  // Returns what is kept of it.
+  FUSESTEP_HOST_DEVICE T set(int k, T w, const Rounding<T, Item, Elements>& rounded) {
+    const Bits moved = rounded(kParameter, k, dtype(), w);
+    set(k, moved);
+    return moved.template as<T>(dtype());
+  }
+
+  FUSESTEP_HOST_DEVICE void store() const { elements_.store(kParameter, values_); }
+
+ protected:
+  using Values = typename Elements::Values;
+
+  FUSESTEP_HOST_DEVICE Bits bits(int k) const { return values_.get(k, dtype()); }
+  FUSESTEP_HOST_DEVICE void set(int k, Bits bits) { values_.set(k, dtype(), bits); }
+
+  const Item& item_;
+  const Elements& elements_;
+
+ private:
+  FUSESTEP_HOST_DEVICE DType dtype() const { return item_.operand(kParameter).dtype; }
+
+  Values values_;
+};
+
+// Either that or, if it is kept in two halves, both; the lower one is this operand.
+template <class T, class Item, class Elements, int lower>
+class Parameter : public WholeParameter<T, Item, Elements> {
+ public:
+  using WholeParameter<T, Item, Elements>::WholeParameter;
+};
+
+template <class T>
+FUSESTEP_HOST_DEVICE T joined(Bits upper, Bits lower) {
+  const Halves halves{{static_cast<std::uint16_t>(upper.low)},
+                      static_cast<std::uint16_t>(lower.low)};
+  return static_cast<T>(halves.value());
+}
+
+template <class T, class Item, class Elements, int lower>
+  requires kIsFull<Item>
+class Parameter<T, Item, Elements, lower> : public WholeParameter<T, Item, Elements> {
+  using Whole = WholeParameter<T, Item, Elements>;
+
+ public:
+  FUSESTEP_HOST_DEVICE Parameter(const Item& item, const Elements& elements)
+      : Whole(item, elements) {
+    if (item.has_lower_half) lower_ = elements.load(lower);
+  }
+
+  FUSESTEP_HOST_DEVICE T get(int k) const {
+    if (!item_.has_lower_half) return Whole::get(k);
+    return joined<T>(Whole::bits(k), lower_.get(k, kHalf));
+  }
+
+  FUSESTEP_HOST_DEVICE T set(int k, T w, const Rounding<T, Item, Elements>& rounded) {
+    if (!item_.has_lower_half) return Whole::set(k, w, rounded);
+    const Halves halves = Halves::of(static_cast<float>(w));
+    Whole::set(k, {halves.upper.bits, 0});
+    lower_.set(k, kHalf, {halves.lower, 0});
+    return static_cast<T>(halves.value());
+  }
+
+  FUSESTEP_HOST_DEVICE void store() const {
+    Whole::store();
+    if (item_.has_lower_half) elements_.store(lower, lower_);
+  }
+
+ private:
+  using Whole::item_, Whole::elements_;
+  static constexpr DType kHalf = stored(DType::bits16);
+
+  typename Whole::Values lower_;
+};
+
 // What follows a parameter, if anything does: its average and its copy, which are the operands from
 // this one on.
 template <class T, class Item, class Elements, int first>
 class Followers {
  public:
   FUSESTEP_HOST_DEVICE Followers(const Item&, const Elements&) {}
-  FUSESTEP_HOST_DEVICE void follow(int, Bits) {}
+  FUSESTEP_HOST_DEVICE void follow(int, T) {}
   FUSESTEP_HOST_DEVICE void store() const {}
 };
 
@@ -113,9 +197,8 @@ class Followers<T, Item, Elements, first> {
     if (item.has_average) average_ = elements.load(kAverage);
   }
 
-  // The parameter as it is stored.
-  FUSESTEP_HOST_DEVICE void follow(int k, Bits parameter) {
-    const T w = parameter.template as<T>(item_.operand(kParameter).dtype);
+  // The parameter as it is kept.
+  FUSESTEP_HOST_DEVICE void follow(int k, T w) {
     if (item_.has_average) {
       const DType dtype = wide(item_.operand(kAverage).dtype);
       const T before = average_.get(k, dtype).template as<T>(dtype);
@@ -167,7 +250,7 @@ template <class T, int states, class Item, class Elements, class Sources, class 
 FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const Sources& sources,
                                GetOrders get_orders) {
   using Values = typename Elements::Values;
-  Values parameter = elements.load(kParameter);
+  Parameter<T, Item, Elements, kState + states + 4> parameter(item, elements);
   const Values gradient = elements.load(kGradient);
   Values state[states > 0 ? states : 1];
   FUSESTEP_UNROLL
@@ -197,7 +280,7 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
   const Rounding<T, Item, Elements> rounded(item, elements, orders.rounding);
   FUSESTEP_UNROLL
   for (int k = 0; k < kPerThread; ++k) {
-    T w = value(parameter, k, kParameter);
+    T w = parameter.get(k);
     const T g = scaled<Item>(sum, k, orders);
     T s[states > 0 ? states : 1];
     FUSESTEP_UNROLL
@@ -206,16 +289,14 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
     if constexpr (states == 1) orders.rule(w, g, s[0]);
     if constexpr (states == 2) orders.rule(w, g, s[0], s[1]);
     if constexpr (states == 3) orders.rule(w, g, s[0], s[1], s[2]);
-    const Bits moved = rounded(kParameter, k, dtype(kParameter), pull(k, w));
-    parameter.set(k, dtype(kParameter), moved);
-    followers.follow(k, moved);
+    followers.follow(k, parameter.set(k, pull(k, w), rounded));
     FUSESTEP_UNROLL
     for (int i = 0; i < states; ++i)
       state[i].set(k, dtype(kState + i), rounded(kState + i, k, dtype(kState + i), s[i]));
   }
 
   if (!orders.keeps_value) {
-    elements.store(kParameter, parameter);
+    parameter.store();
     followers.store();
   }
   FUSESTEP_UNROLL
@@ -233,6 +314,22 @@ FUSESTEP_HOST_DEVICE void clear(const Item& item, const Elements& elements,
   FUSESTEP_DO_NOT_UNROLL
   for (std::int64_t i = 0; i < sources.count(); ++i)
     elements.store(kGradient, zeros, sources.offset(i));
+}
+
+// One element of an operand.
+template <class Item, class Place>
+FUSESTEP_HOST_DEVICE Bits bits_at(const Item& item, const Place& place, int operand, int i) {
+  const std::int64_t size = item_size(item.operand(operand).dtype);
+  return Bits::load(place.at(operand, i, size), size);
+}
+
+// One element of the parameter, by a rule with so much state.
+template <class T, int states, class Item, class Place>
+FUSESTEP_HOST_DEVICE T parameter_at(const Item& item, const Place& place, int i) {
+  const Bits bits = bits_at(item, place, kParameter, i);
+  if constexpr (kIsFull<Item>)
+    if (item.has_lower_half) return joined<T>(bits, bits_at(item, place, kState + states + 4, i));
+  return bits.as<T>(item.operand(kParameter).dtype);
 }
 
 // One element of a gradient.

@@ -28,7 +28,8 @@ struct Piece {
   bool is_strided() const { return iteration().layout != nullptr; }
   bool is_anchored() const { return work->anchor.reference != 0; }
   bool needs_full_item() const {
-    return work->followers.any() || work->rounding.is_random() || has_narrow_state();
+    return work->followers.any() || work->rounding.is_random() || has_narrow_state() ||
+           work->lower_half != 0;
   }
   int axes() const { return is_strided() ? iteration().layout->tiling().count : has_rows(); }
 
@@ -156,6 +157,7 @@ int place_of(int operand, const Work& work) {
   if (operand == work.anchor.importance) return others + 1;
   if (operand == work.followers.average) return others + 2;
   if (operand == work.followers.copy) return others + 3;
+  if (operand == work.lower_half) return others + 4;
   return kNumbers;
 }
 
@@ -189,6 +191,7 @@ void add_others(Item& item, const Work& work) {
   item.decay = work.followers.decay;
   item.has_average = work.followers.average != 0;
   item.has_copy = work.followers.copy != 0;
+  item.has_lower_half = work.lower_half != 0;
   item.rounding = work.rounding.stream;
   item.rounds_parameter = work.rounding.is_random_in_parameter;
   item.rounds_state = work.rounding.is_random_in_state;
@@ -234,7 +237,7 @@ void add(Body& body, const Piece& piece, std::uint32_t rule) {
     const Operand& operand = iteration.operand[i];
     item.data[place] = operand.data;
     item.dtypes = static_cast<typename Item::DTypes>(
-        item.dtypes | static_cast<unsigned>(operand.dtype) << kDTypeBits * place);
+        item.dtypes | static_cast<unsigned>(stored(operand.dtype)) << kDTypeBits * place);
     item.is_aligned = item.is_aligned && is_aligned(operand);
   });
   if (piece.is_strided()) {

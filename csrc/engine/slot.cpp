@@ -388,7 +388,8 @@ void Slot::check_state_has_one_layout() const {
                                  other.geometry().strides[axis] * item_size(first.dtype))
         throw ValueError(name_ + " is on " + name_of(device()) +
                          ", and a part of it is to move (where=); there, all of its state, its "
-                         "anchor, its average and its copy must have the same layout");
+                         "anchor, its average, its copy and its lower half must have the same "
+                         "layout");
   }
 }
 
@@ -554,9 +555,6 @@ void Slot::set_copy(Array copy) {
 }
 
 void Slot::set_lower_half(Array lower_half) {
-  if (is_on_gpu())
-    throw ValueError(name_ + " is on " + name_of(device()) +
-                     ", where numbers are not kept in two halves");
   if (parameter_.dtype != DType::bfloat16)
     throw TypeError(name_ + " has dtype " + name_of(parameter_.dtype) +
                     "; only bfloat16 has a lower half");
