@@ -95,46 +95,6 @@ class Rounding<T, Item, Elements> {
   std::int64_t tile_;
 };
 
-// A parameter that is one float.
-template <class T, class Item, class Elements>
-class WholeParameter {
- public:
-  FUSESTEP_HOST_DEVICE WholeParameter(const Item& item, const Elements& elements)
-      : item_(item), elements_(elements), values_(elements.load(kParameter)) {}
-
-  FUSESTEP_HOST_DEVICE T get(int k) const { return bits(k).template as<T>(dtype()); }
-
-  // Returns what is kept of it.
-  FUSESTEP_HOST_DEVICE T set(int k, T w, const Rounding<T, Item, Elements>& rounded) {
-    const Bits moved = rounded(kParameter, k, dtype(), w);
-    set(k, moved);
-    return moved.template as<T>(dtype());
-  }
-
-  FUSESTEP_HOST_DEVICE void store() const { elements_.store(kParameter, values_); }
-
- protected:
-  using Values = typename Elements::Values;
-
-  FUSESTEP_HOST_DEVICE Bits bits(int k) const { return values_.get(k, dtype()); }
-  FUSESTEP_HOST_DEVICE void set(int k, Bits bits) { values_.set(k, dtype(), bits); }
-
-  const Item& item_;
-  const Elements& elements_;
-
- private:
-  FUSESTEP_HOST_DEVICE DType dtype() const { return item_.operand(kParameter).dtype; }
-
-  Values values_;
-};
-
-// Either that or, if it is kept in two halves, both; the lower one is this operand.
-template <class T, class Item, class Elements, int lower>
-class Parameter : public WholeParameter<T, Item, Elements> {
- public:
-  using WholeParameter<T, Item, Elements>::WholeParameter;
-};
-
 template <class T>
 FUSESTEP_HOST_DEVICE T joined(Bits upper, Bits lower) {
   const Halves halves{{static_cast<std::uint16_t>(upper.low)},
@@ -142,40 +102,58 @@ FUSESTEP_HOST_DEVICE T joined(Bits upper, Bits lower) {
   return static_cast<T>(halves.value());
 }
 
-template <class T, class Item, class Elements, int lower>
-  requires kIsFull<Item>
-class Parameter<T, Item, Elements, lower> : public WholeParameter<T, Item, Elements> {
-  using Whole = WholeParameter<T, Item, Elements>;
-
+// The lower half of a parameter that is kept in two (core/split.h), if it is: this operand. The
+// parameter is the upper one then, and is read and written with it.
+template <class T, class Item, class Elements, int operand>
+class LowerHalf {
  public:
-  FUSESTEP_HOST_DEVICE Parameter(const Item& item, const Elements& elements)
-      : Whole(item, elements) {
-    if (item.has_lower_half) lower_ = elements.load(lower);
+  FUSESTEP_HOST_DEVICE LowerHalf(const Item&, const Elements&) {}
+  FUSESTEP_HOST_DEVICE T read(int, Bits parameter, DType dtype) const {
+    return parameter.template as<T>(dtype);
+  }
+  FUSESTEP_HOST_DEVICE Bits split(int, T, Bits whole) { return whole; }
+  FUSESTEP_HOST_DEVICE Bits kept(Bits parameter, DType) const { return parameter; }
+  FUSESTEP_HOST_DEVICE void store() const {}
+};
+
+template <class T, class Item, class Elements, int operand>
+  requires kIsFull<Item>
+class LowerHalf<T, Item, Elements, operand> {
+ public:
+  FUSESTEP_HOST_DEVICE LowerHalf(const Item& item, const Elements& elements)
+      : has_(item.has_lower_half), elements_(elements) {
+    if (has_) values_ = elements.load(operand);
   }
 
-  FUSESTEP_HOST_DEVICE T get(int k) const {
-    if (!item_.has_lower_half) return Whole::get(k);
-    return joined<T>(Whole::bits(k), lower_.get(k, kHalf));
+  FUSESTEP_HOST_DEVICE T read(int k, Bits parameter, DType dtype) const {
+    return has_ ? joined<T>(parameter, values_.get(k, kDType)) : parameter.template as<T>(dtype);
   }
 
-  FUSESTEP_HOST_DEVICE T set(int k, T w, const Rounding<T, Item, Elements>& rounded) {
-    if (!item_.has_lower_half) return Whole::set(k, w, rounded);
+  // What is stored of the parameter, of which these are the bits if it is whole.
+  FUSESTEP_HOST_DEVICE Bits split(int k, T w, Bits whole) {
+    if (!has_) return whole;
     const Halves halves = Halves::of(static_cast<float>(w));
-    Whole::set(k, {halves.upper.bits, 0});
-    lower_.set(k, kHalf, {halves.lower, 0});
-    return static_cast<T>(halves.value());
+    last_ = {halves.lower, 0};
+    values_.set(k, kDType, last_);
+    return {halves.upper.bits, 0};
+  }
+
+  // What the element that was split last is from now on.
+  FUSESTEP_HOST_DEVICE T kept(Bits parameter, DType dtype) const {
+    return has_ ? joined<T>(parameter, last_) : parameter.template as<T>(dtype);
   }
 
   FUSESTEP_HOST_DEVICE void store() const {
-    Whole::store();
-    if (item_.has_lower_half) elements_.store(lower, lower_);
+    if (has_) elements_.store(operand, values_);
   }
 
  private:
-  using Whole::item_, Whole::elements_;
-  static constexpr DType kHalf = stored(DType::bits16);
+  static constexpr DType kDType = stored(DType::bits16);
 
-  typename Whole::Values lower_;
+  bool has_;
+  const Elements& elements_;
+  typename Elements::Values values_;
+  Bits last_;
 };
 
 // What follows a parameter, if anything does: its average and its copy, which are the operands from
@@ -184,7 +162,7 @@ template <class T, class Item, class Elements, int first>
 class Followers {
  public:
   FUSESTEP_HOST_DEVICE Followers(const Item&, const Elements&) {}
-  FUSESTEP_HOST_DEVICE void follow(int, T) {}
+  FUSESTEP_HOST_DEVICE void follow(int, Bits) {}
   FUSESTEP_HOST_DEVICE void store() const {}
 };
 
@@ -250,13 +228,14 @@ template <class T, int states, class Item, class Elements, class Sources, class 
 FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const Sources& sources,
                                GetOrders get_orders) {
   using Values = typename Elements::Values;
-  Parameter<T, Item, Elements, kState + states + 4> parameter(item, elements);
+  Values parameter = elements.load(kParameter);
   const Values gradient = elements.load(kGradient);
   Values state[states > 0 ? states : 1];
   FUSESTEP_UNROLL
   for (int s = 0; s < states; ++s) state[s] = elements.load(kState + s);
   Pull<T, Item, Elements, kState + states> pull(item, elements);
   Followers<T, Item, Elements, kState + states + 2> followers(item, elements);
+  LowerHalf<T, Item, Elements, kState + states + 4> lower(item, elements);
 
   const auto dtype = [&](int operand) {
     const DType any = item.operand(operand).dtype;
@@ -280,7 +259,7 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
   const Rounding<T, Item, Elements> rounded(item, elements, orders.rounding);
   FUSESTEP_UNROLL
   for (int k = 0; k < kPerThread; ++k) {
-    T w = parameter.get(k);
+    T w = lower.read(k, parameter.get(k, dtype(kParameter)), dtype(kParameter));
     const T g = scaled<Item>(sum, k, orders);
     T s[states > 0 ? states : 1];
     FUSESTEP_UNROLL
@@ -289,14 +268,18 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
     if constexpr (states == 1) orders.rule(w, g, s[0]);
     if constexpr (states == 2) orders.rule(w, g, s[0], s[1]);
     if constexpr (states == 3) orders.rule(w, g, s[0], s[1], s[2]);
-    followers.follow(k, parameter.set(k, pull(k, w), rounded));
+    const T pulled = pull(k, w);
+    const Bits moved = lower.split(k, pulled, rounded(kParameter, k, dtype(kParameter), pulled));
+    parameter.set(k, dtype(kParameter), moved);
+    followers.follow(k, lower.kept(moved, dtype(kParameter)));
     FUSESTEP_UNROLL
     for (int i = 0; i < states; ++i)
       state[i].set(k, dtype(kState + i), rounded(kState + i, k, dtype(kState + i), s[i]));
   }
 
   if (!orders.keeps_value) {
-    parameter.store();
+    elements.store(kParameter, parameter);
+    lower.store();
     followers.store();
   }
   FUSESTEP_UNROLL

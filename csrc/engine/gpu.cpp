@@ -131,7 +131,7 @@ void Gpu::take(const Request& request) {
   SummedGradients gradients;
   if (has_parts_) {
     for (const Update* update : updates_) add_moving(*update, tables);
-    if (request.max_norm) gradients = summed_gradients();
+    if (request.max_norm || request.skip_nonfinite) gradients = summed_gradients();
   }
   StepOptions options = request.options;
   options.clear_gradients = options.clear_gradients && !moves_less_;
