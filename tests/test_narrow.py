@@ -317,6 +317,20 @@ def test_tracking_moves_all_state() -> None:
     assert (state_of(opt, "exp_avg") != 0).mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", [*NARROW, None])
+def test_the_largest_updates_of_blocks_that_have_come_differently_far(dtype: str | None) -> None:
+    """How far elements would move depends on how often their block has moved."""
+    rng = np.random.default_rng(14)
+    w = draw(rng, (30, 64))
+    opt = fs.Adam(w, lr=1.0, state_dtype=dtype)
+    opt.step(draw(rng, w.shape), where=np.arange(30) < 10)
+    before = w.copy()
+    opt.step(draw(rng, w.shape), where=fs.TopK(0.25, by="update", frozen="track"))
+    moved = np.abs(w - before)
+    assert np.count_nonzero(moved) == 480
+    assert moved[moved > 0].min() > 0.5
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("columns", [64, 320])
 def test_rows(dtype: str, columns: int) -> None:
