@@ -99,7 +99,7 @@ class Element {
     const Halves halves = Halves::of(static_cast<float>(w));
     store(kParameter, Bits{halves.upper.bits, 0});
     store(kLowerHalf, Bits{halves.lower, 0});
-    return static_cast<T>(halves.value());
+    return static_cast<T>(static_cast<float>(w));
   }
   FUSESTEP_HOST_DEVICE Bits store(int operand, T value) const {
     return store(operand, Bits::of(item_.operand(operand).dtype, value));

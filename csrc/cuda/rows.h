@@ -58,7 +58,7 @@ struct Row {
     if constexpr (kHasBlocks<Table>) {
       FUSESTEP_UNROLL
       for (int i = 0; i < kMaxStates; ++i)
-        item.powers[i] += of_state * table.stride[kState + i] / kBlockElements;
+        if (item.powers[i]) item.powers[i] += of_state * table.stride[kState + i] / kBlockElements;
     }
   }
 };

@@ -112,7 +112,7 @@ class LowerHalf {
     return parameter.template as<T>(dtype);
   }
   FUSESTEP_HOST_DEVICE Bits split(int, T, Bits whole) { return whole; }
-  FUSESTEP_HOST_DEVICE Bits kept(Bits parameter, DType) const { return parameter; }
+  FUSESTEP_HOST_DEVICE Bits kept(T, Bits parameter, DType) const { return parameter; }
   FUSESTEP_HOST_DEVICE void store() const {}
 };
 
@@ -121,39 +121,39 @@ template <class T, class Item, class Elements, int operand>
 class LowerHalf<T, Item, Elements, operand> {
  public:
   FUSESTEP_HOST_DEVICE LowerHalf(const Item& item, const Elements& elements)
-      : has_(item.has_lower_half), elements_(elements) {
-    if (has_) values_ = elements.load(operand);
+      : item_(item), elements_(elements) {
+    if (item_.has_lower_half) before_ = elements.load(operand);
   }
 
   FUSESTEP_HOST_DEVICE T read(int k, Bits parameter, DType dtype) const {
-    return has_ ? joined<T>(parameter, values_.get(k, kDType)) : parameter.template as<T>(dtype);
+    return item_.has_lower_half ? joined<T>(parameter, before_.get(k, kDType))
+                                : parameter.template as<T>(dtype);
   }
 
   // What is stored of the parameter, of which these are the bits if it is whole.
   FUSESTEP_HOST_DEVICE Bits split(int k, T w, Bits whole) {
-    if (!has_) return whole;
+    if (!item_.has_lower_half) return whole;
     const Halves halves = Halves::of(static_cast<float>(w));
-    last_ = {halves.lower, 0};
-    values_.set(k, kDType, last_);
+    after_.set(k, kDType, {halves.lower, 0});
     return {halves.upper.bits, 0};
   }
 
-  // What the element that was split last is from now on.
-  FUSESTEP_HOST_DEVICE T kept(Bits parameter, DType dtype) const {
-    return has_ ? joined<T>(parameter, last_) : parameter.template as<T>(dtype);
+  // What it is from then on: halves lose nothing of a float32.
+  FUSESTEP_HOST_DEVICE T kept(T w, Bits parameter, DType dtype) const {
+    return item_.has_lower_half ? static_cast<T>(static_cast<float>(w))
+                                : parameter.template as<T>(dtype);
   }
 
   FUSESTEP_HOST_DEVICE void store() const {
-    if (has_) elements_.store(operand, values_);
+    if (item_.has_lower_half) elements_.store(operand, after_);
   }
 
  private:
   static constexpr DType kDType = stored(DType::bits16);
 
-  bool has_;
+  const Item& item_;
   const Elements& elements_;
-  typename Elements::Values values_;
-  Bits last_;
+  typename Elements::Values before_, after_{};
 };
 
 // What follows a parameter, if anything does: its average and its copy, which are the operands from
@@ -271,7 +271,7 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
     const T pulled = pull(k, w);
     const Bits moved = lower.split(k, pulled, rounded(kParameter, k, dtype(kParameter), pulled));
     parameter.set(k, dtype(kParameter), moved);
-    followers.follow(k, lower.kept(moved, dtype(kParameter)));
+    followers.follow(k, lower.kept(pulled, moved, dtype(kParameter)));
     FUSESTEP_UNROLL
     for (int i = 0; i < states; ++i)
       state[i].set(k, dtype(kState + i), rounded(kState + i, k, dtype(kState + i), s[i]));

@@ -14,13 +14,11 @@
 
 namespace fusestep::cuda {
 
-// ---- codes of state that has a sign, or has none
-// -------------------------------------------------
+// ---- codes of state that has a sign, or has none ------------------------------------------------
 
-FUSESTEP_HOST_DEVICE float decoded(bool is_signed, std::byte code, SharedPower power) {
-  const auto bits = static_cast<std::uint8_t>(code);
-  return is_signed ? SmallFloat<true>::decode_any(bits, power.value())
-                   : SmallFloat<false>::decode_any(bits, power.value());
+FUSESTEP_HOST_DEVICE float decoded(bool is_signed, std::uint8_t code, SharedPower power) {
+  return is_signed ? SmallFloat<true>::decode_any(code, power.value())
+                   : SmallFloat<false>::decode_any(code, power.value());
 }
 
 FUSESTEP_HOST_DEVICE std::byte encoded(bool is_signed, float x, SharedPower power,
@@ -37,8 +35,7 @@ FUSESTEP_HOST_DEVICE SharedPower shared_power_of_any(bool is_signed, std::uint32
   return is_signed ? SharedPower::of_any<true>(finite) : SharedPower::of_any<false>(finite);
 }
 
-// ---- what a thread has of it
-// ---------------------------------------------------------------------
+// ---- what a thread has of a block ---------------------------------------------------------------
 
 // Elements of a row from one on, counted in C order.
 template <class Row>
@@ -91,8 +88,8 @@ class PlaceInCOrder {
 };
 
 // A thread's share of a block, of which not all elements need be there, nor change their value.
-// State is decoded when it is loaded; what it becomes goes to `moved`, to be encoded when all of
-// the block is there.
+// What state becomes is not stored but goes to `moved`, to be encoded when all of the block has
+// been there.
 template <class Rule, int states, class Row>
 class ElementsOfBlock : public SpreadElements<kLanesOfBlock, Row, PlaceInCOrder<Row>> {
   using Spread = SpreadElements<kLanesOfBlock, Row, PlaceInCOrder<Row>>;
@@ -101,8 +98,26 @@ class ElementsOfBlock : public SpreadElements<kLanesOfBlock, Row, PlaceInCOrder<
   struct Moved {
     float state[states][kPerThread];
   };
-  using Values = typename Spread::Values;
   using Spread::has, Spread::index;
+
+  // Codes are decoded when they are asked for, and by then all operands are under way.
+  class Values : public Spread::Values {
+   public:
+    FUSESTEP_HOST_DEVICE Bits get(int k, DType dtype) const {
+      const Bits bits = as_set(k, dtype);
+      if (!is_code_) return bits;
+      const float x = decoded(is_signed_, static_cast<std::uint8_t>(bits.low), power_);
+      return {bit_cast<std::uint32_t>(x), 0};
+    }
+    FUSESTEP_HOST_DEVICE Bits as_set(int k, DType dtype) const {
+      return Spread::Values::get(k, dtype);
+    }
+
+   private:
+    friend ElementsOfBlock;
+    bool is_code_ = false, is_signed_ = false;
+    SharedPower power_{0};
+  };
 
   FUSESTEP_HOST_DEVICE ElementsOfBlock(const Row& row, const PlaceInCOrder<Row>& place, int lane,
                                        std::int64_t written, Moved& moved)
@@ -113,15 +128,19 @@ class ElementsOfBlock : public SpreadElements<kLanesOfBlock, Row, PlaceInCOrder<
   }
 
   FUSESTEP_HOST_DEVICE Values load(int operand, std::int64_t offset = 0) const {
-    if (!is_state(operand)) return Spread::load(operand, offset);
-    const int state = operand - kState;
-    const SharedPower power{static_cast<std::uint8_t>(*this->place_.power(state))};
     Values values;
+    if (!is_state(operand)) {
+      static_cast<typename Spread::Values&>(values) = Spread::load(operand, offset);
+      return values;
+    }
+    const int state = operand - kState;
+    values.is_code_ = true;
+    values.is_signed_ = is_signed(state);
+    values.power_ = {static_cast<std::uint8_t>(*this->place_.power(state))};
     FUSESTEP_UNROLL
     for (int k = 0; k < kPerThread; ++k) {
-      const std::byte code = has(k) ? *this->code(state, k) : std::byte{0};
-      const float x = decoded(is_signed(state), code, power);
-      values.set(k, DType::float32, {bit_cast<std::uint32_t>(x), 0});
+      const auto bits = has(k) ? static_cast<std::uint32_t>(*code(state, k)) : 0u;
+      values.set(k, DType::float32, {bits, 0});
     }
     return values;
   }
@@ -132,7 +151,7 @@ class ElementsOfBlock : public SpreadElements<kLanesOfBlock, Row, PlaceInCOrder<
     const std::int64_t size = item_size(dtype);
     FUSESTEP_UNROLL
     for (int k = 0; k < kPerThread; ++k) {
-      const Bits bits = values.get(k, dtype);
+      const Bits bits = values.as_set(k, dtype);
       if (is_state(operand))
         moved_.state[operand - kState][k] = has(k) ? bit_cast<float>(bits.low) : 0.0f;
       else if (has(k) && written_ >> this->index(k) & 1)
@@ -153,8 +172,7 @@ class ElementsOfBlock : public SpreadElements<kLanesOfBlock, Row, PlaceInCOrder<
   Moved& moved_;
 };
 
-// ---- what all of them have
-// -----------------------------------------------------------------------
+// ---- what all of them have of it ----------------------------------------------------------------
 
 template <class Rule, int states, class Row>
 class SharesOfBlock {

@@ -81,8 +81,10 @@ def are_whole(block: int, *counts: npt.NDArray[Any], elements: int) -> bool:
         return True
     first = np.arange(0, elements, _cpu.elements_of_block)
     of_elements = [np.repeat(values, block)[:elements] for values in counts]
-    least, most = ([how.reduceat(x, first) for x in of_elements] for how in (np.minimum, np.maximum))
-    return all(map(np.array_equal, least, most))
+    return all(
+        np.array_equal(np.minimum.reduceat(x, first), np.maximum.reduceat(x, first))
+        for x in of_elements
+    )
 
 
 def bytes_of(elements: int) -> int:
