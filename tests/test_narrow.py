@@ -349,6 +349,20 @@ def test_tracking_moves_all_state() -> None:
     assert (state_of(opt, "exp_avg") != 0).mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", [*NARROW, None])
+def test_the_largest_updates_of_blocks_that_have_come_differently_far(dtype: str | None) -> None:
+    """How far elements would move depends on how often their block has moved."""
+    rng = np.random.default_rng(14)
+    w = draw(rng, (30, 64))
+    opt = fs.Adam(w, lr=1.0, state_dtype=dtype)
+    opt.step(draw(rng, w.shape), where=np.arange(30) < 10)
+    before = w.copy()
+    opt.step(draw(rng, w.shape), where=fs.TopK(0.25, by="update", frozen="track"))
+    moved = np.abs(w - before)
+    assert np.count_nonzero(moved) == 480
+    assert moved[moved > 0].min() > 0.5
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("columns", [64, 320])
 def test_rows(dtype: str, columns: int) -> None:
@@ -381,11 +395,29 @@ def test_parts_of_blocks_are_refused_and_nothing_has_changed() -> None:
     ):
         with pytest.raises(ValueError, match="in blocks of 64 elements"):
             opt.step(draw(rng, (20, 60)), where=where)
-    with pytest.raises(ValueError, match="rows of a multiple of 64"):
-        opt.step(fs.Rows([1], draw(rng, (1, 60))))
+    for frozen in (None, fs.Mask(np.arange(20) < 3, frozen="track")):
+        with pytest.raises(ValueError, match="rows of a multiple of 64"):
+            opt.step(fs.Rows([1], draw(rng, (1, 60))), where=frozen)
     assert digest(opt) == before
     with pytest.raises(ValueError, match="rows='exact'"):
         fs.Adam(np.zeros((3, 64), f32), state_dtype="int8", rows="exact")
+
+
+def test_blocks_of_which_elements_have_come_differently_far_are_refused() -> None:
+    """As they have where state was wider, and elements were selected one by one."""
+    rng = np.random.default_rng(13)
+    w = draw(rng, (10, 64))
+    wide = fs.NAdam(w.copy(), state_dtype="bfloat16")
+    wide.step(draw(rng, w.shape), where=np.arange(10) % 3 == 0)
+    narrow = fs.NAdam(w, state_dtype="int8")
+    with pytest.warns(UserWarning, match="from bfloat16 to int8"):
+        narrow.load_state_dict(wide.state_dict())
+    narrow.step(draw(rng, w.shape))
+    wide.step(draw(rng, w.shape), where=rng.random(w.shape) < 0.5)
+    before = digest(narrow)
+    with pytest.raises(ValueError, match="have had more updates than others"):
+        narrow.load_state_dict(wide.state_dict())
+    assert digest(narrow) == before
 
 
 # ---- memory, checkpoints ------------------------------------------------------------------------

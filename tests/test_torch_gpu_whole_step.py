@@ -17,6 +17,7 @@ from test_torch_gpu import (  # noqa: E402
     Place,
     assert_same_course,
     give,
+    give_rows,
     leaves,
     machine,
     new,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["machine"]
 
 NARROW = [torch.bfloat16, torch.float16]
-KINDS = ["float32"]  # masters in two halves are for the CPU
+KINDS = ["float32", "split"]
 
 
 def standing(opt: Any, params: list[Any]) -> list[Any]:
@@ -45,6 +46,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"stochastic_rounding": True, "seed": 3},
     "narrow state": {"state_dtype": "bfloat16", "seed": 4},
     "wide": {"master": "float32", "ema_decay": 0.9},
+    "split": {"master": "split", "ema_decay": 0.9},
+    "split and random": {"master": "split", "stochastic_rounding": True, "seed": 6},
+    "split and narrow": {
+        "master": "split",
+        "clip_value": 0.5,
+        "max_norm": 3.0,
+        "skip_nonfinite": True,
+        "state_dtype": "bfloat16",
+    },
     "all": {
         "master": "float32",
         "ema_decay": 0.9,
@@ -108,13 +118,63 @@ def test_selections(machine: Machine, kind: str, where: Any) -> None:
     assert_same_course(machine, course)
 
 
-def test_a_graph_with_averages(machine: Machine) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", ["lazy", "exact"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_tables(machine: Machine, name: str, rows: str, kind: str) -> None:
+    """Rows that are listed, anchored ones among them, and rows that catch up with what they have
+    missed."""
+
+    def course(place: Place) -> Any:
+        params = leaves(place, (40, 64), (7, 5), (9, 1100), dtype=torch.bfloat16)
+        opt = new(name, params, master=kind, rows=rows)
+        for step in range(6):
+            give_rows(machine, params, step)
+            opt.step()
+            if step == 2:
+                opt.anchor(2.0)
+        opt.flush()
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+@pytest.mark.parametrize("written", [0.0, -0.0, float("nan"), float("inf"), 1e-40, 3.0])
+def test_whatever_is_in_the_halves(machine: Machine, written: float) -> None:
+    """Also what somebody has written to the upper one."""
+
+    def course(place: Place) -> Any:
+        params = leaves(place, (1030,), (65,), dtype=torch.bfloat16)
+        opt = new("SGD", params, master="split", ema_decay=0.5)
+        train(machine, opt, params, 2)
+        for p in params:
+            p.detach()[::3].fill_(written)
+        train(machine, opt, params, 2, start=2)
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+def test_halves_of_any_layout(machine: Machine) -> None:
+    def course(place: Place) -> Any:
+        transposed, every_third = leaves(place, (40, 60), (50, 300), dtype=torch.bfloat16)
+        views = transposed.detach().t(), every_third.detach()[1::2, ::3]
+        params = [view.requires_grad_() for view in views]
+        opt = new("Adam", params, master="split", ema_decay=0.5)
+        train(machine, opt, params, 3)
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_with_averages(machine: Machine, kind: str) -> None:
     """The decay is a constant of the graph; averages move with each replay."""
 
     def course(place: Place) -> Any:
         params = leaves(place, (300,), (5, 7), dtype=torch.bfloat16)
         options = {"capturable": True} if place.is_gpu else {}
-        opt = new("Adam", params, master="float32", ema_decay=0.9, **options)
+        opt = new("Adam", params, master=kind, ema_decay=0.9, **options)
         give(machine, params, 0)
         with machine.beside():
             opt.step()
@@ -125,11 +185,3 @@ def test_a_graph_with_averages(machine: Machine) -> None:
         return [[p.detach() for p in params], opt.averages]
 
     assert_same_course(machine, course)
-
-
-def test_masters_in_two_halves_are_refused(machine: Machine) -> None:
-    (w,) = leaves(machine.gpu, (5, 7), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="use master='float32'"):
-        new("Adam", [w], master="split")
-    (v,) = leaves(machine.gpu, (5, 7))
-    new("Adam", [v], master="split")  # of which nothing has lost its bits

@@ -97,7 +97,7 @@ struct SmallFloat {
     return bit_cast<float>(bit_cast<std::uint32_t>(magnitude) | (wide & 0x80u) << 24);
   }
 
-  // Of any block.
+  // Of any block. A NaN has no sign: which one comes of an operation is the processor's choice.
   FUSESTEP_HOST_DEVICE static std::uint8_t encode_any(float x, float inverse,
                                                       std::uint32_t random) {
     const std::uint32_t magnitude = magnitude_bits(x);
@@ -105,8 +105,9 @@ struct SmallFloat {
     const float scaled = bit_cast<float>(magnitude) * inverse;
     std::uint32_t code = scaled < most ? encode_magnitude(scaled, 1.0f, random) : kLargest;
     if (magnitude >= kInfinityBits) code = magnitude > kInfinityBits ? kNan : kInfinity;
+    const bool has_sign = is_signed && magnitude <= kInfinityBits;
     const std::uint32_t sign = bit_cast<std::uint32_t>(x) >> 24 & 0x80u;
-    return static_cast<std::uint8_t>(is_signed ? code | sign : code);
+    return static_cast<std::uint8_t>(has_sign ? code | sign : code);
   }
   FUSESTEP_HOST_DEVICE static float decode_any(std::uint8_t code, float power) {
     const std::uint32_t magnitude = code & kNan;

@@ -19,6 +19,7 @@ class FlatArray {
   void view(const Operand& operand, const Geometry& geometry);
 
   DType dtype() const { return operand_.dtype; }
+  const Operand& operand() const { return operand_; }
 
   // The number of elements that lie one stride apart from here on.
   std::int64_t stretch(std::int64_t element) const {

@@ -59,7 +59,7 @@ bool elements_are_disjoint(const Geometry& g, std::int64_t item) {
          addresses.end();
 }
 
-void Iteration::plan(std::span<const Geometry> geometry) {
+void Iteration::plan(std::span<const Geometry> geometry, Order order) {
   const Geometry& parameter = geometry[0];
   operands = static_cast<int>(geometry.size());
   layout.reset();
@@ -76,7 +76,7 @@ void Iteration::plan(std::span<const Geometry> geometry) {
     if (parameter.shape[axis] == 1) continue;
     TileAxis a{parameter.shape[axis], 1, 0, {}};
     for (int i = 0; i < operands; ++i) a.stride[i] = geometry[i].strides[axis];
-    if (a.stride[0] < 0) {  // walk the parameter upwards in memory
+    if (order == Order::memory && a.stride[0] < 0) {  // walk the parameter upwards in memory
       for (int i = 0; i < operands; ++i) {
         operand[i].data += a.stride[i] * (a.extent - 1);
         a.stride[i] = -a.stride[i];
@@ -84,8 +84,9 @@ void Iteration::plan(std::span<const Geometry> geometry) {
     }
     strided.axes_.push_back(a);
   }
-  std::stable_sort(strided.axes_.begin(), strided.axes_.end(),
-                   [](const auto& a, const auto& b) { return a.stride[0] > b.stride[0]; });
+  if (order == Order::memory)
+    std::stable_sort(strided.axes_.begin(), strided.axes_.end(),
+                     [](const auto& a, const auto& b) { return a.stride[0] > b.stride[0]; });
 
   std::vector<TileAxis> merged;  // innermost first
   for (auto outer = strided.axes_.rbegin(); outer != strided.axes_.rend(); ++outer) {

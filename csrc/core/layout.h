@@ -51,7 +51,8 @@ struct Iteration {
   std::shared_ptr<const StridedLayout> layout;  // null where every operand is one dense run
 
   // Works out the iteration; `geometry[i]` belongs to `operand[i]`, and all shapes are equal.
-  void plan(std::span<const Geometry> geometry);
+  enum class Order { memory, c };
+  void plan(std::span<const Geometry> geometry, Order order = Order::memory);
 
   // The same where every operand is known to be in C order.
   void plan_dense(std::int64_t elements, int operand_count) {

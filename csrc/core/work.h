@@ -85,6 +85,10 @@ struct Work {
   };
   Numbers numbers;
 
+  // On a GPU, where parts of a parameter are counted in C order, and the gradient is one of rows:
+  // the elements of a row.
+  std::int64_t gradient_row = 0;
+
   // The state of a row-wise rule: one element for each row of the parameter.
   bool is_rowwise = false;
   Operand row_state;

@@ -326,9 +326,9 @@ class PartUpdater : Mover<T> {
 
   void gather(int operand, const Places& places, T* values) {
     const DType dtype = this->operand(operand).dtype();
-    if (operand == kGradient && part_.makes_gradients()) {
+    if ((operand == kGradient && part_.makes_gradients()) || is_in_blocks(dtype)) {
       T buffer[kTileSize];
-      const T* const of_tile = reader_.read(kGradient, first_, size_, buffer);
+      const T* const of_tile = reader_.read(operand, first_, size_, buffer);
       for (std::int64_t k = 0; k < places.count(); ++k) values[k] = of_tile[places[k]];
     } else if (is_split(operand)) {
       for (std::int64_t k = 0; k < places.count(); ++k)

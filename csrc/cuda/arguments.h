@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/blocks.h"
 #include "core/dtypes.h"
 #include "core/random.h"
 #include "core/tiling.h"
@@ -27,6 +28,13 @@ inline constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads * kPerThread == kTileSize, "a block moves one tile");
 
 inline constexpr int kDTypeBits = 2;
+
+// Integers that stand for parts of floats are known by their places. The lower half of a float has
+// the size of this float, and state in blocks is read as that one.
+constexpr DType stored(DType dtype) {
+  if (is_in_blocks(dtype)) return DType::float32;
+  return is_float(dtype) ? dtype : DType::bfloat16;
+}
 
 // Anchors and averages are float32 or float64, and so is most state: to say so saves a quarter of
 // the machine code. No state is float16.
@@ -80,17 +88,25 @@ using AnchoredItem = AnchoredItemOf<>;
 template <class Item>
 inline constexpr bool kMayBeAnchored = requires(const Item& item) { item.is_anchored; };
 
-// The same with room for all that a step can do: an average and a copy of the parameter, which are
-// the operands after those of an anchor; rounding at random; state of 16 bits; and a bound for
-// gradients, which is the launch's. These have kernels of their own, because each kernel takes the
-// registers of all that it can do.
+// The same with what random numbers go by.
+template <class Item>
+struct RoundedOf : Item {
+  RandomStream rounding;      // the stream is in the table where there is one
+  std::int64_t first_number;  // of elements, as in Work::Numbers
+};
+
+template <class Item>
+inline constexpr bool kIsRounded = requires(const Item& item) { item.rounding; };
+
+// An item with room for all that a step can do: an average and a copy of the parameter and the
+// lower half of its bits, which are the operands after those of an anchor; rounding at random;
+// state of 16 bits; and a bound for gradients, which is the launch's. These have kernels of their
+// own, because each kernel takes the registers of all that it can do.
 template <class Number = std::uint32_t>
-struct FullItemOf : AnchoredItemOf<Number, kRuleOperands + 4> {
+struct FullItemOf : RoundedOf<AnchoredItemOf<Number, kRuleOperands + 5>> {
   double decay;                // of the average
-  RandomStream rounding;       // the stream is in the table where there is one
-  std::int64_t first_number;   // of elements, as in Work::Numbers
   bool is_numbered_by_stride;  // by those of an operand that comes last: kNumbers
-  bool has_average, has_copy;
+  bool has_average, has_copy, has_lower_half;
   bool rounds_parameter, rounds_state;  // at random
 
   FUSESTEP_HOST_DEVICE Operand operand(int i) const { return this->any_operand(i); }
@@ -133,6 +149,39 @@ inline constexpr int kChunk = kWarpSize * kPerThread;
 
 template <class Item>
 inline constexpr bool kIsTable = requires { typename Item::Row; };
+
+// A parameter whose state is in blocks (core/blocks.h): a table, if only of one row, and what a
+// warp has of others, sixteen threads have of it, a block. All is in C order, and there is nothing
+// besides.
+inline constexpr int kLanesOfBlock = static_cast<int>(kBlockElements) / kPerThread;
+
+template <class Item>
+struct BlocksRowOf : Item {
+  std::byte* powers[kMaxStates];
+};
+using BlocksRow = BlocksRowOf<RoundedOf<ItemOf<kRuleOperands, std::int64_t>>>;
+
+template <class OneRow>
+struct BlocksOf : TableOf<OneRow> {
+  static constexpr int kTilesPerBlock = kThreads / kLanesOfBlock;
+};
+using BlocksItem = BlocksOf<BlocksRow>;
+
+template <class Item>
+inline constexpr bool kHasBlocks = requires(const Item& item) { item.powers; };
+
+// The same with room for all that a step can do. Operands that are not in C order have the axes of
+// the whole parameter, outermost first; then a row begins at the element that its number says, and
+// strides from one row to the next are 0. Where all is in C order a row has one axis.
+struct FullBlocksRow : BlocksRowOf<FullItemOf<std::int64_t>> {
+  bool is_counted;            // by numbers, in the whole parameter
+  std::int64_t gradient_row;  // then: elements of a row, where the gradient is one of rows
+};
+struct FullBlocksItem : BlocksOf<FullBlocksRow> {
+  // A word for each block of each row that moves: which elements change their value, and not only
+  // their state. Null: all of them.
+  const std::int64_t* written;
+};
 
 // One of the samples that are there: which, and what its gradient is multiplied by.
 struct WeighedSample {
@@ -208,6 +257,8 @@ using FullList = List<128, 0, FullItem>;
 using StridedFullList = List<96, 64, FullItem>;
 using RowsList = List<32, 64, RowsItem>;
 using FullRowsList = List<32, 64, FullRowsItem>;
+using BlocksList = List<96, 0, BlocksItem>;
+using FullBlocksList = List<48, 64, FullBlocksItem>;
 using SamplesList = List<64, 64, SamplesItem>;
 using OuterList = List<16, 0, OuterItem>;
 

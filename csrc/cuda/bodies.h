@@ -11,17 +11,22 @@
 #include "cuda/arguments.h"
 #include "cuda/rows.h"
 #include "cuda/share.h"
+#include "cuda/state_blocks.h"
 #include "cuda/warp.h"
 #include "rules/registry.h"
 
 namespace fusestep::cuda {
 
-// Who calls: every thread, or the threads of a warp together.
-enum class Team { thread, warp };
+// Who calls: every thread, the threads that have a block of state together, or those of a warp.
+enum class Team { thread, lanes_of_block, warp };
+
+constexpr int threads_of(Team team) {
+  return team == Team::warp ? kWarpSize : team == Team::lanes_of_block ? kLanesOfBlock : 1;
+}
 
 // What the list is cut into, and numbered by: a tile; where rows are listed, a chunk of one for
-// `share`, or a whole row.
-enum class Unit { tile, share, row };
+// `share`, or a whole row; a block of state.
+enum class Unit { tile, share, row, block };
 
 FUSESTEP_HOST_DEVICE bool is_first_of_warp(int thread) { return thread % kWarpSize == 0; }
 
@@ -61,16 +66,17 @@ struct Moves {
             gradient_bound, rounding(item)};
   }
 
+  FUSESTEP_HOST_DEVICE RandomStream rounding([[maybe_unused]] const Item& item) const {
+    if constexpr (kIsRounded<Item>)
+      return table ? table[item.rule].rounding : item.rounding;
+    else
+      return {};
+  }
+
  private:
   FUSESTEP_HOST_DEVICE double rate([[maybe_unused]] const Item& item) const {
     if constexpr (kMayBeAnchored<Item>) return table ? table[item.rule].lr : item.lr;
     return 0;
-  }
-  FUSESTEP_HOST_DEVICE RandomStream rounding([[maybe_unused]] const Item& item) const {
-    if constexpr (kIsFull<Item>)
-      return table ? table[item.rule].rounding : item.rounding;
-    else
-      return {};
   }
 };
 
@@ -93,6 +99,45 @@ struct Update : Moves<Loop, T, ItemList> {
       if (this->clear_gradients) clear(item, elements, sources);
     };
     visit_share(this->list, of_list, tile - of_list.first_tile, thread, visit);
+  }
+};
+
+// Moves parameters whose state is in blocks: sixteen threads for each.
+template <class Loop, class T, class ItemList>
+struct UpdateBlocks : Moves<Loop, T, ItemList> {
+  using Item = typename ItemList::Item;
+  static constexpr Team kTeam = Team::lanes_of_block;
+  static constexpr Unit kUnit = Unit::block;
+
+  FUSESTEP_HOST_DEVICE void operator()(std::int64_t block, int thread) const {
+    const bool take = this->happen();
+    if (!take && !this->clear_gradients) return;
+    const std::int64_t number = tile_of<ItemList>(block, thread);
+    if (number >= this->list.tiles) return;
+    const Item& item = this->list.item_of(number);
+    const std::int64_t in_item = number - item.first_tile, in_row = blocks_of(item.size);
+    const std::int64_t row_number = in_item < in_row ? 0 : in_item / in_row;  // no need to divide
+    const Row<Item> row(item, row_number);
+    const PlaceInCOrder place(this->list, row.item,
+                              (in_item - row_number * in_row) * kBlockElements);
+    SharesOfBlock<typename Loop::template Of<T>, Loop::kStates, typename Item::Row> shares(
+        thread, row.item, place, written(item, in_item));
+    if (take) {
+      shares.for_each([&](const auto& elements) {
+        move<T, Loop::kStates>(row.item, elements, row.sources,
+                               [&] { return this->orders_for(item); });
+      });
+      shares.store_state(this->rounding(item));
+    }
+    if (this->clear_gradients)
+      shares.for_each([&](const auto& elements) { clear(row.item, elements, row.sources); });
+  }
+
+ private:
+  FUSESTEP_HOST_DEVICE static std::int64_t written(const Item& item, std::int64_t block) {
+    constexpr std::int64_t kAll = -1;
+    if constexpr (kIsFull<Item>) return item.written ? item.written[block] : kAll;
+    return kAll;
   }
 };
 
@@ -147,11 +192,9 @@ struct UpdateWholeRows : Moves<Loop, T, ItemList> {
 
   FUSESTEP_HOST_DEVICE double sum_of_tile(int thread, const Row<Table>& row, std::uint32_t tile,
                                           const Orders<Rule, T>& orders) const {
-    const DType dtype = row.item.operand(kParameter).dtype;
-    const std::int64_t size = item_size(dtype);
     const StridedPlace place(this->list, row.item, tile);
     return sum_in_warp<place.kUnroll>(thread, place.count(), [&](int i) {
-      const T w = Bits::load(place.at(kParameter, i, size), size).template as<T>(dtype);
+      const T w = parameter_at<T, Loop::kStates>(row.item, place, i);
       const T gradient = gradient_at<T>(row.item, place, row.sources, i);
       return orders.rule.square(w, scaled<Table>(&gradient, 0, orders));
     });

@@ -48,19 +48,12 @@ FUSESTEP_HOST_DEVICE auto with_state(const F& f, [[maybe_unused]] T* state, Firs
     return f(first..., state[0], state[1], state[2]);
 }
 
-template <class T, class Place>
-FUSESTEP_HOST_DEVICE T parameter_at(const Row<FullRowsItem>& row, const Place& place, int i) {
-  const DType dtype = row.item.operand(kParameter).dtype;
-  const std::int64_t size = item_size(dtype);
-  return Bits::load(place.at(kParameter, i, size), size).template as<T>(dtype);
-}
-
 // One element of a row, with its state, its anchor and its copy.
 template <class T, int states, class Place>
 class Element {
  public:
   FUSESTEP_HOST_DEVICE Element(const Row<FullRowsItem>& row, const Place& place, int i)
-      : w(parameter_at<T>(row, place, i)), item_(row.item), place_(place), i_(i) {
+      : w(parameter_at<T, states>(row.item, place, i)), item_(row.item), place_(place), i_(i) {
     FUSESTEP_UNROLL
     for (int s = 0; s < states; ++s)
       state[s] = load(kState + s, of_state(item_.operand(kState + s).dtype));
@@ -79,10 +72,10 @@ class Element {
 
   // Rounded to nearest: when a row makes up for missed steps must not matter.
   FUSESTEP_HOST_DEVICE void store() const {
-    const Bits moved = store(kParameter, w);
+    const T kept = store_parameter();
     FUSESTEP_UNROLL
     for (int s = 0; s < states; ++s) store(kState + s, state[s]);
-    if (item_.has_copy) store(kCopy, moved.template as<T>(item_.operand(kParameter).dtype));
+    if (item_.has_copy) store(kCopy, kept);
   }
 
   T w;
@@ -90,6 +83,7 @@ class Element {
 
  private:
   static constexpr int kReference = kState + states, kCopy = kReference + 3;
+  static constexpr int kLowerHalf = kCopy + 1;
 
   FUSESTEP_HOST_DEVICE T load(int operand, DType dtype) const {
     const std::int64_t size = item_size(dtype);
@@ -98,10 +92,20 @@ class Element {
   FUSESTEP_HOST_DEVICE T load_wide(int operand) const {
     return load(operand, wide(item_.operand(operand).dtype));
   }
+  // Returns what is kept of it.
+  FUSESTEP_HOST_DEVICE T store_parameter() const {
+    if (!item_.has_lower_half)
+      return store(kParameter, w).template as<T>(item_.operand(kParameter).dtype);
+    const Halves halves = Halves::of(static_cast<float>(w));
+    store(kParameter, Bits{halves.upper.bits, 0});
+    store(kLowerHalf, Bits{halves.lower, 0});
+    return static_cast<T>(static_cast<float>(w));
+  }
   FUSESTEP_HOST_DEVICE Bits store(int operand, T value) const {
-    const DType dtype = item_.operand(operand).dtype;
-    const std::int64_t size = item_size(dtype);
-    const Bits bits = Bits::of(dtype, value);
+    return store(operand, Bits::of(item_.operand(operand).dtype, value));
+  }
+  FUSESTEP_HOST_DEVICE Bits store(int operand, Bits bits) const {
+    const std::int64_t size = item_size(item_.operand(operand).dtype);
     bits.store(place_.at(operand, i_, size), size);
     return bits;
   }
@@ -222,7 +226,7 @@ struct CatchUp {
                                           const Rule& rule) const {
     const StridedPlace place(list, row.item, tile);
     return sum_in_warp<place.kUnroll>(thread, place.count(), [&](int i) {
-      return rule.square(parameter_at<T>(row, place, i), T{0});
+      return rule.square(parameter_at<T, Loop::kStates>(row.item, place, i), T{0});
     });
   }
 };

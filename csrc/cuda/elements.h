@@ -281,7 +281,7 @@ class SpreadElements {
       if (has(k)) values.bits_[k].store(place_.at(operand, index(k), size) + offset, size);
   }
 
- private:
+ protected:
   FUSESTEP_HOST_DEVICE bool has(int k) const { return index(k) < place_.count(); }
   FUSESTEP_HOST_DEVICE int index(int k) const { return first_ + k * threads; }
 

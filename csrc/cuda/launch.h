@@ -47,9 +47,8 @@ void launch(const Body& body, std::int64_t blocks, Stream stream) {
 template <class Body>
 void launch(const Body& body, std::int64_t blocks, Stream) {
   static_assert(sizeof(Body) <= kMostParameterBytes);
-  constexpr int step = Body::kTeam == Team::warp ? kWarpSize : 1;
   for (std::int64_t block = 0; block < blocks; ++block)
-    for (int thread = 0; thread < kThreads; thread += step) body(block, thread);
+    for (int thread = 0; thread < kThreads; thread += threads_of(Body::kTeam)) body(block, thread);
 }
 
 #endif

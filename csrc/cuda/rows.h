@@ -52,9 +52,14 @@ struct Row {
     item.data[kGradient] += sources.first() * table.stride[kGradient];
     FUSESTEP_UNROLL
     for (int i = kState; i < Table::kOperands; ++i) item.data[i] += of_state * table.stride[i];
-    if constexpr (kIsFull<Table>)
+    if constexpr (kIsRounded<Table>)
       item.first_number +=
           table.rows.number ? table.rows.number[number] : in_table * table.tiles * kTileSize;
+    if constexpr (kHasBlocks<Table>) {
+      FUSESTEP_UNROLL
+      for (int i = 0; i < kMaxStates; ++i)
+        if (item.powers[i]) item.powers[i] += of_state * table.stride[kState + i] / kBlockElements;
+    }
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/split.h"
 #include "cuda/elements.h"
 #include "cuda/rows.h"
 #include "gradients/dense.h"
@@ -94,6 +95,67 @@ class Rounding<T, Item, Elements> {
   std::int64_t tile_;
 };
 
+template <class T>
+FUSESTEP_HOST_DEVICE T joined(Bits upper, Bits lower) {
+  const Halves halves{{static_cast<std::uint16_t>(upper.low)},
+                      static_cast<std::uint16_t>(lower.low)};
+  return static_cast<T>(halves.value());
+}
+
+// The lower half of a parameter that is kept in two (core/split.h), if it is: this operand. The
+// parameter is the upper one then, and is read and written with it.
+template <class T, class Item, class Elements, int operand>
+class LowerHalf {
+ public:
+  FUSESTEP_HOST_DEVICE LowerHalf(const Item&, const Elements&) {}
+  FUSESTEP_HOST_DEVICE T read(int, Bits parameter, DType dtype) const {
+    return parameter.template as<T>(dtype);
+  }
+  FUSESTEP_HOST_DEVICE Bits split(int, T, Bits whole) { return whole; }
+  FUSESTEP_HOST_DEVICE Bits kept(T, Bits parameter, DType) const { return parameter; }
+  FUSESTEP_HOST_DEVICE void store() const {}
+};
+
+template <class T, class Item, class Elements, int operand>
+  requires kIsFull<Item>
+class LowerHalf<T, Item, Elements, operand> {
+ public:
+  FUSESTEP_HOST_DEVICE LowerHalf(const Item& item, const Elements& elements)
+      : item_(item), elements_(elements) {
+    if (item_.has_lower_half) before_ = elements.load(operand);
+  }
+
+  FUSESTEP_HOST_DEVICE T read(int k, Bits parameter, DType dtype) const {
+    return item_.has_lower_half ? joined<T>(parameter, before_.get(k, kDType))
+                                : parameter.template as<T>(dtype);
+  }
+
+  // What is stored of the parameter, of which these are the bits if it is whole.
+  FUSESTEP_HOST_DEVICE Bits split(int k, T w, Bits whole) {
+    if (!item_.has_lower_half) return whole;
+    const Halves halves = Halves::of(static_cast<float>(w));
+    after_.set(k, kDType, {halves.lower, 0});
+    return {halves.upper.bits, 0};
+  }
+
+  // What it is from then on: halves lose nothing of a float32.
+  FUSESTEP_HOST_DEVICE T kept(T w, Bits parameter, DType dtype) const {
+    return item_.has_lower_half ? static_cast<T>(static_cast<float>(w))
+                                : parameter.template as<T>(dtype);
+  }
+
+  FUSESTEP_HOST_DEVICE void store() const {
+    if (item_.has_lower_half) elements_.store(operand, after_);
+  }
+
+ private:
+  static constexpr DType kDType = stored(DType::bits16);
+
+  const Item& item_;
+  const Elements& elements_;
+  typename Elements::Values before_, after_{};
+};
+
 // What follows a parameter, if anything does: its average and its copy, which are the operands from
 // this one on.
 template <class T, class Item, class Elements, int first>
@@ -113,9 +175,8 @@ class Followers<T, Item, Elements, first> {
     if (item.has_average) average_ = elements.load(kAverage);
   }
 
-  // The parameter as it is stored.
-  FUSESTEP_HOST_DEVICE void follow(int k, Bits parameter) {
-    const T w = parameter.template as<T>(item_.operand(kParameter).dtype);
+  // The parameter as it is kept.
+  FUSESTEP_HOST_DEVICE void follow(int k, T w) {
     if (item_.has_average) {
       const DType dtype = wide(item_.operand(kAverage).dtype);
       const T before = average_.get(k, dtype).template as<T>(dtype);
@@ -174,6 +235,7 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
   for (int s = 0; s < states; ++s) state[s] = elements.load(kState + s);
   Pull<T, Item, Elements, kState + states> pull(item, elements);
   Followers<T, Item, Elements, kState + states + 2> followers(item, elements);
+  LowerHalf<T, Item, Elements, kState + states + 4> lower(item, elements);
 
   const auto dtype = [&](int operand) {
     const DType any = item.operand(operand).dtype;
@@ -197,7 +259,7 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
   const Rounding<T, Item, Elements> rounded(item, elements, orders.rounding);
   FUSESTEP_UNROLL
   for (int k = 0; k < kPerThread; ++k) {
-    T w = value(parameter, k, kParameter);
+    T w = lower.read(k, parameter.get(k, dtype(kParameter)), dtype(kParameter));
     const T g = scaled<Item>(sum, k, orders);
     T s[states > 0 ? states : 1];
     FUSESTEP_UNROLL
@@ -206,9 +268,10 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
     if constexpr (states == 1) orders.rule(w, g, s[0]);
     if constexpr (states == 2) orders.rule(w, g, s[0], s[1]);
     if constexpr (states == 3) orders.rule(w, g, s[0], s[1], s[2]);
-    const Bits moved = rounded(kParameter, k, dtype(kParameter), pull(k, w));
+    const T pulled = pull(k, w);
+    const Bits moved = lower.split(k, pulled, rounded(kParameter, k, dtype(kParameter), pulled));
     parameter.set(k, dtype(kParameter), moved);
-    followers.follow(k, moved);
+    followers.follow(k, lower.kept(pulled, moved, dtype(kParameter)));
     FUSESTEP_UNROLL
     for (int i = 0; i < states; ++i)
       state[i].set(k, dtype(kState + i), rounded(kState + i, k, dtype(kState + i), s[i]));
@@ -216,6 +279,7 @@ FUSESTEP_HOST_DEVICE void move(const Item& item, const Elements& elements, const
 
   if (!orders.keeps_value) {
     elements.store(kParameter, parameter);
+    lower.store();
     followers.store();
   }
   FUSESTEP_UNROLL
@@ -233,6 +297,22 @@ FUSESTEP_HOST_DEVICE void clear(const Item& item, const Elements& elements,
   FUSESTEP_DO_NOT_UNROLL
   for (std::int64_t i = 0; i < sources.count(); ++i)
     elements.store(kGradient, zeros, sources.offset(i));
+}
+
+// One element of an operand.
+template <class Item, class Place>
+FUSESTEP_HOST_DEVICE Bits bits_at(const Item& item, const Place& place, int operand, int i) {
+  const std::int64_t size = item_size(item.operand(operand).dtype);
+  return Bits::load(place.at(operand, i, size), size);
+}
+
+// One element of the parameter, by a rule with so much state.
+template <class T, int states, class Item, class Place>
+FUSESTEP_HOST_DEVICE T parameter_at(const Item& item, const Place& place, int i) {
+  const Bits bits = bits_at(item, place, kParameter, i);
+  if constexpr (kIsFull<Item>)
+    if (item.has_lower_half) return joined<T>(bits, bits_at(item, place, kState + states + 4, i));
+  return bits.as<T>(item.operand(kParameter).dtype);
 }
 
 // One element of a gradient.

@@ -21,6 +21,7 @@ constexpr std::int64_t kSixteen = 16;
 struct Piece {
   const Work* work;
   RowList rows = {};
+  const std::int64_t* written = nullptr;
 
   const Iteration& iteration() const { return work->iteration; }
   bool is_empty() const { return work->elements() == 0; }
@@ -28,13 +29,20 @@ struct Piece {
   bool is_strided() const { return iteration().layout != nullptr; }
   bool is_anchored() const { return work->anchor.reference != 0; }
   bool needs_full_item() const {
-    return work->followers.any() || work->rounding.is_random() || has_narrow_state();
+    if (work->followers.any() || work->lower_half != 0) return true;
+    if (has_blocks())
+      return is_anchored() || is_strided() || written || work->rounding.is_random_in_parameter;
+    return work->rounding.is_random() || has_narrow_state();
   }
-  int axes() const { return is_strided() ? iteration().layout->tiling().count : has_rows(); }
+  bool has_blocks() const {
+    return work->rule_operands > kState && is_in_blocks(iteration().operand[kState].dtype);
+  }
 
   // Of a tile of rows: all tiles are as large as the row, or as tiles may be.
   std::int64_t chunks() const { return ceil_div(std::min(iteration().size, kTileSize), kChunk); }
   std::int64_t count_of(Unit unit) const {
+    if (unit == Unit::block)
+      return blocks_of(iteration().size) * (has_rows() ? work->rows->count() : 1);
     if (has_rows() && unit == Unit::row) return work->rows->count();
     return work->tiles() * (has_rows() && unit == Unit::share ? chunks() : 1);
   }
@@ -104,13 +112,14 @@ std::vector<Piece> placed(WorkList list, Workspace& workspace, Stream stream) {
   };
   for (Piece& piece : pieces) {
     if (!piece.has_rows()) continue;
-    const auto [row, first, source, state, number] = piece.work->rows->lists();
+    const auto [row, first, source, state, number, written] = piece.work->rows->lists();
     piece.rows.row = place(row);
     piece.rows.first = place(first);
     piece.rows.source = place(source);
     piece.rows.state = place(state);
     piece.rows.number = place(number);
     piece.rows.is_in_place = piece.work->rows->is_in_place();
+    piece.written = place(written);
   }
   return pieces;
 }
@@ -137,6 +146,12 @@ int axes_in(const ItemList& list) {
   return last.first_axis + last.axes;
 }
 
+template <class ItemList>
+int axes_for(const Piece& piece) {
+  if (piece.is_strided()) return piece.iteration().layout->tiling().count;
+  return kIsTable<typename ItemList::Item> && ItemList::kAxes > 0 ? 1 : 0;
+}
+
 template <class Body>
 bool has_room(const Body& body, const Piece& piece) {
   const auto& list = body.list;
@@ -144,7 +159,8 @@ bool has_room(const Body& body, const Piece& piece) {
   constexpr std::int64_t kMostTiles = kMostBlocks * ItemList::Item::kTilesPerBlock;
   const std::int64_t tiles = piece.count_of(Body::kUnit);
   if (tiles > kMostTiles) throw Error("an array has more elements than a CUDA grid can walk");
-  return list.count < ItemList::kItems && axes_in(list) + piece.axes() <= ItemList::kAxes &&
+  return list.count < ItemList::kItems &&
+         axes_in(list) + axes_for<ItemList>(piece) <= ItemList::kAxes &&
          list.tiles + tiles <= kMostTiles;
 }
 
@@ -156,6 +172,7 @@ int place_of(int operand, const Work& work) {
   if (operand == work.anchor.importance) return others + 1;
   if (operand == work.followers.average) return others + 2;
   if (operand == work.followers.copy) return others + 3;
+  if (operand == work.lower_half) return others + 4;
   return kNumbers;
 }
 
@@ -174,6 +191,16 @@ TileAxis with_places(const TileAxis& axis, const Work& work) {
   return placed;
 }
 
+// The axis of dense rows.
+template <class Item>
+void add_one_axis(Item& item, TileAxis* axes, const Work& work) {
+  item.axes = 1;
+  *axes = {item.size, kTileSize, work.iteration.tiles(), {}};
+  for_each_operand<Item>(work, [&](std::size_t i, int place) {
+    axes->stride[place] = item_size(work.iteration.operand[i].dtype);
+  });
+}
+
 // What an item has besides, if it is of these kinds.
 template <class Item>
 void add_anchor(Item& item, const Piece& piece) {
@@ -185,15 +212,39 @@ void add_anchor(Item& item, const Piece& piece) {
 }
 
 template <class Item>
+void add_rounding(Item& item, const Work& work) {
+  item.rounding = work.rounding.stream;
+  item.first_number = work.numbers.first;
+}
+
+template <class Item>
 void add_others(Item& item, const Work& work) {
   item.decay = work.followers.decay;
   item.has_average = work.followers.average != 0;
   item.has_copy = work.followers.copy != 0;
-  item.rounding = work.rounding.stream;
+  item.has_lower_half = work.lower_half != 0;
   item.rounds_parameter = work.rounding.is_random_in_parameter;
   item.rounds_state = work.rounding.is_random_in_state;
-  item.first_number = work.numbers.first;
   item.is_numbered_by_stride = work.iteration.layout && work.numbers.operand != 0;
+}
+
+template <class Item>
+void add_blocks(Item& item, TileAxis* axes, const Piece& piece) {
+  const Work& work = *piece.work;
+  const Iteration& iteration = piece.iteration();
+  item.rows = piece.rows;
+  item.tiles = static_cast<std::uint32_t>(ceil_div(iteration.size, kTileSize));
+  for (int i = kState; i < work.rule_operands; ++i)
+    item.powers[i - kState] = iteration.operand[i].powers;
+  if (piece.has_rows())
+    for_each_operand<Item>(
+        work, [&](std::size_t i, int place) { item.stride[place] = work.rows->stride[i]; });
+  if constexpr (kIsFull<Item>) {
+    item.written = piece.written;
+    item.gradient_row = work.gradient_row;
+    item.is_counted = piece.is_strided();
+    if (!piece.is_strided()) add_one_axis(item, axes, work);
+  }
 }
 
 template <class Item>
@@ -205,16 +256,12 @@ void add_rows(Item& item, TileAxis* axes, const Piece& piece) {
   item.row_state = work.row_state;
   item.row_state_stride = work.row_state_stride;
   item.is_aligned = item.is_aligned && !piece.is_strided() && item.size % kPerThread == 0;
-  TileAxis elements{item.size, kTileSize, work.iteration.tiles(), {}};
   for_each_operand<Item>(work, [&](std::size_t i, int place) {
     const Operand& operand = work.iteration.operand[i];
     item.stride[place] = work.rows->stride[i];
     item.is_aligned = item.is_aligned && is_aligned_in_rows(operand, item.stride[place]);
-    elements.stride[place] = item_size(operand.dtype);
   });
-  if (piece.is_strided()) return;
-  item.axes = 1;
-  *axes = elements;
+  if (!piece.is_strided()) add_one_axis(item, axes, work);
 }
 
 // Adds a parameter to a body's list, which has room for it.
@@ -234,7 +281,7 @@ void add(Body& body, const Piece& piece, std::uint32_t rule) {
     const Operand& operand = iteration.operand[i];
     item.data[place] = operand.data;
     item.dtypes = static_cast<typename Item::DTypes>(
-        item.dtypes | static_cast<unsigned>(operand.dtype) << kDTypeBits * place);
+        item.dtypes | static_cast<unsigned>(stored(operand.dtype)) << kDTypeBits * place);
     item.is_aligned = item.is_aligned && is_aligned(operand);
   });
   if (piece.is_strided()) {
@@ -246,8 +293,12 @@ void add(Body& body, const Piece& piece, std::uint32_t rule) {
                    [&](const TileAxis& axis) { return with_places(axis, *piece.work); });
   }
   if constexpr (kMayBeAnchored<Item>) add_anchor(item, piece);
+  if constexpr (kIsRounded<Item>) add_rounding(item, *piece.work);
   if constexpr (kIsFull<Item>) add_others(item, *piece.work);
-  if constexpr (kIsTable<Item>) add_rows(item, list.axis + item.first_axis, piece);
+  if constexpr (kHasBlocks<Item>)
+    add_blocks(item, list.axis + item.first_axis, piece);
+  else if constexpr (kIsTable<Item>)
+    add_rows(item, list.axis + item.first_axis, piece);
   list.item[list.count++] = item;
   list.tiles += static_cast<typename Item::Number>(piece.count_of(Body::kUnit));
 }
@@ -286,9 +337,10 @@ struct Entry {
 
   // What decides which kernel it takes.
   auto kind() const {
-    const bool rows = piece.has_rows();
-    return std::tuple(loop, piece.work->compute, rows, !rows && piece.is_strided(), is_full,
-                      !rows && !is_full && piece.is_anchored(), piece.work->keeps_value);
+    const bool blocks = piece.has_blocks(), rows = !blocks && piece.has_rows();
+    const bool dense = !blocks && !rows;
+    return std::tuple(loop, piece.work->compute, blocks, rows, dense && piece.is_strided(), is_full,
+                      dense && !is_full && piece.is_anchored(), piece.work->keeps_value);
   }
 };
 
@@ -343,6 +395,16 @@ void update(std::span<const Entry> entries, const Common& common) {
 }
 
 template <class Loop, class T>
+void update_blocks(std::span<const Entry> entries, const Common& common) {
+  if constexpr (Loop::kStates > 0) {
+    if (entries.front().is_full)
+      update<UpdateBlocks<Loop, T, FullBlocksList>>(entries, common);
+    else
+      update<UpdateBlocks<Loop, T, BlocksList>>(entries, common);
+  }
+}
+
+template <class Loop, class T>
 void update_kind(std::span<const Entry> entries, const Common& common) {
   const auto& [first, place, loop, is_full] = entries.front();
   const auto update_list = [&]<class ItemList>() {
@@ -354,6 +416,8 @@ void update_kind(std::span<const Entry> entries, const Common& common) {
       update<UpdateWholeRows<Loop, T, FullRowsList>>(entries, common);
     else
       update<UpdateWholeRows<Loop, T, RowsList>>(entries, common);
+  } else if (first.has_blocks()) {
+    update_blocks<Loop, T>(entries, common);
   } else if (is_full) {
     if (first.has_rows())
       update_list.template operator()<FullRowsList>();

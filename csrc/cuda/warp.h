@@ -1,8 +1,10 @@
-// What the 32 threads of a warp do together: sums, in the order of core/reduction.h, and more.
+// What the 32 threads of a warp do together: sums, in the order of core/reduction.h, and more. And
+// what the sixteen of them do that have a block of state.
 #pragma once
 
 #include <cstdint>
 
+#include "core/blocks.h"
 #include "core/reduction.h"
 #include "cuda/arguments.h"
 
@@ -88,6 +90,51 @@ FUSESTEP_HOST_DEVICE bool in_all_lanes([[maybe_unused]] int thread, Function f) 
   return all;
 #endif
 }
+
+// The same for the threads that have a block of state; on the host, one call stands for these.
+template <class Function>
+FUSESTEP_HOST_DEVICE void in_each_lane_of_block([[maybe_unused]] int thread, Function f) {
+#if defined(__CUDA_ARCH__)
+  f(thread % kLanesOfBlock);
+#else
+  for (int lane = 0; lane < kLanesOfBlock; ++lane) f(lane);
+#endif
+}
+
+// The largest f(lane) of theirs.
+template <class Function>
+FUSESTEP_HOST_DEVICE std::uint32_t largest_in_block([[maybe_unused]] int thread, Function f) {
+#if defined(__CUDA_ARCH__)
+  const int first = thread % kWarpSize / kLanesOfBlock * kLanesOfBlock;
+  const unsigned lanes = ((1u << kLanesOfBlock) - 1) << first;
+  std::uint32_t largest = f(thread % kLanesOfBlock);
+#pragma unroll
+  for (int width = kLanesOfBlock / 2; width > 0; width /= 2)
+    largest = larger(largest, __shfl_xor_sync(lanes, largest, width));
+  return largest;
+#else
+  std::uint32_t largest = 0;
+  for (int lane = 0; lane < kLanesOfBlock; ++lane) largest = larger(largest, f(lane));
+  return largest;
+#endif
+}
+
+// What each of them keeps from one of these calls to the next.
+template <class Value>
+class OfEachLane {
+ public:
+#if defined(__CUDA_ARCH__)
+  FUSESTEP_HOST_DEVICE Value& of(int) { return value_; }
+
+ private:
+  Value value_;
+#else
+  FUSESTEP_HOST_DEVICE Value& of(int lane) { return value_[lane]; }
+
+ private:
+  Value value_[kLanesOfBlock];
+#endif
+};
 
 // What any thread of a warp has done with memory, all of it know from here on.
 FUSESTEP_HOST_DEVICE void sync_warp() {

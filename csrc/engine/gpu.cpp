@@ -131,7 +131,7 @@ void Gpu::take(const Request& request) {
   SummedGradients gradients;
   if (has_parts_) {
     for (const Update* update : updates_) add_moving(*update, tables);
-    if (request.max_norm) gradients = summed_gradients();
+    if (request.max_norm || request.skip_nonfinite) gradients = summed_gradients();
   }
   StepOptions options = request.options;
   options.clear_gradients = options.clear_gradients && !moves_less_;
@@ -154,7 +154,7 @@ void Gpu::take(const Request& request) {
 SummedGradients Gpu::summed_gradients() {
   std::size_t bytes = 0;
   for (const Update* update : updates_) bytes += SummedGradients::scratch_bytes(*update);
-  std::byte* next = driver().scratch(workspace(), stream_, bytes);
+  std::byte* next = bytes > 0 ? driver().scratch(workspace(), stream_, bytes) : nullptr;
   SummedGradients gradients;
   for (const Update* update : updates_) {
     gradients.add(*update, next);

@@ -24,6 +24,12 @@ struct Stretch {
 };
 using Stretches = std::span<const Stretch>;
 
+// Whether values change that are in one block of state with others that do not. Then all of the
+// block moves, and a word of bits says whose value does.
+bool tears_blocks(const selections::Part& part) {
+  return part.has_blocks && part.tracks && part.selected.granule() % kBlockElements != 0;
+}
+
 // Adds to the last stretch what follows it.
 void append(std::vector<Stretch>& stretches, std::int64_t begin, std::int64_t end) {
   if (!stretches.empty() && stretches.back().end == begin)
@@ -49,8 +55,10 @@ std::vector<Stretch> moved_stretches(const selections::Part& part) {
   return stretches_of(part, [&](std::int64_t i) { return part.moved(i); });
 }
 
-// Of what moves: the elements whose value changes, or those whose value is kept.
+// Of what moves: the elements whose value changes, or those whose value is kept; but all of them at
+// once where there are words that say which.
 std::vector<Stretch> moved_stretches(const selections::Part& part, bool keeps_value) {
+  if (tears_blocks(part)) return keeps_value ? std::vector<Stretch>{} : moved_stretches(part);
   return stretches_of(part, [&](std::int64_t i) {
     const TileBits moved = part.moved(i), written = part.written(part.tile(i), moved);
     return keeps_value ? moved.without(written) : written;
@@ -218,13 +226,14 @@ gradients::Rows table_of(const selections::Part& part, const Pieces& pieces,
 
 void shift(Operand& operand, std::int64_t elements) {
   operand.data += elements * item_size(operand.dtype);
+  operand.powers = operand.powers_at(elements);
 }
 
 // What `whole` is to do with so many elements from the first of each array on.
 Work from_first_element(const selections::Part& part, const Work& whole, std::int64_t count) {
   Work work = whole;
   for (std::size_t i = 0; i < static_cast<std::size_t>(part.operands); ++i)
-    work.iteration.operand[i] = {part.operand[i].at(0), part.operand[i].dtype()};
+    work.iteration.operand[i] = part.operand[i].operand();
   work.iteration.plan_dense(count, part.operands);
   work.numbers = {};
   return work;
@@ -238,21 +247,66 @@ Work one_run(const selections::Part& part, const Work& whole, const Run& run) {
   return work;
 }
 
+// Of each block of runs that consist of blocks: the elements whose value changes.
+std::vector<std::int64_t> written_words(const selections::Part& part, std::span<const Run> runs) {
+  std::vector<std::int64_t> words;
+  for (const Run& run : runs)
+    for (std::int64_t at = run.element; at < run.element + run.count; at += kBlockElements) {
+      const TileBits bits = part.selected.bits(at / kTileSize);
+      words.push_back(static_cast<std::int64_t>(
+          bits.words[static_cast<std::size_t>(at % kTileSize / kBlockElements)]));
+    }
+  return words;
+}
+
+// Adds work on one run.
+void add_run(const selections::Part& part, const Work& work, const Run& run, Tables& tables) {
+  if (!tears_blocks(part)) return tables.add(work);
+  gradients::Rows row;
+  row.plan_all(1);
+  row.plan_written(written_words(part, {&run, 1}));
+  tables.add(work, std::move(row));
+}
+
 // What `whole` does, cut down to stretches.
 void add_pieces(const Update& update, const Work& whole, Stretches stretches, Tables& tables) {
   const selections::Part& part = *update.slot->work.part;
   const std::vector<Run> runs =
       part.rows ? runs_in_memory(part, stretches, {kParameter, kState})
                 : runs_in_memory(part, stretches, {kParameter, kGradient, kState});
-  if (runs.size() == 1 && !part.rows) return tables.add(one_run(part, whole, runs.front()));
+  if (runs.size() == 1 && !part.rows)
+    return add_run(part, one_run(part, whole, runs.front()), runs.front(), tables);
   const Pieces pieces = pieces_of(update, runs);
   gradients::Rows table = table_of(part, pieces, pieces.numbers(kParameter));
   table.plan_state(pieces.numbers(kState));
   if (whole.rounding.is_random()) table.plan_numbers(pieces.first_elements());
+  if (tears_blocks(part)) table.plan_written(written_words(part, pieces.runs));
   for (std::size_t i = 0; i < static_cast<std::size_t>(part.operands); ++i)
     table.stride[i] = pieces.length * item_size(part.operand[i].dtype());
   tables.add(from_first_element(part, whole, pieces.length), std::move(table));
-  if (pieces.rest.count > 0) tables.add(one_run(part, whole, pieces.rest));
+  if (pieces.rest.count > 0) add_run(part, one_run(part, whole, pieces.rest), pieces.rest, tables);
+}
+
+// The same where state is in blocks, and not all is in C order, in which pieces are counted then.
+void add_counted_pieces(const Update& update, const Work& whole, Stretches stretches,
+                        Tables& tables) {
+  const selections::Part& part = *update.slot->work.part;
+  Pieces pieces{runs_in_c_order(stretches), part.size, part.rows ? part.row_size : 0};
+  pieces.are_rows = part.rows != nullptr;  // what they are moved by
+  gradients::Rows table = table_of(part, pieces, pieces.numbers(kParameter));
+  table.plan_numbers(pieces.first_elements());
+  if (tears_blocks(part)) table.plan_written(written_words(part, pieces.runs));
+  Work work = whole;
+  if (part.rows) {
+    work.gradient_row = part.row_size;
+    table.stride[kGradient] = update.slot->moved_by(update).geometry().strides[0];
+  }
+  work.iteration.size = pieces.length;
+  tables.add(work, std::move(table));
+  if (pieces.rest.count == 0) return;
+  work.iteration.size = pieces.rest.count;
+  work.numbers.first = pieces.rest.element;
+  add_run(part, work, pieces.rest, tables);
 }
 
 // The same in any layout, where the stretches consist of the parameter's rows.
@@ -272,6 +326,13 @@ void add_own_rows(const Update& update, const Work& whole, Stretches stretches, 
   tables.add(work, std::move(table));
 }
 
+// A step that moves nothing counts, too, where that is done for each piece of work.
+void add_nothing(const Work& whole, Tables& tables) {
+  Work work = whole;
+  work.part = nullptr;
+  tables.add(work, gradients::Rows{});
+}
+
 // As by a dense gradient, in whatever layout.
 bool moves_as_a_whole(const selections::Part& part) {
   return part.selected.is_everything() && !part.rows && !part.progress;
@@ -282,9 +343,11 @@ void add_stretches(const Update& update, Work work, Stretches stretches, Tables&
   const selections::Part& part = *work.part;
   work.part = nullptr;
   const bool are_all = stretches.front().begin == 0 && stretches.front().end == part.size;
-  if (are_all && !part.rows) return tables.add(work);
-  if (!update.slot->is_in_c_order(update.slot->moved_by(update)) && are_rows(part, stretches))
-    return add_own_rows(update, work, stretches, tables);
+  if (are_all && !part.rows && !tears_blocks(part)) return tables.add(work);
+  if (!update.slot->is_in_c_order(update.slot->moved_by(update))) {
+    if (part.has_blocks) return add_counted_pieces(update, work, stretches, tables);
+    if (are_rows(part, stretches)) return add_own_rows(update, work, stretches, tables);
+  }
   add_pieces(update, work, stretches, tables);
 }
 
@@ -369,6 +432,7 @@ void add_moving(const Update& update, Tables& tables) {
     whole.part = nullptr;
     return tables.add(whole);
   }
+  const std::size_t before = tables.list().size();
   for (const bool keeps_value : {false, true}) {
     const std::vector<Stretch> stretches = by_age(part, moved_stretches(part, keeps_value));
     for (auto first = stretches.begin(); first != stretches.end();) {
@@ -384,6 +448,7 @@ void add_moving(const Update& update, Tables& tables) {
       first = last;
     }
   }
+  if (tables.list().size() == before) add_nothing(work, tables);
 }
 
 void add_whole_gradient(const Update& update, Tables& tables) {

@@ -41,12 +41,13 @@ void forget_plan(Work& work) {
   work.numbers = {};
 }
 
-// Walks the operands together; and the numbers of elements in C order, if they are asked for.
+// Walks the operands together: in C order, if need be; or with the numbers of elements in C order,
+// if they are asked for.
 void plan_iteration(Work& work, std::span<const std::int64_t> shape,
                     std::span<Geometry, kMaxOperands> geometry, std::size_t count,
-                    bool is_numbered) {
+                    Iteration::Order order, bool is_numbered) {
   Iteration& iteration = work.iteration;
-  if (!is_numbered) return iteration.plan(geometry.first(count));
+  if (!is_numbered) return iteration.plan(geometry.first(count), order);
   const std::vector<std::int64_t> strides = c_strides(shape, 1);
   std::byte* const start = iteration.operand[kParameter].data;
   Operand& numbers = iteration.operand[count];
@@ -62,21 +63,32 @@ class HostCopies {
  public:
   explicit HostCopies(Slot::Fetch fetch) : fetch_(std::move(fetch)) {}
 
-  FlatArray of(const Array& array) {
-    FlatArray flat;
-    if (!fetch_) {
-      flat.view(array.operand(), array.geometry());
-      return flat;
+  FlatArray of(const Array& array) { return of(array.operand(), array); }
+
+  // The same of an operand that is such an array.
+  FlatArray of(Operand operand, const Array& array) {
+    if (fetch_) {
+      const auto [first, last] = array.interval();
+      const auto offset = static_cast<std::uint64_t>(operand.data - data_at(first));
+      operand.data = copied(data_at(first), last - first) + offset;
+      if (operand.powers)
+        operand.powers = copied(operand.powers, static_cast<std::size_t>(blocks_of(array.size)));
     }
-    const auto [first, last] = array.interval();
-    std::vector<std::byte>& copy = copies_.emplace_back(last - first);
-    if (!copy.empty()) fetch_(copy.data(), reinterpret_cast<const void*>(first), copy.size());
-    const auto offset = reinterpret_cast<std::uintptr_t>(array.data) - first;
-    flat.view({copy.data() + offset, array.dtype}, array.geometry());
+    FlatArray flat;
+    flat.view(operand, array.geometry());
     return flat;
   }
 
  private:
+  static std::byte* data_at(std::uintptr_t address) {
+    return reinterpret_cast<std::byte*>(address);
+  }
+  std::byte* copied(const std::byte* from, std::size_t bytes) {
+    std::vector<std::byte>& copy = copies_.emplace_back(bytes);
+    if (bytes > 0) fetch_(copy.data(), from, bytes);
+    return copy.data();
+  }
+
   Slot::Fetch fetch_;
   std::deque<std::vector<std::byte>> copies_;
 };
@@ -135,9 +147,6 @@ void Slot::check_state(const Array& parameter, const Array& state, const Array* 
     throw TypeError(label + " has dtype " + name_of(state.dtype) +
                     (powers ? ", and comes with powers" : ", and comes without powers"));
   if (!powers) return;
-  if (parameter.device.kind == Device::cuda)
-    throw TypeError(name_ + " is on " + name_of(parameter.device) +
-                    ", where state has float64, float32 or bfloat16; 8 bits are for the CPU");
   const std::int64_t blocks = blocks_of(parameter.size);
   if (!state.c_contiguous || !powers->c_contiguous || powers->dtype != DType::bits8 ||
       powers->size != blocks || !powers->writable || powers->device != state.device)
@@ -353,17 +362,30 @@ void Slot::prepare_part(const Update& update, const OccupiedMemory& memory, bool
 }
 
 void Slot::check_moves_whole_blocks() const {
-  if (part_.tracks) return;  // all state sees the gradient
-  std::int64_t granule = part_.top ? 1 : part_.selected.granule();
+  const std::string block = std::to_string(kBlockElements);
+  if (!counts_whole_blocks())
+    throw ValueError("the state of " + name_ + " is in blocks of " + block +
+                     " elements (state_dtype='int8'), of which some elements have had more "
+                     "updates than others: use state_dtype='bfloat16'");
+  std::int64_t granule = part_.tracks ? 0 : part_.top ? 1 : part_.selected.granule();
   if (part_.rows) granule = std::gcd(granule, row_size());
   const bool is_all_or_nothing = !part_.rows && granule >= parameter_.size;
   if (granule % kBlockElements == 0 || is_all_or_nothing) return;
-  const std::string block = std::to_string(kBlockElements);
   throw ValueError("the state of " + name_ + " is in blocks of " + block +
                    " elements (state_dtype='int8'), of which a step would move a part: " +
                    (part_.rows ? "give rows of a multiple of " + block + " elements"
                                : "select blocks of a multiple of " + block) +
                    ", or use state_dtype='bfloat16'");
+}
+
+bool Slot::counts_whole_blocks() const {
+  if (!has_split_progress() || block_progress->block() % kBlockElements == 0) return true;
+  const std::int64_t size = parameter_.size;
+  for (std::int64_t at = 0; at < size; at += kBlockElements) {
+    const std::int64_t end = std::min(at + kBlockElements, size);
+    if (block_progress->end_of_equal(at, end) != end) return false;
+  }
+  return true;
 }
 
 void Slot::check_can_choose(const selections::Choice& choice, bool is_of_rows) const {
@@ -376,9 +398,10 @@ void Slot::check_can_choose(const selections::Choice& choice, bool is_of_rows) c
                      "take a fraction; give an array, or another selection");
 }
 
-// On a GPU, where parts of parameters are pieces of memory, the same ones in all of the state.
+// On a GPU, where parts of parameters are pieces of memory, the same ones in all of the state; with
+// blocks they are counted in C order.
 void Slot::check_state_has_one_layout() const {
-  if (all_in_c_order_) return;
+  if (all_in_c_order_ || has_blocks()) return;
   const auto [arrays, count] = operands(parameter_);
   for (std::size_t i = kState + 1; i < count; ++i) {
     const Array &first = *arrays[kState], &other = *arrays[i];
@@ -388,7 +411,8 @@ void Slot::check_state_has_one_layout() const {
                                  other.geometry().strides[axis] * item_size(first.dtype))
         throw ValueError(name_ + " is on " + name_of(device()) +
                          ", and a part of it is to move (where=); there, all of its state, its "
-                         "anchor, its average and its copy must have the same layout");
+                         "anchor, its average, its copy and its lower half must have the same "
+                         "layout");
   }
 }
 
@@ -435,7 +459,8 @@ void Slot::select_mask(const selections::Choice::Mask& mask) {
 void Slot::plan_part(const Array& gradient) {
   const auto [arrays, count] = operands(gradient);
   forget_plan(work);
-  if (is_on_gpu() && !part_.rows) plan(gradient, needs_numbers(gradient));  // should all of it move
+  if (is_on_gpu() && (!part_.rows || has_blocks()))
+    plan(gradient, needs_numbers(gradient));  // should all of it move
   plan_others(work);
   part_.lower_half = work.lower_half;
   part_.has_blocks = has_blocks();
@@ -500,7 +525,8 @@ void Slot::find_top(const Array& gradient, const StepOptions& options, const Fet
   HostCopies copies(fetch);
   const auto [arrays, count] = operands(gradient);
   for (std::size_t i = 0; i < count; ++i)
-    if (needs_all || i == kGradient) here.operand[i] = copies.of(*arrays[i]);
+    if (needs_all || i == kGradient)
+      here.operand[i] = copies.of(operand(i, *arrays[i]), *arrays[i]);
   Work of_copies = work;
   of_copies.part = &here;
   part_.selected = cpu::find_top(of_copies, options);
@@ -554,9 +580,6 @@ void Slot::set_copy(Array copy) {
 }
 
 void Slot::set_lower_half(Array lower_half) {
-  if (is_on_gpu())
-    throw ValueError(name_ + " is on " + name_of(device()) +
-                     ", where numbers are not kept in two halves");
   if (parameter_.dtype != DType::bfloat16)
     throw TypeError(name_ + " has dtype " + name_of(parameter_.dtype) +
                     "; only bfloat16 has a lower half");
@@ -589,9 +612,10 @@ Work Slot::work_on_rows(const Array& gradient, gradients::Rows& rows, bool is_nu
   return on_rows;
 }
 
-// Whether it matters which numbers the elements of a part have, and the arrays do not say.
+// Whether it matters which numbers the elements of a part have, and neither the arrays say it nor
+// the order in which blocks are walked.
 bool Slot::needs_numbers(const Array& gradient) const {
-  return rounding(true).is_random() && !is_in_c_order(gradient);
+  return rounding(true).is_random() && !has_blocks() && !is_in_c_order(gradient);
 }
 
 Work::Rounding Slot::rounding(bool of_parameter) const {
@@ -665,7 +689,8 @@ void Slot::plan(const Array& gradient, bool is_numbered) {
 
   std::array<Geometry, kMaxOperands> geometry;
   for (std::size_t i = 0; i < count; ++i) geometry[i] = arrays[i]->geometry();
-  plan_iteration(work, parameter_.geometry().shape, geometry, count, is_numbered);
+  const auto order = has_blocks() ? Iteration::Order::c : Iteration::Order::memory;
+  plan_iteration(work, parameter_.geometry().shape, geometry, count, order, is_numbered);
 }
 
 // What is walked is one row; the others are so many strides away.
@@ -694,7 +719,8 @@ void Slot::plan_rows(const Array& values, Work& work, gradients::Rows& rows,
     for (const std::int64_t extent : geometry[kParameter].shape) elements *= extent;
     return iteration.plan_dense(elements, static_cast<int>(count));
   }
-  plan_iteration(work, geometry[kParameter].shape, geometry, count, is_numbered);
+  plan_iteration(work, geometry[kParameter].shape, geometry, count, Iteration::Order::memory,
+                 is_numbered);
 }
 
 }  // namespace fusestep::engine

@@ -206,6 +206,7 @@ class Slot {
   void check_state(const arrays::Array& parameter, const arrays::Array& state,
                    const arrays::Array* powers, const std::string& label) const;
   void check_moves_whole_blocks() const;
+  bool counts_whole_blocks() const;
   void plan_others(Work& work) const;
   void check_follower(const arrays::Array& array, const std::string& label) const;
   void find_order();

@@ -59,6 +59,7 @@ void Rows::plan(Numbers numbers, std::int64_t table_rows) {
   first_.clear();
   state_row_.clear();
   number_.clear();
+  written_.clear();
   is_in_place_ = false;
   if (ascend) {
     row_.assign(numbers.begin(), numbers.end());
@@ -93,6 +94,7 @@ void Rows::plan_sums(std::vector<std::int64_t> rows, std::vector<std::int64_t> f
   row_ = std::move(rows);
   state_row_.clear();
   number_.clear();
+  written_.clear();
   first_ = std::move(first);
   source_ = std::move(sources);
   count_ = std::ssize(row_);
@@ -108,6 +110,7 @@ void Rows::plan_all(std::int64_t table_rows) {
   row_.clear();
   state_row_.clear();
   number_.clear();
+  written_.clear();
   first_.clear();
   source_.clear();
   count_ = table_rows;

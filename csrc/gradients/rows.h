@@ -40,6 +40,9 @@ class Rows {
   // Likewise: the number of each row's first element, where rows do not go on as in the table.
   void plan_numbers(std::vector<std::int64_t> numbers) { number_ = std::move(numbers); }
 
+  // Likewise: which elements of each block of each row change their value (selections/part.h).
+  void plan_written(std::vector<std::int64_t> words) { written_ = std::move(words); }
+
   // Every row, each with its own values: a dense gradient.
   void plan_all(std::int64_t table_rows);
 
@@ -76,9 +79,9 @@ class Rows {
   bool is_in_place() const { return is_in_place_; }
 
   // What is behind this, for who walks it elsewhere: rows, first sources, sources, rows of state,
-  // numbers of first elements.
-  std::array<std::span<const std::int64_t>, 5> lists() const {
-    return {row_, first_, source_, state_row_, number_};
+  // numbers of first elements, elements that change their value.
+  std::array<std::span<const std::int64_t>, 6> lists() const {
+    return {row_, first_, source_, state_row_, number_, written_};
   }
 
   // From one row to the next, in bytes, for each operand; those of the gradient are of the values.
@@ -91,6 +94,7 @@ class Rows {
   std::vector<std::int64_t> source_;     // in the order of the rows; empty: one for each, in order
   std::vector<std::int64_t> state_row_;  // empty: the rows themselves
   std::vector<std::int64_t> number_;     // empty: row after row
+  std::vector<std::int64_t> written_;    // words, of a bit for each element; empty: all of them
   bool is_in_place_ = false;
 };
 

@@ -118,7 +118,7 @@ struct Adam {
   }
   static std::vector<std::string_view> scalar_names() { return {"step"}; }
   static double initial_state(const Options&) { return 0; }
-  static constexpr bool is_signed(std::size_t state) { return state == 0; }
+  FUSESTEP_HOST_DEVICE static constexpr bool is_signed(std::size_t state) { return state == 0; }
   FUSESTEP_HOST_DEVICE static Progress advance(const Options&, Progress progress) {
     return next_step(progress);
   }

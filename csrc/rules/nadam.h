@@ -83,7 +83,7 @@ struct NAdam {
   }
   static std::vector<std::string_view> scalar_names() { return {"step", "mu_product"}; }
   static double initial_state(const Options&) { return 0; }
-  static constexpr bool is_signed(std::size_t state) { return state == 0; }
+  FUSESTEP_HOST_DEVICE static constexpr bool is_signed(std::size_t state) { return state == 0; }
   FUSESTEP_HOST_DEVICE static Progress advance(const Options& o, Progress progress) {
     progress = next_step(progress);
     progress.momentum_product *= momentum(o, progress.step);

@@ -66,7 +66,7 @@ struct RowwiseAdagrad {
   static std::vector<std::string_view> state_names(const Options&) { return {"sum"}; }
   static std::vector<std::string_view> scalar_names() { return {"step"}; }
   static double initial_state(const Options&) { return 0; }
-  static constexpr bool is_signed(std::size_t) { return false; }
+  FUSESTEP_HOST_DEVICE static constexpr bool is_signed(std::size_t) { return false; }
   FUSESTEP_HOST_DEVICE static Progress advance(const Options&, Progress progress) {
     return next_step(progress);
   }

@@ -6,7 +6,7 @@
 //     rule(w, g, state...)        w and state are changed in place, g is the gradient
 //
 // and may be overloaded on the number of state values (SGD without and with momentum). Beside it
-// stand its Options and four static functions that only the host uses:
+// stand its Options and static functions, of which the host uses the first three alone:
 //
 //     state_names(options)        torch.optim's names, in the order of the call operator
 //     scalar_names()              torch.optim's names of what it keeps of Progress, in its order

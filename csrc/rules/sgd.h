@@ -120,7 +120,7 @@ struct Sgd {
   }
   static std::vector<std::string_view> scalar_names() { return {}; }
   static double initial_state(const Options&) { return 0; }
-  static constexpr bool is_signed(std::size_t) { return true; }
+  FUSESTEP_HOST_DEVICE static constexpr bool is_signed(std::size_t) { return true; }
   FUSESTEP_HOST_DEVICE static Progress advance(const Options&, Progress progress) {
     return next_step(progress);
   }

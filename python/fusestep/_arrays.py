@@ -36,6 +36,10 @@ class ArrayDescription(NamedTuple):
         """Return the description of an array with one element for each row."""
         return self._replace(shape=self.shape[:1], strides=self.strides[:1])
 
+    def of_bytes(self, shape: tuple[int, ...]) -> ArrayDescription:
+        """Return the description of an array of bytes in C order."""
+        return self._replace(shape=shape, strides=np.empty(shape, np.uint8).strides)
+
 
 class Backend(Protocol):
     """What is asked of a library of arrays."""

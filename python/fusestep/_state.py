@@ -12,6 +12,8 @@ from . import _narrow
 from ._arrays import backend_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ._arrays import ArrayDescription, Backend
 
 
@@ -72,12 +74,11 @@ def new(
     """Return a new piece of state: an array, or blocks of 8 bits."""
     if dtype != _narrow.DTYPE:
         return backend.new(parameter, dtype, fill)
-    if parameter.device != "cpu":
-        raise ValueError(
-            f"state_dtype='int8' is for parameters on the CPU; one is on {parameter.device}: use "
-            "state_dtype='bfloat16'"
-        )
-    return _narrow.filled(parameter.shape, fill, is_signed)
+    shapes = parameter.shape, (_narrow.blocks_of(math.prod(parameter.shape)),)
+    zeros = _narrow.Blocks(*(backend.new(parameter.of_bytes(x), "uint8", 0) for x in shapes))
+    if fill == 0:
+        return zeros
+    return _narrow.placed(_narrow.filled(parameter.shape, fill, is_signed), zeros)
 
 
 def entries(name: str, value: Any) -> dict[str, Any]:
@@ -93,10 +94,15 @@ def taken(entry: dict[Any, Any], name: str) -> Any:
     return value if powers is None else _narrow.Blocks(value, powers)
 
 
+def are_in_blocks(states: Mapping[str, Any]) -> bool:
+    """Return whether a parameter's state, which there may be none of, is in 8 bits."""
+    return any(isinstance(value, _narrow.Blocks) for value in states.values())
+
+
 def copied(value: Any) -> Any:
     """Return a copy of a piece of state."""
     if isinstance(value, _narrow.Blocks):
-        return _narrow.Blocks(*(array.copy() for array in value))
+        return _narrow.Blocks(*(backend_of(array).copy(array) for array in value))
     return backend_of(value).copy(value)
 
 
@@ -116,7 +122,8 @@ def assign(target: Any, value: Any) -> None:
     if isinstance(target, _narrow.Blocks):
         source = value
         if not isinstance(value, _narrow.Blocks):
-            source = _narrow.encode(np.full(target.codes.shape, value, np.float32), is_signed=False)
+            floats = np.full(tuple(target.codes.shape), value, np.float32)
+            source = _narrow.placed(_narrow.encode(floats, is_signed=False), target)
         pairs = list(zip(target, source, strict=True))
     for array, source in pairs:
         backend_of(array).assign(array, source)
@@ -160,15 +167,15 @@ def fitting(
     if isinstance(value, _narrow.Blocks):
         blocks = _copied_blocks(value, label, like.codes if is_narrow else like)
         if is_narrow:
-            return blocks
+            return _narrow.placed(blocks, like)
         conversions.note(_narrow.DTYPE, like.dtype, own)
         floats = _narrow.decode(blocks, is_signed)
         return as_state(floats, label, like, narrows=_name(like.dtype) == "bfloat16")
     if is_narrow:
-        shape = np.empty(like.codes.shape, np.float32)
+        shape = np.empty(tuple(like.codes.shape), np.float32)
         floats = as_state(value, label, shape, narrows=True)
         conversions.note(value.dtype, _narrow.DTYPE, own)
-        return _narrow.encode(floats, is_signed)
+        return _narrow.placed(_narrow.encode(floats, is_signed), like)
     conversions.note(getattr(value, "dtype", ""), like.dtype, own)
     return as_state(value, label, like, narrows=_name(like.dtype) == "bfloat16")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _anchors, _arrays, _averages, _cpu, _penalties, _state
+from . import _anchors, _arrays, _averages, _cpu, _narrow, _penalties, _state
 from ._arrays import backend_of
 from ._hyperparameters import check_seed, number
 from ._state import as_state
@@ -297,6 +297,8 @@ def _check_entry(
     elements = int(np.prod(described.shape, dtype=np.int64))
     has_products = "mu_product" in optimizer._scalar_names
     blocks = taken_blocks(entry, parameter, elements, has_products, optimizer.rows)
+    if blocks is not None and _state.are_in_blocks(optimizer._arrays[i]):
+        check_moves_blocks(*blocks, elements, parameter)
     arrays_of = {name: _state.taken(entry, name) for name in names}
     entry.update({name: value for name, value in arrays_of.items() if value is not None})
     scalars = set(optimizer._scalar_names)
@@ -326,6 +328,23 @@ def _check_entry(
     if not 0 <= product <= 1:
         raise ValueError(f"mu_product is {product!r}; expected a number in [0, 1]")
     return _Entry(step, product, arrays, missed, recent, anchor, average, blocks)
+
+
+def check_moves_blocks(
+    block: int,
+    steps: npt.NDArray[np.uint32],
+    products: npt.NDArray[np.float64],
+    elements: int,
+    label: str,
+) -> None:
+    """Raise ValueError where a block of state would have to move in parts."""
+    counts = [steps, products] if len(products) else [steps]
+    if not _narrow.are_whole(block, *counts, elements=elements):
+        raise ValueError(
+            f"some elements of {label} have had more updates than others, in blocks of {block}, "
+            f"and state in 8 bits moves in blocks of {_cpu.elements_of_block}: use "
+            "state_dtype='bfloat16'"
+        )
 
 
 def taken_blocks(

@@ -102,9 +102,8 @@ class Optimizer:
         "float32", "float64", "bfloat16" or "int8": 8 bits, of which 64 neighbours share a power of
         two. A parameter is computed in float64 if it or its state is float64, in float32 otherwise.
         State in bfloat16 and 8 bits is rounded at random, up or down, so that its mean is what
-        float32 would have: moments move in steps far below its precision. 8 bits are for parameters
-        on the CPU, and for steps that move whole blocks of 64 elements. A rule with state of rows
-        keeps it in float32 then.
+        float32 would have: moments move in steps far below its precision. 8 bits are for steps that
+        move whole blocks of 64 elements. A rule with state of rows keeps it in float32 then.
     stochastic_rounding
         Round parameters in bfloat16 and float16 at random, too, so that updates count which are
         less than half of the last place.
@@ -135,7 +134,7 @@ class Optimizer:
         there are no parameters; a copy does not have its parameter's shape and device; with
         ``capturable``, a parameter is not on the GPU of the others, ``lr`` or ``ema_decay`` is a
         callable, or ``rows`` is "exact"; with ``ema_decay`` or state in 8 bits, ``rows`` is
-        "exact"; with state in 8 bits, a parameter is on a GPU.
+        "exact".
     RuntimeError
         A parameter is on a GPU that cannot be used; the message says why.
 
@@ -633,8 +632,9 @@ class Optimizer:
         TypeError
             An entry is not what it should be, or float64 would have to be rounded to float32.
         ValueError
-            Keys are missing or unknown, shapes differ, or it belongs to another rule. Nothing has
-            been changed then.
+            Keys are missing or unknown, shapes differ, it belongs to another rule, or elements that
+            share a block of state in 8 bits have had different numbers of updates. Nothing has been
+            changed then.
         """
         self._between_steps(lambda: _state_dict.apply(self, _state_dict.check(self, state_dict)))
 

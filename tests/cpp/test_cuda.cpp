@@ -309,6 +309,17 @@ class Array {
     device_.write(host_.data());
   }
 
+  // Codes, of which each may be any number of bytes.
+  void fill_bytes(Random& random, std::int64_t first = 0, std::int64_t end = 256) {
+    for_each([&](std::int64_t at) {
+      for (std::int64_t i = 0; i < item_size(dtype_); ++i)
+        host_[static_cast<std::size_t>(at + i)] =
+            static_cast<std::byte>(first + random.below(end - first));
+    });
+    device_.write(host_.data());
+  }
+  bool has_floats() const { return is_float(dtype_); }
+
   std::vector<std::byte> from_device() const {
     std::vector<std::byte> found(host_.size());
     device_.read(found.data());
@@ -318,7 +329,7 @@ class Array {
   // Which NaN comes of an operation is the processor's choice.
   bool is_same() const {
     std::vector<std::byte> found = from_device();
-    if (found == host_) return true;
+    if (found == host_ || !has_floats()) return found == host_;
     for_each([&](std::int64_t at) {
       if (std::isnan(read(found.data() + at, dtype_)) && std::isnan(read(&host_[at], dtype_)))
         std::copy_n(host_.data() + at, item_size(dtype_), found.data() + at);
@@ -398,7 +409,9 @@ struct Spec {
   bool is_anchored = false, has_importance = false;
   bool has_average = false;
   std::optional<DType> copy{};    // the type of the one that follows the parameter
-  bool rounds_parameter = false;  // at random, as state of 16 bits always is
+  bool rounds_parameter = false;  // at random, as narrow state always is
+  bool is_in_halves = false;      // the parameter (core/split.h)
+  bool is_in_blocks = false;      // the state (core/blocks.h)
 
   Spec(const RuleCase& rule_, const DTypes& dtypes_, const View& parameter_, const View& gradient_)
       : rule(&rule_),
@@ -419,7 +432,8 @@ const RuleCase& kAmsgrad = rule_cases()[7];
 struct Parameter {
   Spec spec;
   std::unique_ptr<rules::AnyRule> rule;
-  std::deque<Array> arrays;  // parameter, gradient, state, anchor
+  std::deque<Array> arrays;  // parameter, gradient, state, anchor, followers, lower half
+  std::deque<Array> powers;  // of state in blocks
   gradients::Rows rows;
   Work on_host{}, on_device{};
   Progress progress, next;
@@ -437,8 +451,8 @@ struct Parameter {
       rows.plan(*spec.rows, spec.parameter.shape[0]);
     else if (rule->is_rowwise())
       rows.plan_all(spec.parameter.shape[0]);
-    plan(on_host, [](Array& array) { return array.on_host(); });
-    plan(on_device, [](Array& array) { return array.on_device(); });
+    plan(on_host, &Array::on_host);
+    plan(on_device, &Array::on_device);
     if (spec.copies != Copies::none) add_copies();
   }
 
@@ -446,12 +460,19 @@ struct Parameter {
   bool has_rows() const { return spec.rows || rule->is_rowwise(); }
 
   void fill(Random& random) {
-    for (std::size_t i = 0; i < arrays.size(); ++i)
+    for (std::size_t i = 0; i < arrays.size(); ++i) {
+      if (!arrays[i].has_floats()) {
+        arrays[i].fill_bytes(random);
+        continue;
+      }
       arrays[i].fill([&] {
         const double x =
             number(random, i == kGradient || spec.fill != Fill::huge ? spec.fill : Fill::ordinary);
         return i >= kState && spec.fill != Fill::special ? std::fabs(x) : x;
       });
+    }
+    const bool is_any = spec.fill == Fill::special;
+    for (Array& array : powers) array.fill_bytes(random, is_any ? 1 : 110, is_any ? 254 : 135);
   }
 
   // The progress after one more update.
@@ -481,31 +502,42 @@ struct Parameter {
     arrays.emplace_back(spec.parameter, dtypes.parameter, spec.misaligned[kParameter]);
     arrays.emplace_back(spec.gradient, dtypes.gradient, spec.misaligned[kGradient]);
     const View state = rule->is_rowwise() ? View::of({spec.parameter.shape[0]}) : spec.state;
-    for (std::size_t s = 0; s < states(); ++s)
-      arrays.emplace_back(state, state_dtype(), spec.misaligned[kState + s]);
+    for (std::size_t s = 0; s < states(); ++s) {
+      arrays.emplace_back(state, state_dtype(s), spec.misaligned[kState + s]);
+      if (is_in_blocks()) powers.emplace_back(View::of({blocks_of(state.size())}), DType::bits8, 0);
+    }
     const DType wide = dtypes.state == DType::float64 ? DType::float64 : DType::float32;
     for (int i = 0; i < spec.is_anchored + spec.has_importance + spec.has_average; ++i)
       arrays.emplace_back(spec.state, wide, spec.misaligned[arrays.size()]);
     if (spec.copy) arrays.emplace_back(spec.parameter, *spec.copy, spec.misaligned[arrays.size()]);
+    if (is_in_halves())
+      arrays.emplace_back(spec.parameter, DType::bits16, spec.misaligned[arrays.size()]);
   }
 
+  bool is_in_halves() const {
+    return spec.is_in_halves && spec.dtypes.parameter == DType::bfloat16;
+  }
+  bool is_in_blocks() const { return spec.is_in_blocks && !rule->is_rowwise(); }
+
   // The state of rows is float32 or float64.
-  DType state_dtype() const {
+  DType state_dtype(std::size_t i) const {
+    if (is_in_blocks()) return rule->is_signed(i) ? DType::signed_bits8 : DType::bits8;
     const bool is_wide = rule->is_rowwise() && spec.dtypes.state == DType::bfloat16;
     return is_wide ? DType::float32 : spec.dtypes.state;
   }
 
-  template <class OperandOf>
-  void plan(Work& work, OperandOf operand_of) {
+  void plan(Work& work, Operand (Array::*operand)()) {
     std::vector<Geometry> geometry;
     for (std::size_t i = 0; i < arrays.size(); ++i) {
       auto [shape, strides] = arrays[i].geometry();
       if (rule->is_rowwise() && i == kState) {
-        work.row_state = operand_of(arrays[i]);
+        work.row_state = (arrays[i].*operand)();
         work.row_state_stride = strides[0];
         continue;
       }
-      work.iteration.operand[geometry.size()] = operand_of(arrays[i]);
+      work.iteration.operand[geometry.size()] = (arrays[i].*operand)();
+      if (i >= kState && i - kState < powers.size())
+        work.iteration.operand[i].powers = (powers[i - kState].*operand)().data;
       if (has_rows()) {
         rows.stride[geometry.size()] = strides[0];
         shape = shape.subspan(1), strides = strides.subspan(1);
@@ -517,17 +549,19 @@ struct Parameter {
     const int average = spec.has_average ? work.operands_read : 0;
     const int copy = spec.copy ? work.operands_read + spec.has_average : 0;
     work.followers = {average, 0.875, copy};
+    if (is_in_halves())
+      work.lower_half = work.operands_read + spec.has_average + spec.copy.has_value();
     work.rounding.is_random_in_parameter =
-        spec.rounds_parameter && item_size(spec.dtypes.parameter) == 2;
-    work.rounding.is_random_in_state = states() > 0 && state_dtype() == DType::bfloat16;
+        spec.rounds_parameter && !is_in_halves() && item_size(spec.dtypes.parameter) == 2;
+    work.rounding.is_random_in_state = states() > 0 && item_size(state_dtype(0)) < 4;
     work.rows = has_rows() ? &rows : nullptr;
     work.is_rowwise = rule->is_rowwise();
     if (spec.is_anchored) {
       const int reference = kState + (rule->is_rowwise() ? 0 : static_cast<int>(states()));
       work.anchor = {0.7, 0, reference, spec.has_importance ? reference + 1 : 0};
     }
-    const bool in_double =
-        spec.dtypes.parameter == DType::float64 || spec.dtypes.state == DType::float64;
+    const bool in_double = spec.dtypes.parameter == DType::float64 ||
+                           (spec.dtypes.state == DType::float64 && !is_in_blocks());
     work.compute = in_double ? DType::float64 : DType::float32;
     work.gradient_factor = spec.gradient_factor;
   }
@@ -724,6 +758,7 @@ class Problem {
 
   void check_arrays(std::size_t i) {
     const Parameter& one = parameters_[i];
+    check_that(std::ranges::all_of(one.powers, &Array::is_same), "powers of blocks");
     for (std::size_t k = 0; k < one.arrays.size(); ++k) {
       if (one.arrays[k].is_same()) continue;
       std::fprintf(stderr, "%s: operand %zu of parameter %zu (%s, %s, %s; %lld elements)\n",
@@ -871,6 +906,7 @@ void add_epilogue(Spec& spec, Random& random) {
   spec.has_average = random.below(2);
   if (random.below(2)) spec.copy = kAllDTypes[random.below(4)];
   spec.rounds_parameter = random.below(2);
+  spec.is_in_halves = random.below(2);
   if (random.below(2)) spec.dtypes.state = DType::bfloat16;
 }
 
@@ -943,6 +979,38 @@ void check_epilogues(bool quick) {
       problem.keep_progress_on_device();
       problem.take({{-3, true, 0.5}});
       problem.check_sums();
+    }
+  }
+}
+
+// State in blocks, alone and with all else; of tables whose rows consist of blocks, too.
+void check_blocks(bool quick) {
+  scene() = "state in blocks";
+  Random random(8);
+  for (const RuleCase& rule : rule_cases()) {
+    for (const DTypes& dtypes : quick ? std::vector{kSingle, kHalf, kDouble} : all_dtypes()) {
+      for (const Fill fill : {Fill::ordinary, Fill::special}) {
+        std::vector<Spec> specs;
+        for (const std::int64_t size : {0, 1, 4, 63, 64, 65, 127, 128, 1023, 1024, 1025, 2500})
+          for (const int operand : {kParameter, kGradient, kState})
+            specs.emplace_back(rule, dtypes, Shape{size}).misaligned[operand] = random.below(2);
+        for (const std::int64_t width : {64, 320, 1024, 1088})
+          specs.push_back(rows_of(rule, dtypes, View::of({7, width}), random.below(9), random));
+        for (Spec& spec : specs) {
+          const bool is_plain = random.below(2);
+          if (!is_plain) add_epilogue(spec, random);
+          if (is_plain) spec.is_anchored = spec.has_importance = false;
+          if (spec.rows) spec.gradient = View::of(spec.gradient.shape);
+          spec.is_in_blocks = true;
+          spec.fill = fill;
+        }
+        Problem problem(specs);
+        problem.take({{0.25, false}});
+        problem.check_sums();
+        problem.keep_progress_on_device();
+        problem.take({{-3, true, 0.5}});
+        problem.take({{1, true}, 2.0, true});
+      }
     }
   }
 }
@@ -1789,6 +1857,7 @@ void run(bool quick) {
   check_anchors(quick);
   check_rows(quick);
   check_epilogues(quick);
+  check_blocks(quick);
   check_decisions_on_rows();
   check_rows_that_are_behind(quick);
   check_captured_rows();

@@ -41,11 +41,6 @@ def check_kind(value: Any) -> str | None:
 def check_parameters(optimizer: Optimizer, parameters: Iterable[tuple[Tensor, str]]) -> None:
     """Raise ValueError for a parameter that cannot have a master."""
     for parameter, label in parameters:
-        if LOWER_HALF in wanted(optimizer, parameter) and _tensors.is_on_gpu(parameter):
-            raise ValueError(
-                f"{label} is on {parameter.device}; master='split' is for the CPU: use "
-                "master='float32'"
-            )
         if WIDE in wanted(optimizer, parameter) and _tensors.is_sharded(parameter):
             raise ValueError(
                 f"{label} is a DTensor, which master='float32' is not for: use master='split', or "
