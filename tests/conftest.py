@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 import fusestep as fs
+from combinations import enough
 from fusestep import _cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Idle threads of OpenMP, which torch has, sleep: where other processes want the cores, waiting for
+# work in a loop takes most of the time of a test. Before torch is imported, and for processes, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TIERS = [name for name, _ in _cpu.tiers()]
 AVAILABLE = [name for name, runs_here in _cpu.tiers() if runs_here]
@@ -17,11 +27,37 @@ AVAILABLE = [name for name, runs_here in _cpu.tiers() if runs_here]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
     parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="run each test with all combinations of its parameters, not only with as many as have"
+        " any two values of two parameters together, and examples with all of their seeds",
+    )
+    parser.addoption(
         "--every", type=int, default=1, help="of each test's parameters, run one of so many"
     )
 
 
+def parameters(item: pytest.Item) -> dict[str, object]:
+    """By name. The items of a test share their values."""
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def alike(items: Iterable[pytest.Item]) -> Iterable[list[pytest.Item]]:
+    """The items of each test, apart where some are skipped on a machine that runs others."""
+    groups: defaultdict[tuple[object, ...], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        given = parameters(item)
+        runs_here = given.get("tier", AVAILABLE[0]) in AVAILABLE
+        test = item.nodeid.partition("[")[0]
+        groups[test, given.get("lib"), given.get("machine"), runs_here].append(item)
+    return groups.values()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--thorough"):
+        chosen = {item for group in alike(items) for item in enough(group, parameters)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     every = config.getoption("--every")
     if every > 1:  # where it is memory that is looked at, rather than numbers
         seen: Counter[str] = Counter()
@@ -67,6 +103,12 @@ def pointers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("this torch has no exchange table")
     monkeypatch.setattr(tensors, "USE_EXCHANGE_TABLE", request.param == "table")
     return request.param
+
+
+@pytest.fixture
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether to take all the time it needs."""
+    return request.config.getoption("--thorough")
 
 
 @pytest.fixture

@@ -176,8 +176,8 @@ def test_a_wrong_option_is_refused(arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_what_the_page_promises(tmp_path: Path) -> None:
-    found = run(tmp_path)["accuracy"]
+def test_what_the_page_promises(tmp_path: Path, thorough: bool) -> None:
+    found = run(tmp_path, *([] if thorough else ["--seeds", "0", "1"]))["accuracy"]
     kept, learned = digits.earlier_and_last(found["plain"])
     kept_ewc, learned_ewc = digits.earlier_and_last(found["EWC"])
     assert kept_ewc >= kept + 0.15
@@ -413,8 +413,8 @@ def test_a_wrong_option_of_feedback_is_refused(arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_what_the_page_of_feedback_promises(tmp_path: Path) -> None:
-    found = run(tmp_path, program=feedback)
+def test_what_the_page_of_feedback_promises(tmp_path: Path, thorough: bool) -> None:
+    found = run(tmp_path, *([] if thorough else ["--seeds", "2"]), program=feedback)
     for kind in feedback.KINDS:
         peer = accuracy_of(found[kind], "SGDClassifier")
         for ours in ("importance-aware SGD", "importance-aware Adagrad", "plain SGD"):
