@@ -51,9 +51,7 @@ def encode(values: npt.NDArray[Any], is_signed: bool) -> Blocks:
 def decode(blocks: Blocks, is_signed: bool) -> npt.NDArray[np.float32]:
     """Return what codes stand for, on the CPU."""
     codes, powers = map(np.ascontiguousarray, fetched(blocks))
-    values: npt.NDArray[np.float32] = _cpu.decode_state(
-        codes.reshape(-1), powers, is_signed
-    )
+    values: npt.NDArray[np.float32] = _cpu.decode_state(codes.reshape(-1), powers, is_signed)
     return values.reshape(blocks.codes.shape)
 
 
