@@ -108,9 +108,10 @@ class Optimizer(torch.optim.Optimizer):
     state_dtype
         Dtype of new state: None (float64 for float64 parameters, float32 for all others),
         ``torch.float32``, ``torch.float64``, ``torch.bfloat16``, or ``torch.int8`` or ``"int8"``:
-        8 bits, of which 64 neighbours share a power of two, for parameters that are not DTensors; a step then moves whole blocks of 64 elements, or all of a parameter. In bfloat16
-        and 8 bits it is rounded at random, up or down, so that its mean is what float32 would have;
-        that of complex parameters stays wide.
+        8 bits, of which 64 neighbours share a power of two, for parameters that are not DTensors; a
+        step then moves whole blocks of 64 elements, or all of a parameter. In bfloat16 and 8 bits
+        it is rounded at random, up or down, so that its mean is what float32 would have; that of
+        complex parameters stays wide.
     stochastic_rounding
         Round parameters in bfloat16 and float16 at random, too, so that updates count which are
         less than half of the last place.
