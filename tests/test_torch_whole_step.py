@@ -1240,3 +1240,22 @@ def test_averages_are_put_back_where_they_can_be() -> None:
     with opt.swap_averages():
         assert not torch.equal(params[0], kept)
     opt.step()
+
+
+@pytest.mark.parametrize("narrow", ["exp_avg", "exp_avg_sq"])
+def test_pieces_of_state_may_differ_in_dtype(narrow: str) -> None:
+    """Whoever replaces a piece of state decides how it is stored."""
+    p = torch.nn.Parameter(torch.randn(4096))
+    q = torch.nn.Parameter(p.detach().clone())
+    ours = fs.torch.Adam([p], lr=0.1, state_dtype=torch.bfloat16)
+    theirs = torch.optim.Adam([q], lr=0.1)
+    for step in range(6):
+        p.grad = torch.randn(4096)
+        q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        if step == 2:
+            for name in ("exp_avg", "exp_avg_sq"):
+                dtype = torch.bfloat16 if name == narrow else torch.float32
+                ours.state[p][name] = theirs.state[q][name].to(dtype, copy=True)
+    assert (p - q).abs().max() < 0.01

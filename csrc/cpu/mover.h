@@ -165,9 +165,14 @@ class Mover {
   KernelTable::UpdateNarrow narrow_loop(const KernelTable& kernels) const {
     if (sizeof(T) != sizeof(float) || is_anchored() || !work_.rounding.is_random_in_state)
       return nullptr;
-    const DType stored = work_.iteration.operand[kState].dtype;
-    if (stored == DType::bfloat16) return kernels.update_bfloat16[loop_number_];
-    return is_in_blocks(stored) ? kernels.update_blocks[loop_number_] : nullptr;
+    const auto all_states = [&](auto holds) {
+      for (int i = kState; i < work_.rule_operands; ++i)
+        if (!holds(work_.iteration.operand[i].dtype)) return false;
+      return true;
+    };
+    if (all_states([](DType stored) { return stored == DType::bfloat16; }))
+      return kernels.update_bfloat16[loop_number_];
+    return all_states(is_in_blocks) ? kernels.update_blocks[loop_number_] : nullptr;
   }
 
   bool has_bound() const { return bound_ != std::numeric_limits<T>::infinity(); }
