@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -45,6 +46,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clipped": {"clip_value": 0.3, "max_norm": 3.0},
     "random": {"stochastic_rounding": True, "seed": 3},
     "narrow state": {"state_dtype": "bfloat16", "seed": 4},
+    "8 bits": {"state_dtype": "int8", "seed": 4},
+    "split and 8 bits": {"master": "split", "state_dtype": "int8", "ema_decay": 0.9},
     "wide": {"master": "float32", "ema_decay": 0.9},
     "split": {"master": "split", "ema_decay": 0.9},
     "split and random": {"master": "split", "stochastic_rounding": True, "seed": 6},
@@ -77,6 +80,50 @@ def test_as_on_the_cpu(machine: Machine, name: str, options: str, dtype: Any) ->
         return standing(opt, params)
 
     assert_same_course(machine, course)
+
+
+def save(opt: Any, _: Any) -> None:
+    opt.load_state_dict(opt.state_dict())
+
+
+def widen(opt: Any, _: Any) -> None:
+    with pytest.warns(UserWarning, match="converted from float32 to int8"):
+        opt.load_state_dict(opt.state_dict(state_dtype=torch.float32))
+
+
+def copy_whole(opt: Any, params: list[Any]) -> None:
+    params[0].detach().copy_(copy.deepcopy(opt).param_groups[0]["params"][0].detach())
+
+
+@pytest.mark.parametrize("event", [save, widen, copy_whole])
+@pytest.mark.parametrize("name", CLASSES)
+def test_8_bits_go_on(machine: Machine, name: str, event: Callable[[Any, Any], None]) -> None:
+    def course(place: Place) -> Any:
+        params = leaves(place, *SHAPES)
+        opt = new(name, params, state_dtype="int8", seed=4)
+        train(machine, opt, params, 3)
+        if event is not widen or opt.state_dict()["state"]:
+            event(opt, params)
+        train(machine, opt, params, 3, start=3)
+        return standing(opt, params)
+
+    assert_same_course(machine, course)
+
+
+def test_parts_of_blocks_are_refused_and_nothing_has_changed(machine: Machine) -> None:
+    params = leaves(machine.gpu, (40, 64), (7, 5))
+    opt = new("Adam", params, state_dtype="int8")
+    train(machine, opt, params, 2)
+    before = [x.clone() for x in tensors_of(opt, params)]
+    with pytest.raises(ValueError, match="blocks of 64"):
+        train(machine, opt, params, 1, where=fs.TopK(0.3))
+    for x, y in zip(before, tensors_of(opt, params), strict=True):
+        assert torch.equal(x, y)
+
+
+def tensors_of(opt: Any, params: list[Any]) -> list[Any]:
+    state = [value for p in params for value in opt.state[p].values()]
+    return [*(p.detach() for p in params), *(x for x in state if isinstance(x, torch.Tensor))]
 
 
 def swap(opt: Any, _: Any) -> None:
