@@ -64,6 +64,33 @@ def test_averages_are_those_of_the_parameters(rule: Rule, decay: float, tier: st
         np.testing.assert_array_equal(p, q)  # the parameter itself is what it was without
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("size", [1, 1000, 4096, 4097, 50_003])
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+@pytest.mark.parametrize("clip_value", [None, 0.5])
+def test_one_loop_and_tiles_give_the_same_averages(
+    rule: Rule, size: int, decay: float, clip_value: float | None, tier: str
+) -> None:
+    """A copy has the step go tile by tile; without one it goes through memory at once."""
+    rng = np.random.default_rng(9)
+    begin = 3  # so that nothing begins at a cache line
+    one = draw(rng, size + begin)[begin:]
+    tiled = one.copy()
+    options = {**rule.options, "ema_decay": decay, "clip_value": clip_value}
+    at_once = rule.cls(one, **options)
+    in_tiles = rule.cls(tiled, **options, copies=np.empty(size, bfloat16))
+    for threads in (1, 2, 3):
+        fs.set_num_threads(threads)
+        gradient = draw(rng, size + 1)[1:]
+        in_tiles.step(gradient)
+        at_once.step(gradient, zero_grad=True)
+        assert not gradient.any()
+        np.testing.assert_array_equal(one, tiled)
+        np.testing.assert_array_equal(at_once.averages, in_tiles.averages)
+        for name, value in in_tiles.state[0].items():
+            np.testing.assert_array_equal(at_once.state[0][name], value)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_averages_of_other_dtypes_follow_what_is_kept_of_the_parameter(dtype: np.dtype) -> None:
     rng = np.random.default_rng(1)
