@@ -1,6 +1,6 @@
 """Check what the CUDA compiler has made of the kernels.
 
-    nvcc ... --ptx csrc/cuda/step.cu -o step.ptx && python check_kernels.py step.ptx
+    nvcc --keep ... csrc/cuda/step.cu && python check_kernels.py step.ptx
 
 A kernel that moves dense parameters or rows must read and write four float32 of each operand at
 once: where the compiler splits that up, results stay right, and the step becomes slower. And no
