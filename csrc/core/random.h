@@ -66,8 +66,8 @@ struct TileRandom {
 
   // Of one of the operands of a parameter's step. Two pieces of state share their bits, of which
   // the second has the lower half first: to make others would take a tenth of a step of state in 8
-  // bits. What both take of them at most, 20, has but 8 in common: those that count least for one
-  // of the two.
+  // bits. Of the 20 that each takes at most, 8 are the other's, too: the highest four of one are
+  // the lowest of the other.
   FUSESTEP_HOST_DEVICE static TileRandom of(const RandomStream& stream, int operand,
                                             std::int64_t tile) {
     const std::uint64_t bits =

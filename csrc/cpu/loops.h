@@ -103,8 +103,16 @@ template <class T, class Loop, std::size_t... S>
                                                    const Run<T>& run, std::index_sequence<S...>) {
   if (is_usual(rule) && run.average.is_long())  // of which the compiler makes one loop, not sixteen
     return move(rule, run.size, run.parameter, run.gradient, Averaged<T>(run), run.state[S]...);
-  update<T, Loop, Free<T>>(&rule, run);
-  average(run.average, run.parameter, run.averaged, run.size);
+  Run<T> tile = run;  // which is in the first cache when its average follows
+  for (std::int64_t rest = run.size; rest > 0; rest -= kTileSize) {
+    tile.size = rest < kTileSize ? rest : kTileSize;
+    update<T, Loop, Free<T>>(&rule, tile);
+    average(run.average, tile.parameter, tile.averaged, tile.size);
+    tile.parameter += kTileSize;
+    tile.gradient.values += kTileSize;
+    ((tile.state[S] += kTileSize), ...);
+    tile.averaged += kTileSize;
+  }
 }
 
 template <class T, class Loop>

@@ -172,7 +172,9 @@ class Mover {
     };
     if (all_states([](DType stored) { return stored == DType::bfloat16; }))
       return kernels.update_bfloat16[loop_number_];
-    return all_states(is_in_blocks) ? kernels.update_blocks[loop_number_] : nullptr;
+    return all_states([](DType stored) { return is_in_blocks(stored); })
+               ? kernels.update_blocks[loop_number_]
+               : nullptr;
   }
 
   bool has_bound() const { return bound_ != std::numeric_limits<T>::infinity(); }

@@ -261,6 +261,7 @@ class NarrowLoop {
 
     const float inverse[] = {Format::inverse(largest[S], state.powers)...};
     // Two pieces of state have the same bits (core/random.h): the compiler is to know.
+    static_assert(kState % 2 == 0, "the first piece is the first of a pair");
     const std::uint32_t keys[] = {state.random.key...};
     FUSESTEP_DISJOINT_ARRAYS
     for (int i = 0; i < kBlock; ++i) {

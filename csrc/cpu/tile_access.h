@@ -40,8 +40,8 @@ class TileAccess {
   void load(const Block& block, T* buffer) const;         // block -> buffer
   void store(const T* buffer, const Block& block) const;  // buffer -> block
 
-  // The same, rounded at random where the block's type has 16 bits; its elements are those of a
-  // tile from `first` on.
+  // The same, rounded at random where the block's type has 16 bits, or 8; its elements are those of
+  // a tile from `first` on.
   void store(const T* buffer, const Block& block, TileRandom random, std::int64_t first) const;
   void clear(const Block& block) const;  // zeros -> block
 

@@ -20,8 +20,9 @@ namespace fusestep::cpu {
 // From this size on a run is worth starting at a cache line.
 inline constexpr std::int64_t kAlignedRun = 4096;
 
-// So many elements of a gradient are cleared at once, after the step that has read them.
-inline constexpr std::int64_t kClearedAtOnce = 4096;
+// After so many elements of a run the gradient that the step has read, from the second cache by
+// then at the latest, is cleared.
+inline constexpr std::int64_t kClearedRun = 4096;
 
 template <class T>
 class Updater : Mover<T> {
@@ -72,11 +73,11 @@ class Updater : Mover<T> {
     }
   }
 
-  // What comes after a stretch has moved finds it in the first or second cache.
+  // What comes after a stretch has moved finds it in a cache.
   std::int64_t stretch_of_run(std::int64_t size) const {
     const bool has_ones = is_anchored() && work_.anchor.importance == 0;  // as many as a tile has
     if (has_ones || (work_.followers.average && !averages_in_loop())) return kTileSize;
-    return clear_ ? kClearedAtOnce : size;
+    return clear_ ? kClearedRun : size;
   }
 
   bool averages_in_loop() const {
@@ -119,7 +120,7 @@ class Updater : Mover<T> {
 
   // Where tiles are copied before they are moved, and written back afterwards, memory would have
   // nothing to do meanwhile: it is asked for the next one. (Adam of 30M elements with state of 8
-  // bits: 27.0 ms without, 22.2 with on one thread; 12.6 and 11.1 on two.)
+  // bits, when that went this way: 27.0 ms without, 22.2 with on one thread; 12.6 and 11.1 on two.)
   bool asks_ahead() const {
     constexpr std::int64_t kCached = 1 << 19;  // elements that an optimizer need not wait for
     return !iteration_.layout && iteration_.size > kCached;
