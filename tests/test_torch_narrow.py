@@ -804,6 +804,17 @@ def test_state_that_is_made_early() -> None:
         assert_same([p.detach() for p in params], [p.detach() for p in others])
 
 
+@pytest.mark.parametrize("state_dtype", ["int8", None])
+def test_sums_that_processes_share(state_dtype: str | None) -> None:
+    """Each sees what the others write: the powers of codes, too."""
+    params = parameters()
+    opt = make("Adagrad", params, state_dtype=state_dtype)
+    opt.share_memory()
+    arrays = {name: x for e in opt.state.values() for name, x in e.items() if name != "step"}
+    assert {*arrays} == ({"sum", "sum_powers"} if state_dtype else {"sum"})
+    assert all(x.is_shared() for e in opt.state.values() for name, x in e.items() if name in arrays)
+
+
 MOVES: dict[str, Callable[[Any, str], Any]] = {
     "replaced": lambda e, part: e.update({part: e[part].clone()}),
     "in another order": lambda e, part: e.update({part: e[part].clone().t().contiguous().t()}),
