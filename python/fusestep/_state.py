@@ -88,10 +88,18 @@ def entries(name: str, value: Any) -> dict[str, Any]:
     return {name: value}
 
 
-def taken(entry: dict[Any, Any], name: str) -> Any:
-    """Take a piece of state from an entry of a state dict; None where there is none."""
-    value, powers = (entry.pop(key, None) for key in (name, _narrow.powers_name(name)))
+def piece_of(entry: Mapping[Any, Any], name: str) -> Any:
+    """Return a piece of state in an entry of a state dict; None where there is none."""
+    value, powers = (entry.get(key) for key in (name, _narrow.powers_name(name)))
     return value if powers is None else _narrow.Blocks(value, powers)
+
+
+def taken(entry: dict[Any, Any], name: str) -> Any:
+    """Take a piece of state, and its powers, from an entry; None where there is none."""
+    piece = piece_of(entry, name)
+    for key in (name, _narrow.powers_name(name)):
+        entry.pop(key, None)
+    return piece
 
 
 def are_in_blocks(states: Mapping[str, Any]) -> bool:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .. import _narrow
 from .._narrow import Blocks, powers_name
-from .._state import check_blocks, entries, taken
+from .._state import check_blocks, entries, piece_of, taken
 from . import _state, _tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 Piece: TypeAlias = Tensor | Blocks
 
@@ -35,9 +35,12 @@ def check_parameter(parameter: Tensor, label: str, dtype: torch.dtype) -> None:
         )
 
 
-def of(entry: Mapping[str, Any], name: str) -> Any:
-    """Return a piece of the state of a parameter, as it is there; None where there is none."""
-    return taken({**entry}, name)
+def without(entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the state of a parameter without these pieces, and their powers."""
+    rest = {**entry}
+    for name in names:
+        taken(rest, name)
+    return rest
 
 
 def powers_of(entry: Mapping[str, Any], names: Mapping[str, bool], dtype: torch.dtype) -> list[Any]:
@@ -77,7 +80,7 @@ def completed(
     check_parameter(parameter, label, dtype)
     complete: dict[str, Tensor] = {}
     for name, is_signed in states.items():
-        piece = of(entry, name)
+        piece = piece_of(entry, name)
         if is_there(piece):
             piece = fitted(piece, f"the {name} of {label}", parameter, dtype, is_signed=is_signed)
         else:
@@ -130,7 +133,7 @@ def all_widened(
     """
     result = {**entry}
     for name, is_signed in states.items():
-        piece = of(entry, name)
+        piece = piece_of(entry, name)
         if is_there(piece):
             result.pop(powers_name(name), None)
             floats: Tensor = _decoded(piece, is_signed) if isinstance(piece, Blocks) else piece

@@ -510,9 +510,9 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
 
     def _make_state_ours(self) -> None:
         """Have the state that torch's constructor has made in our dtype and places."""
-        rule = self._rule_of({})
+        states = self._rule_of({}).states
         for parameter, label in self._parameters():
-            self.state[parameter].update(self._completed_states(parameter, {}, label, rule))
+            self.state[parameter].update(self._completed_states(parameter, {}, label, states))
         self._adopt_scalars()
 
     def _initial_state(self) -> float:
