@@ -450,6 +450,21 @@ def test_a_first_step_that_fails_leaves_nothing() -> None:
 
 BAD_STATE: dict[str, tuple[Callable[[Any], None], type[Exception], str]] = {
     "no powers": (lambda e: e.pop("exp_avg_powers"), TypeError, "has dtype torch.uint8"),
+    "no powers but their name": (
+        lambda e: e.update(exp_avg_powers=None),
+        TypeError,
+        "has dtype torch.uint8, .*; 'exp_avg_powers' is missing",
+    ),
+    "sparse codes": (
+        lambda e: e.update(exp_avg=e["exp_avg"].to_sparse()),
+        TypeError,
+        "has layout torch.sparse_coo; expected torch.strided",
+    ),
+    "powers that are promised": (
+        lambda e: e.update(exp_avg_powers=e["exp_avg_powers"].to("meta")),
+        TypeError,
+        "is, in part, on the meta device",
+    ),
     "no codes": (lambda e: e.update(exp_avg=torch.ones(33, 5)), TypeError, "float32 and uint8"),
     "as torch casts them": (
         lambda e: e.update(exp_avg=e["exp_avg"].float(), exp_avg_powers=torch.ones(3)),
@@ -489,6 +504,37 @@ def test_damaged_state(bad: str, where: str) -> None:
         opt.state[params[0]] = good
     assert_same(bits(params, opt), before)
     opt.step()
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", "bfloat16", None])
+def test_codes_without_powers_are_nobodys_moments(state_dtype: str | None) -> None:
+    """Nor powers without codes: neither where they are loaded, nor where they are widened."""
+    params, opt = trained("Adam")
+    saved = copy.deepcopy(opt.state_dict())
+    del saved["state"][0]["exp_avg_powers"]
+    message = "exp_avg of parameter 0 has dtype torch.uint8, .*; 'exp_avg_powers' is missing"
+    with pytest.raises(TypeError, match=message):
+        make("Adam", copies_of(params), state_dtype=state_dtype).load_state_dict(saved)
+    arrays = [p.detach().numpy().copy() for p in params]
+    other = make_arrays("Adam", arrays, state_dtype=state_dtype)
+    with pytest.raises(TypeError, match=r"dtype torch.uint8, .*; 'exp_avg_powers' is missing"):
+        other.load_state_dict(saved)
+    saved = copy.deepcopy(opt.state_dict())
+    del saved["state"][0]["exp_avg"]
+    with pytest.raises(TypeError, match="is missing; its 'exp_avg_powers' is there"):
+        other.load_state_dict(saved)
+    del opt.state[params[0]]["exp_avg_powers"]
+    with pytest.raises(TypeError, match=message):
+        opt.state_dict(state_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("bad", [torch.float16, torch.int8, "bfloat16", "x", 3])
+def test_what_state_may_be_widened_to(bad: Any) -> None:
+    params, opt = trained("Adam")
+    other = make_arrays("Adam", [p.detach().numpy() for p in params])
+    for one in (opt, other):
+        with pytest.raises(ValueError, match=r"; expected None, 'float32', 'float64'$"):
+            one.state_dict(state_dtype=bad)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -149,14 +149,16 @@ def _fitted_entry(
         present.pop(powers_name(name), None)
     fitted: dict[str, Any] = {}
     for name, value in present.items():
-        what = f"the {name} of {label}"
         if name in pieces:
-            piece = _pieces.loaded(pieces[name], what, parameter, dtype, is_signed=states[name])
+            piece = _pieces.loaded(
+                pieces[name], name, label, parameter, dtype, is_signed=states[name]
+            )
             old, new = _pieces.dtype_of(pieces[name]), _pieces.dtype_of(piece)
             conversions.note(old, new, parameter.dtype)
             fitted.update(entries(name, piece))
         elif name in rule.scalars:
-            fitted[name] = torch.tensor(number(what, value), dtype=_state.scalar_dtype([value]))
+            there = number(f"the {name} of {label}", value)
+            fitted[name] = torch.tensor(there, dtype=_state.scalar_dtype([value]))
         elif isinstance(value, torch.Tensor):
             fitted[name] = _state.copied(value.to(parameter.device))
         else:

@@ -43,8 +43,7 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
     for name, is_signed in optimizer._all_states().items():
         piece = taken(entry, name)
         if _pieces.is_there(piece):
-            what = f"the {name} of {label}"
-            old = _pieces.fitted(piece, what, parameter, dtype, is_signed=is_signed)
+            old = _pieces.fitted(piece, name, label, parameter, dtype, is_signed=is_signed)
             entry.update(entries(name, _grown_piece(old, table, fill, is_signed=is_signed)))
     if anchor is not None:
         grown = _penalties.grown(anchor, new_rows)

@@ -1159,9 +1159,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _widen(self, state: dict[Any, Any], keys: Sequence[Any], dtype: torch.dtype) -> None:
         """Bring state, under the keys of all parameters, to at least a dtype."""
-        for key in keys:
+        states = self._all_states()
+        for key, (_, label) in zip(keys, self._parameters(), strict=True):
             if key in state:  # a copy: it is the optimizer's own
-                state[key] = _pieces.all_widened(state[key], self._all_states(), dtype)
+                state[key] = _pieces.all_widened(state[key], label, states, dtype)
 
     @_not_compiled
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
