@@ -1110,8 +1110,9 @@ class Optimizer(torch.optim.Optimizer):
         ----------
         state_dtype
             ``torch.float32`` or ``torch.float64``: state that is narrower is widened to it, which
-            is exact. ``torch.optim`` does not know 8 bits. None: state as it is, from which a step
-            goes on with the same bits.
+            is exact, and also what the rule no longer asks for; averages, masters and anchors stay
+            as they are. ``torch.optim`` does not know 8 bits. None: state as it is, from which a
+            step goes on with the same bits.
 
         Raises
         ------
