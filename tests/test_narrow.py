@@ -528,10 +528,15 @@ def test_damaged_state_is_refused() -> None:
         bad["state"][0][name] = value
         with pytest.raises(error, match="exp_avg of the parameter"):
             opt.load_state_dict(bad)
-    bad = copy.deepcopy(good)
-    del bad["state"][0]["exp_avg_powers"]
-    with pytest.raises(TypeError, match="uint8"):
-        opt.load_state_dict(bad)
+    for spoil, message in (
+        (lambda entry: entry.pop("exp_avg_powers"), "uint8, .*; 'exp_avg_powers' is missing"),
+        (lambda entry: entry.update(exp_avg_powers=None), "'exp_avg_powers' is missing"),
+        (lambda entry: entry.pop("exp_avg"), "exp_avg of the parameter is missing; its 'exp_avg_"),
+    ):
+        bad = copy.deepcopy(good)
+        spoil(bad["state"][0])
+        with pytest.raises(TypeError, match=message):
+            opt.load_state_dict(bad)
     assert digest(opt) == before
 
 

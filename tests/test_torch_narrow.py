@@ -450,6 +450,21 @@ def test_a_first_step_that_fails_leaves_nothing() -> None:
 
 BAD_STATE: dict[str, tuple[Callable[[Any], None], type[Exception], str]] = {
     "no powers": (lambda e: e.pop("exp_avg_powers"), TypeError, "has dtype torch.uint8"),
+    "no powers but their name": (
+        lambda e: e.update(exp_avg_powers=None),
+        TypeError,
+        "has dtype torch.uint8, .*; 'exp_avg_powers' is missing",
+    ),
+    "sparse codes": (
+        lambda e: e.update(exp_avg=e["exp_avg"].to_sparse()),
+        TypeError,
+        "has layout torch.sparse_coo; expected torch.strided",
+    ),
+    "powers that are promised": (
+        lambda e: e.update(exp_avg_powers=e["exp_avg_powers"].to("meta")),
+        TypeError,
+        "is, in part, on the meta device",
+    ),
     "no codes": (lambda e: e.update(exp_avg=torch.ones(33, 5)), TypeError, "float32 and uint8"),
     "as torch casts them": (
         lambda e: e.update(exp_avg=e["exp_avg"].float(), exp_avg_powers=torch.ones(3)),
@@ -489,6 +504,37 @@ def test_damaged_state(bad: str, where: str) -> None:
         opt.state[params[0]] = good
     assert_same(bits(params, opt), before)
     opt.step()
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", "bfloat16", None])
+def test_codes_without_powers_are_nobodys_moments(state_dtype: str | None) -> None:
+    """Nor powers without codes: neither where they are loaded, nor where they are widened."""
+    params, opt = trained("Adam")
+    saved = copy.deepcopy(opt.state_dict())
+    del saved["state"][0]["exp_avg_powers"]
+    message = "exp_avg of parameter 0 has dtype torch.uint8, .*; 'exp_avg_powers' is missing"
+    with pytest.raises(TypeError, match=message):
+        make("Adam", copies_of(params), state_dtype=state_dtype).load_state_dict(saved)
+    arrays = [p.detach().numpy().copy() for p in params]
+    other = make_arrays("Adam", arrays, state_dtype=state_dtype)
+    with pytest.raises(TypeError, match=r"dtype torch.uint8, .*; 'exp_avg_powers' is missing"):
+        other.load_state_dict(saved)
+    saved = copy.deepcopy(opt.state_dict())
+    del saved["state"][0]["exp_avg"]
+    with pytest.raises(TypeError, match="is missing; its 'exp_avg_powers' is there"):
+        other.load_state_dict(saved)
+    del opt.state[params[0]]["exp_avg_powers"]
+    with pytest.raises(TypeError, match=message):
+        opt.state_dict(state_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("bad", [torch.float16, torch.int8, "bfloat16", "x", 3])
+def test_what_state_may_be_widened_to(bad: Any) -> None:
+    params, opt = trained("Adam")
+    other = make_arrays("Adam", [p.detach().numpy() for p in params])
+    for one in (opt, other):
+        with pytest.raises(ValueError, match=r"; expected None, 'float32', 'float64'$"):
+            one.state_dict(state_dtype=bad)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -804,6 +850,40 @@ def test_state_that_is_made_early() -> None:
         assert_same([p.detach() for p in params], [p.detach() for p in others])
 
 
+@pytest.mark.parametrize("name", ["Adam", "Adagrad", "AMSGrad"])
+def test_an_anchor_before_the_first_step_of_what_was_taken_over(name: str) -> None:
+    """It makes what state there lacks, and touches none that there is."""
+    params, others = parameters(), parameters()
+    for each in (params, others):
+        torchs = make_torchs("Adagrad" if name == "Adagrad" else "Adam", each)
+        give(each, 0)
+        torchs.step()
+        opt = fst.convert(torchs, state_dtype="int8", seed=2)
+        if name == "AMSGrad":
+            opt.param_groups[0]["amsgrad"] = True
+        if each is params:
+            opt.anchor(0.0)
+            floats = torchs.state[each[0]]["sum" if name == "Adagrad" else "exp_avg"]
+            assert floats.dtype == torch.float32
+            wide = opt.state_dict(state_dtype=torch.float32)["state"][0]
+            assert all(x.dtype == torch.float32 for x in wide.values() if torch.is_tensor(x))
+        give(each, 1)
+        opt.step()
+        assert {opt.state[each[0]][x].dtype for x in names_of(opt)} == {torch.uint8}
+    assert_same([p.detach() for p in params], [p.detach() for p in others])
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", None])
+def test_sums_that_processes_share(state_dtype: str | None) -> None:
+    """Each sees what the others write: the powers of codes, too."""
+    params = parameters()
+    opt = make("Adagrad", params, state_dtype=state_dtype)
+    opt.share_memory()
+    arrays = {name: x for e in opt.state.values() for name, x in e.items() if name != "step"}
+    assert {*arrays} == ({"sum", "sum_powers"} if state_dtype else {"sum"})
+    assert all(x.is_shared() for e in opt.state.values() for name, x in e.items() if name in arrays)
+
+
 MOVES: dict[str, Callable[[Any, str], Any]] = {
     "replaced": lambda e, part: e.update({part: e[part].clone()}),
     "in another order": lambda e, part: e.update({part: e[part].clone().t().contiguous().t()}),
@@ -894,6 +974,86 @@ def test_a_rule_that_asks_for_more_state() -> None:
         largest, last = (state_of(opt, p, name) for name in ("max_exp_avg_sq", "exp_avg_sq"))
         assert opt.state[p]["max_exp_avg_sq"].dtype == torch.uint8
         torch.testing.assert_close(largest, last, rtol=0.5, atol=1e-7)
+
+
+STALE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "amsgrad": ("AMSGrad", "max_exp_avg_sq", {"amsgrad": False}, {"amsgrad": True}),
+    "momentum": ("SGD", "momentum_buffer", {"momentum": 0.0}, {"momentum": 0.9}),
+}
+
+
+def with_stale_state(which: str, **options: Any) -> Any:
+    """Return parameters, and an optimizer whose rule no longer asks for a piece of its state."""
+    name, _, off, _ = STALE[which]
+    params, opt = trained(name, **options)
+    opt.param_groups[0].update(off)
+    give(params, 3)
+    opt.step()
+    return params, opt
+
+
+@pytest.mark.parametrize("which", STALE)
+def test_state_that_a_rule_no_longer_asks_for_is_widened_like_the_rest(which: str) -> None:
+    name, stale, _, on = STALE[which]
+    params, opt = with_stale_state(which)
+    assert stale not in names_of(opt)
+    wide = opt.state_dict(state_dtype=torch.float32)
+    torchs = make_torchs(name, copies_of(params))
+    torchs.load_state_dict(wide)
+    torchs.param_groups[0].update(on)
+    floats = make(name, copies_of(params), state_dtype=None)
+    with pytest.warns(UserWarning, match="from int8 to float32"):
+        floats.load_state_dict(opt.state_dict())
+    for other in (torchs, floats):
+        for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+            assert not any(key.endswith("_powers") for key in other.state[q])
+            assert torch.equal(other.state[q][stale], state_of(opt, p, stale))
+    floats.param_groups[0].update(on)
+    give(floats.param_groups[0]["params"], 4)
+    floats.step()
+    make(name, parameters(), state_dtype=None).load_state_dict(floats.state_dict())
+
+
+@pytest.mark.parametrize("which", STALE)
+@pytest.mark.parametrize("state_dtype", ["int8", "float64"])
+def test_state_that_a_rule_no_longer_asks_for_goes_on(which: str, state_dtype: str) -> None:
+    name, stale, _, on = STALE[which]
+    params, opt = with_stale_state(which, state_dtype=state_dtype)
+    others = copies_of(params)
+    other = make(name, others, state_dtype=state_dtype)
+    other.load_state_dict(opt.state_dict())
+    for each, one in ((params, opt), (others, other)):
+        before = state_of(one, each[0], stale)
+        one.resize(each[0], 40)
+        assert one.state[each[0]][stale].shape == (40, 5)
+        assert torch.equal(state_of(one, each[0], stale)[:32], before[:32])
+        one.param_groups[0].update(on)
+        for p in each:
+            p.grad = torch.full_like(p, 0.5)
+        one.step()
+    assert_same([p.detach() for p in others], [p.detach() for p in params])
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(state_of(opt, p, stale), state_of(other, q, stale))
+
+
+def test_powers_go_with_their_codes() -> None:
+    """An optimizer with wide state widens pieces that come in 8 bits, and keeps no powers."""
+    params, opt = trained("Adam")
+    others, wide = trained("Adam", state_dtype=None)
+    tables, grown = trained("Adam", state_dtype=None)
+    for p, q, r in zip(params, others, tables, strict=True):
+        for entry in (wide.state[q], grown.state[r]):
+            entry.update({x: opt.state[p][x].clone() for x in ("exp_avg", "exp_avg_powers")})
+    give(others, 3)
+    wide.step()
+    grown.resize(tables[0], 40)
+    for entry in (*wide.state.values(), grown.state[tables[0]]):
+        assert {*entry} == {"step", "exp_avg", "exp_avg_sq"}
+    found = grown.state[tables[0]]["exp_avg"]
+    assert torch.equal(found[:33], state_of(opt, params[0], "exp_avg"))
+    wide.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    wide.step()
+    grown.state_dict(state_dtype=torch.float32)
 
 
 def test_compiled_around_it() -> None:

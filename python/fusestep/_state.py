@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NARROW = ("bfloat16", _narrow.DTYPE)
 """Dtypes of state that is rounded at random."""
 
-_STATE_DTYPES = ("float32", "float64", "bfloat16", _narrow.DTYPE)
+_WIDE = ("float32", "float64")
 
 
 def state_dtype_for(state_dtype: str | None, parameter: ArrayDescription) -> str:
@@ -31,32 +31,33 @@ def state_dtype_for(state_dtype: str | None, parameter: ArrayDescription) -> str
 
 def wide_dtype_for(state_dtype: str | None, parameter: ArrayDescription) -> str:
     """Return the dtype of what is kept besides the state, which is never narrower than float32."""
-    wanted = state_dtype if state_dtype in ("float32", "float64") else None
+    wanted = state_dtype if state_dtype in _WIDE else None
     return state_dtype_for(wanted, parameter)
 
 
 def check_state_dtype(value: Any) -> str | None:
     """Return None or the name of a supported dtype."""
-    if value is None:
-        return None
-    name = value if isinstance(value, str) else str(value).rpartition(".")[2]  # torch's
-    if name not in _STATE_DTYPES:
-        try:
-            name = np.dtype(value).name
-        except TypeError:
-            name = ""
-    if name in _STATE_DTYPES:
-        return name
-    expected = ", ".join(map(repr, _STATE_DTYPES))
-    raise ValueError(f"state_dtype is {value!r}; expected None, {expected}")
+    return _checked_dtype(value, (*_WIDE, *NARROW))
 
 
 def check_wide_dtype(value: Any) -> str | None:
     """Return None or the name of a dtype that state of less than 32 bits may be widened to."""
-    dtype = check_state_dtype(value)
-    if dtype in NARROW:
-        raise ValueError(f"state_dtype is {value!r}; expected None, float32 or float64")
-    return dtype
+    return _checked_dtype(value, _WIDE)
+
+
+def _checked_dtype(value: Any, choices: tuple[str, ...]) -> str | None:
+    if value is None:
+        return None
+    name = value if isinstance(value, str) else str(value).rpartition(".")[2]  # torch's
+    if name not in choices:
+        try:
+            name = np.dtype(value).name
+        except TypeError:
+            name = ""
+    if name in choices:
+        return name
+    expected = ", ".join(map(repr, choices))
+    raise ValueError(f"state_dtype is {value!r}; expected None, {expected}")
 
 
 def check_rows(state_dtype: str | None, rows: str) -> None:
@@ -88,10 +89,32 @@ def entries(name: str, value: Any) -> dict[str, Any]:
     return {name: value}
 
 
-def taken(entry: dict[Any, Any], name: str) -> Any:
-    """Take a piece of state from an entry of a state dict; None where there is none."""
-    value, powers = (entry.pop(key, None) for key in (name, _narrow.powers_name(name)))
+def piece_of(entry: Mapping[Any, Any], name: str) -> Any:
+    """Return a piece of state in an entry of a state dict; None where there is none."""
+    value, powers = (entry.get(key) for key in (name, _narrow.powers_name(name)))
     return value if powers is None else _narrow.Blocks(value, powers)
+
+
+def taken(entry: dict[Any, Any], name: str) -> Any:
+    """Take a piece of state, and its powers, from an entry; None where there is none."""
+    piece = piece_of(entry, name)
+    for key in (name, _narrow.powers_name(name)):
+        entry.pop(key, None)
+    return piece
+
+
+def check_is_whole(piece: Any, name: str, label: str) -> None:
+    """Raise TypeError for codes without powers, or powers without codes, of a parameter."""
+    if isinstance(piece, _narrow.Blocks):
+        if piece.codes is None:
+            raise TypeError(
+                f"the {name} of {label} is missing; its {_narrow.powers_name(name)!r} is there"
+            )
+    elif _name(getattr(piece, "dtype", "")) == "uint8":
+        raise TypeError(
+            f"the {name} of {label} has dtype {piece.dtype}, as codes of state in 8 bits have; "
+            f"{_narrow.powers_name(name)!r} is missing"
+        )
 
 
 def are_in_blocks(states: Mapping[str, Any]) -> bool:

@@ -300,6 +300,8 @@ def _check_entry(
     if blocks is not None and _state.are_in_blocks(optimizer._arrays[i]):
         check_moves_blocks(*blocks, elements, parameter)
     arrays_of = {name: _state.taken(entry, name) for name in names}
+    for name, value in arrays_of.items():
+        _state.check_is_whole(value, name, parameter)
     entry.update({name: value for name, value in arrays_of.items() if value is not None})
     scalars = set(optimizer._scalar_names)
     has_state = bool(names) and names[0] in entry

@@ -12,7 +12,7 @@ from .._averages import ENTRY as AVERAGE
 from .._averages import check_decay
 from .._hyperparameters import check_seed, clip_value, flag, max_norm, number
 from .._narrow import powers_name
-from .._state import Conversions, entries
+from .._state import Conversions, entries, piece_of
 from .._state_dict import BLOCK_ENTRIES, count, expect_keys, mapping, taken_missed_steps
 from . import _anchors, _masters, _pieces, _selections, _state
 
@@ -142,20 +142,23 @@ def _fitted_entry(
     elif present and needed and not needed & present.keys():
         expect_keys(present, f"the state of {label}", needed, set())
     dtype = _state.dtype_for(state_dtype, parameter)
-    pieces = {name: _pieces.of(present, name) for name in rule.states if name in present}
-    for name in pieces:
+    # Those, too, that the rule had before its options were changed.
+    states = optimizer._all_states()
+    pieces = {name: piece_of(present, name) for name in states if name in present}
+    for name in states:
         present.pop(powers_name(name), None)
     fitted: dict[str, Any] = {}
     for name, value in present.items():
-        what = f"the {name} of {label}"
         if name in pieces:
-            is_signed = rule.states[name]
-            piece = _pieces.loaded(pieces[name], what, parameter, dtype, is_signed=is_signed)
+            piece = _pieces.loaded(
+                pieces[name], name, label, parameter, dtype, is_signed=states[name]
+            )
             old, new = _pieces.dtype_of(pieces[name]), _pieces.dtype_of(piece)
             conversions.note(old, new, parameter.dtype)
             fitted.update(entries(name, piece))
         elif name in rule.scalars:
-            fitted[name] = torch.tensor(number(what, value), dtype=_state.scalar_dtype([value]))
+            there = number(f"the {name} of {label}", value)
+            fitted[name] = torch.tensor(there, dtype=_state.scalar_dtype([value]))
         elif isinstance(value, torch.Tensor):
             fitted[name] = _state.copied(value.to(parameter.device))
         else:

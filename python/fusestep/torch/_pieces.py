@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .. import _narrow
 from .._narrow import Blocks, powers_name
-from .._state import check_blocks, entries, taken
+from .._state import check_blocks, check_is_whole, entries, piece_of, taken
 from . import _state, _tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 Piece: TypeAlias = Tensor | Blocks
 
@@ -35,9 +35,12 @@ def check_parameter(parameter: Tensor, label: str, dtype: torch.dtype) -> None:
         )
 
 
-def of(entry: Mapping[str, Any], name: str) -> Any:
-    """Return a piece of the state of a parameter, as it is there; None where there is none."""
-    return taken({**entry}, name)
+def without(entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the state of a parameter without these pieces, and their powers."""
+    rest = {**entry}
+    for name in names:
+        taken(rest, name)
+    return rest
 
 
 def powers_of(entry: Mapping[str, Any], names: Mapping[str, bool], dtype: torch.dtype) -> list[Any]:
@@ -77,9 +80,9 @@ def completed(
     check_parameter(parameter, label, dtype)
     complete: dict[str, Tensor] = {}
     for name, is_signed in states.items():
-        piece = of(entry, name)
+        piece = piece_of(entry, name)
         if is_there(piece):
-            piece = fitted(piece, f"the {name} of {label}", parameter, dtype, is_signed=is_signed)
+            piece = fitted(piece, name, label, parameter, dtype, is_signed=is_signed)
         else:
             piece = new(parameter, dtype, fill, is_signed=is_signed)
         complete.update(entries(name, piece))
@@ -87,42 +90,45 @@ def completed(
 
 
 def fitted(
-    piece: Any, label: str, parameter: Tensor, dtype: torch.dtype, *, is_signed: bool
+    piece: Any, name: str, label: str, parameter: Tensor, dtype: torch.dtype, *, is_signed: bool
 ) -> Piece:
     """Return a piece on the parameter's device, in 8 bits or at least as wide as `dtype`.
 
-    From wider to 8 bits it is rounded to nearest.
+    From wider to 8 bits it is rounded to nearest. `label` is what error messages call the
+    parameter.
 
     Raises
     ------
     TypeError
         It is not a tensor of floats, or complex where the parameter is not; or of codes and powers
-        that are not both of uint8.
+        that are not both there, dense and of uint8.
     ValueError
         It has another shape than the parameter, or another number of powers than blocks.
     """
+    check_is_whole(piece, name, label)
+    what = f"the {name} of {label}"
     if isinstance(piece, Blocks):
-        blocks = _checked(piece, label, parameter)
+        blocks = _checked(piece, what, parameter)
         if dtype == IN_BLOCKS:
             return blocks
         piece = _decoded(blocks, is_signed)
     if dtype != IN_BLOCKS:
-        return _state.fitted(piece, label, parameter, dtype)
-    return _encoded(_state.fitted(piece, label, parameter, torch.float32), is_signed)
+        return _state.fitted(piece, what, parameter, dtype)
+    return _encoded(_state.fitted(piece, what, parameter, torch.float32), is_signed)
 
 
 def loaded(
-    piece: Any, label: str, parameter: Tensor, dtype: torch.dtype, *, is_signed: bool
+    piece: Any, name: str, label: str, parameter: Tensor, dtype: torch.dtype, *, is_signed: bool
 ) -> Piece:
     """Return a copy of what is being loaded, :func:`fitted`, and rounded to bfloat16, too."""
-    found = fitted(piece, label, parameter, dtype, is_signed=is_signed)
+    found = fitted(piece, name, label, parameter, dtype, is_signed=is_signed)
     if isinstance(found, Blocks):
         return Blocks(*map(_state.copied, found))
-    return _state.loaded(found, label, parameter, dtype)
+    return _state.loaded(found, f"the {name} of {label}", parameter, dtype)
 
 
 def all_widened(
-    entry: Mapping[str, Any], states: Mapping[str, bool], dtype: torch.dtype
+    entry: Mapping[str, Any], label: str, states: Mapping[str, bool], dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return the state of a parameter with pieces that have at least this dtype.
 
@@ -130,8 +136,9 @@ def all_widened(
     """
     result = {**entry}
     for name, is_signed in states.items():
-        piece = of(entry, name)
+        piece = piece_of(entry, name)
         if is_there(piece):
+            check_is_whole(piece, name, label)
             result.pop(powers_name(name), None)
             floats: Tensor = _decoded(piece, is_signed) if isinstance(piece, Blocks) else piece
             result[name] = floats.to(torch.promote_types(floats.dtype, dtype))
@@ -150,6 +157,10 @@ def _checked(blocks: Blocks, label: str, parameter: Tensor) -> Blocks:
     for part in blocks:
         if not isinstance(part, Tensor):
             raise TypeError(f"{label} is a {type(part).__name__}; expected a tensor")
+        if part.layout is not torch.strided:
+            raise TypeError(f"{label} has layout {part.layout}; expected torch.strided")
+        if part.is_meta and not parameter.is_meta:
+            raise TypeError(f"{label} is, in part, on the meta device, which has no numbers")
     check_blocks(blocks, label, tuple(parameter.shape))
     return Blocks(*(_beside(parameter, part).contiguous() for part in blocks))
 

@@ -9,7 +9,7 @@ import torch
 from .. import _penalties
 from .._averages import ENTRY as AVERAGE
 from .._narrow import Blocks
-from .._state import entries
+from .._state import entries, taken
 from .._tables import check_count, check_init
 from . import _anchors, _averages, _masters, _pieces, _state, _tensors
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> None:
     """Give a parameter, and its state, `n_rows` rows; see :meth:`Optimizer.resize`."""
     label = _find(optimizer, parameter)
-    states = optimizer._rule_for(parameter).states
     count = check_count(tuple(parameter.shape), label, n_rows)
     new_rows = (count - parameter.shape[0], *parameter.shape[1:])
     values = torch.from_numpy(check_init(init, new_rows, label).astype("float64"))
@@ -41,11 +40,10 @@ def resize(optimizer: Optimizer, parameter: Tensor, n_rows: int, init: Any) -> N
         entry[AVERAGE] = _grown(entry[AVERAGE], _averages.fresh(table, table))
     dtype = _state.dtype_for(optimizer._state_dtype, parameter)
     fill = optimizer._initial_state()
-    for name, is_signed in states.items():
-        piece = _pieces.of(entry, name)
+    for name, is_signed in optimizer._all_states().items():
+        piece = taken(entry, name)
         if _pieces.is_there(piece):
-            what = f"the {name} of {label}"
-            old = _pieces.fitted(piece, what, parameter, dtype, is_signed=is_signed)
+            old = _pieces.fitted(piece, name, label, parameter, dtype, is_signed=is_signed)
             entry.update(entries(name, _grown_piece(old, table, fill, is_signed=is_signed)))
     if anchor is not None:
         grown = _penalties.grown(anchor, new_rows)

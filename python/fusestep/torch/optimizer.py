@@ -18,7 +18,7 @@ from .. import _cpu
 from .._averages import ENTRY as AVERAGE
 from .._averages import check_decay
 from .._hyperparameters import check_seed, clip_value, flag, max_norm, one_of
-from .._state import NARROW, check_rows, check_state_dtype, check_wide_dtype
+from .._state import NARROW, check_rows, check_state_dtype, check_wide_dtype, piece_of
 from .._state_dict import OUR_SETTINGS, block_entries
 from ..gradients import as_indices
 from . import (
@@ -865,13 +865,12 @@ class Optimizer(torch.optim.Optimizer):
             source = _masters.value(parameter, masters)
             complete = {
                 **scalars.completed(entry, column, label),
-                **self._completed_states(parameter, entry, label, rule),
+                **self._completed_states(parameter, entry, label, rule.states),
                 **_anchors.fitted(entry, parameter, label, self._state_dtype),
                 **masters,
                 **_averages.fitted(self, entry, parameter, label, source),
             }
-            rest = {name: value for name, value in entry.items() if name not in complete}
-            entry = self._change(parameter, {**complete, **rest})
+            entry = self._change(parameter, {**complete, **_pieces.without(entry, complete)})
         self._native.add_parameter(
             parameter,
             label,
@@ -890,12 +889,12 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _completed_states(
-        self, parameter: Tensor, entry: dict[str, Any], label: str, rule: Rule
+        self, parameter: Tensor, entry: dict[str, Any], label: str, states: Mapping[str, bool]
     ) -> dict[str, Tensor]:
-        """Return the tensors that a rule needs: those there are, fitted, or new ones."""
+        """Return the tensors of these pieces of state: those there are, fitted, or new ones."""
         dtype = _state.dtype_for(self._state_dtype, parameter)
         fill = self._initial_state()
-        return _pieces.completed(entry, parameter, label, rule.states, dtype, fill)
+        return _pieces.completed(entry, parameter, label, states, dtype, fill)
 
     def _powers_of(self, parameter: Tensor, entry: dict[str, Any], rule: Rule) -> list[Tensor]:
         """Return the powers of a state in 8 bits; nothing of another one."""
@@ -911,10 +910,18 @@ class Optimizer(torch.optim.Optimizer):
         if not rule.scalars:
             return {}
         count = functools.partial(torch.tensor, dtype=_state.scalar_dtype())
-        scalars = {name: count(_state.initial_scalar(name)) for name in rule.scalars}
-        states = self._completed_states(parameter, {}, self._label_of(parameter), rule)
-        first = {**scalars, **states}
-        return {name: x for name, x in first.items() if not _state.is_there(entry.get(name))}
+        scalars = {
+            name: count(_state.initial_scalar(name))
+            for name in rule.scalars
+            if not _state.is_there(entry.get(name))
+        }
+        lacking = {
+            name: is_signed
+            for name, is_signed in rule.states.items()
+            if not _pieces.is_there(piece_of(entry, name))
+        }
+        label = self._label_of(parameter)
+        return {**scalars, **self._completed_states(parameter, {}, label, lacking)}
 
     def _label_of(self, parameter: Tensor) -> str:
         """Return what error messages call a parameter; KeyError if it is not one of this one's."""
@@ -987,15 +994,31 @@ class Optimizer(torch.optim.Optimizer):
         given = {name: group[name] for name in fields if name in group}
         checked = {name: fields[name].checked(value) for name, value in given.items()}
         options = cls._array_class._native_options({**cls._implied, **checked})
-        names, scalars, _ = _cpu.describe_rule(cls._array_class._rule, options)
-        signs = _cpu.state_signs(cls._array_class._rule, options)
+        _, scalars, _ = _cpu.describe_rule(cls._array_class._rule, options)
         told = (
             options,
             bool(group.get("maximize", False)),
             {*given, *cls._array_class._fixed, *_WATCHED},
             not all(map(_is_immutable, given.values())),
         )
-        return Rule(told, dict(zip(names, signs, strict=True)), scalars)
+        return Rule(told, cls._states_with(options), scalars)
+
+    @classmethod
+    def _all_states(cls) -> dict[str, bool]:
+        """Return all the state that there can be, whatever the options of a group are now.
+
+        By name: whether it is signed. A parameter keeps what its rule no longer asks for.
+        """
+        fields = _fields_of(cls._array_class)  # type: ignore[arg-type]
+        deciding = {name: 1.0 for name, field in fields.items() if field.decides_state}
+        return cls._states_with(cls._array_class._native_options({**cls._implied, **deciding}))
+
+    @classmethod
+    def _states_with(cls, options: dict[str, float]) -> dict[str, bool]:
+        """Return the state of a rule with these options, by name: whether it is signed."""
+        names, *_ = _cpu.describe_rule(cls._array_class._rule, options)
+        signs = _cpu.state_signs(cls._array_class._rule, options)
+        return dict(zip(names, signs, strict=True))
 
     @classmethod
     def _rules_in(cls, groups: Iterable[Mapping[str, Any]]) -> list[Rule]:
@@ -1087,8 +1110,9 @@ class Optimizer(torch.optim.Optimizer):
         ----------
         state_dtype
             ``torch.float32`` or ``torch.float64``: state that is narrower is widened to it, which
-            is exact. ``torch.optim`` does not know 8 bits. None: state as it is, from which a step
-            goes on with the same bits.
+            is exact, and also what the rule no longer asks for; averages, masters and anchors stay
+            as they are. ``torch.optim`` does not know 8 bits. None: state as it is, from which a
+            step goes on with the same bits.
 
         Raises
         ------
@@ -1136,9 +1160,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _widen(self, state: dict[Any, Any], keys: Sequence[Any], dtype: torch.dtype) -> None:
         """Bring state, under the keys of all parameters, to at least a dtype."""
-        for key, rule in zip(keys, self._rules_in(self.param_groups), strict=True):
+        states = self._all_states()
+        for key, (_, label) in zip(keys, self._parameters(), strict=True):
             if key in state:  # a copy: it is the optimizer's own
-                state[key] = _pieces.all_widened(state[key], rule.states, dtype)
+                state[key] = _pieces.all_widened(state[key], label, states, dtype)
 
     @_not_compiled
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

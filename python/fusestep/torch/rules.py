@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from .. import rules
+from .._narrow import powers_name
 from .optimizer import EmaDecay, Optimizer
 
 if TYPE_CHECKING:
@@ -499,11 +500,19 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
         )
         self._make_state_ours()
 
+    def share_memory(self) -> None:
+        """Move the sums to memory that processes share; see ``torch.optim.Adagrad``."""
+        super().share_memory()
+        for parameter, _ in self._parameters():
+            sums = self.state[parameter]
+            if powers_name("sum") in sums:  # of codes, which mean nothing without them
+                sums[powers_name("sum")].share_memory_()
+
     def _make_state_ours(self) -> None:
         """Have the state that torch's constructor has made in our dtype and places."""
-        rule = self._rule_of({})
+        states = self._rule_of({}).states
         for parameter, label in self._parameters():
-            self.state[parameter].update(self._completed_states(parameter, {}, label, rule))
+            self.state[parameter].update(self._completed_states(parameter, {}, label, states))
         self._adopt_scalars()
 
     def _initial_state(self) -> float:
