@@ -104,7 +104,8 @@ template <class T, class Loop, std::size_t... S>
   if (is_usual(rule) && run.average.is_long())  // of which the compiler makes one loop, not sixteen
     return move(rule, run.size, run.parameter, run.gradient, Averaged<T>(run), run.state[S]...);
   Run<T> tile = run;  // which is in the first cache when its average follows
-  for (std::int64_t rest = run.size; rest > 0; rest -= kTileSize) {
+  std::int64_t rest = run.size;
+  for (; rest > 0; rest -= kTileSize) {
     tile.size = rest < kTileSize ? rest : kTileSize;
     update<T, Loop, Free<T>>(&rule, tile);
     average(run.average, tile.parameter, tile.averaged, tile.size);
