@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from combinations import enough
 from fusestep import _cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 # Idle threads of OpenMP, which torch has, sleep: where other processes want the cores, waiting for
 # work in a loop takes most of the time of a test. Before torch is imported, and for processes, too.
@@ -103,6 +103,20 @@ def pointers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("this torch has no exchange table")
     monkeypatch.setattr(tensors, "USE_EXCHANGE_TABLE", request.param == "table")
     return request.param
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """One process, over which tensors may be distributed."""
+    dist = pytest.importorskip("torch.distributed")
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch is built without torch.distributed or gloo")
+    pytest.importorskip("torch.distributed.tensor")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture

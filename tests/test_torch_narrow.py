@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 fst = pytest.importorskip("fusestep.torch")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 nn = torch.nn
@@ -404,19 +404,6 @@ def test_parts_of_blocks_are_refused_and_nothing_has_changed() -> None:
 def test_exact_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="which 8 bits are too few for"):
         make("Adam", parameters(), rows="exact")
-
-
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    dist = pytest.importorskip("torch.distributed")
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch is built without torch.distributed or gloo")
-    pytest.importorskip("torch.distributed.tensor")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_dtensors_are_refused(mesh: Any) -> None:

@@ -23,7 +23,7 @@ import fusestep as fs
 torch = pytest.importorskip("torch")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 nn = torch.nn
 swa_utils = torch.optim.swa_utils
@@ -1105,19 +1105,6 @@ def test_compiled_around_it() -> None:
         compiled()
         other.step()
     assert_same(opt.averages, other.averages)
-
-
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    dist = pytest.importorskip("torch.distributed")
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch is built without torch.distributed or gloo")
-    pytest.importorskip("torch.distributed.tensor")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_dtensors(mesh: Any) -> None:

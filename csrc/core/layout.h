@@ -50,8 +50,10 @@ struct Iteration {
   std::array<Operand, kMaxOperands> operand;
   std::shared_ptr<const StridedLayout> layout;  // null where every operand is one dense run
 
-  // Works out the iteration; `geometry[i]` belongs to `operand[i]`, and all shapes are equal.
+  // How elements follow each other: as in the parameter's memory, or as its indices do.
   enum class Order { memory, c };
+
+  // Works out the iteration; `geometry[i]` belongs to `operand[i]`, and all shapes are equal.
   void plan(std::span<const Geometry> geometry, Order order = Order::memory);
 
   // The same where every operand is known to be in C order.
